@@ -1,0 +1,5 @@
+#include "bind/bind.h"
+
+namespace kvstrata::bind {
+void bind_store(pybind11::module_&) {}
+}  // namespace kvstrata::bind

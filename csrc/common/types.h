@@ -1,0 +1,57 @@
+// The words of the engine as types: formats, data types, tiers, states and page ids.
+//
+// This header depends on nothing and is the only one that kernels compiled per instruction set may share with the rest:
+// it holds plain integers and constexpr functions, no standard container and no function with a linkable body.
+#pragma once
+
+#include <cstdint>
+
+namespace kvstrata {
+
+// Slots in a page. Named once, here; every layout, mask width (uint16_t) and tile size follows from it.
+inline constexpr int kSlots = 16;
+inline constexpr uint16_t kAllSlots = 0xFFFF;
+
+// How a page stores its slots. The values are part of saved files.
+enum class Format : uint8_t { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int2 = 5 };
+
+// Element type of a tensor that crosses the border.
+enum class DType : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u16 = 4, i32 = 5, i64 = 6, u64 = 7 };
+
+enum class Device : uint8_t { cpu = 0, cuda = 1 };
+enum class Tier : uint8_t { near = 0, far = 1 };
+
+// The state column of a plan (u8): what a token is stored as.
+enum class State : uint8_t { evicted = 0, full = 1, int8 = 2, int4 = 3, int2 = 4 };
+
+// A page id is an int32: 3 bits pool, 12 bits slab, 16 bits page in the slab. -1, the only negative id, means "skip".
+using PageId = int32_t;
+inline constexpr PageId kNoPage = -1;
+inline constexpr int kPoolBits = 3, kSlabBits = 12, kIndexBits = 16;
+inline constexpr int kMaxPools = 1 << kPoolBits;
+inline constexpr int kMaxSlabs = 1 << kSlabBits;
+inline constexpr int kMaxPagesPerSlab = 1 << kIndexBits;
+
+constexpr PageId make_page(int pool, int slab, int index) {
+    return static_cast<PageId>((pool << (kSlabBits + kIndexBits)) | (slab << kIndexBits) | index);
+}
+constexpr int page_pool(PageId id) { return id >> (kSlabBits + kIndexBits); }
+constexpr int page_slab(PageId id) { return (id >> kIndexBits) & (kMaxSlabs - 1); }
+constexpr int page_index(PageId id) { return id & (kMaxPagesPerSlab - 1); }
+
+// Width of an element of a full format, or of a tensor type, in bytes.
+constexpr int format_bytes(Format f) { return f == Format::f32 ? 4 : 2; }
+constexpr bool is_full(Format f) { return f <= Format::f16; }
+constexpr int dtype_bytes(DType t) {
+    switch (t) {
+        case DType::u8: return 1;
+        case DType::bf16:
+        case DType::f16:
+        case DType::u16: return 2;
+        case DType::f32:
+        case DType::i32: return 4;
+        default: return 8;
+    }
+}
+
+}  // namespace kvstrata

@@ -1,0 +1,22 @@
+// A tensor as it crosses the border: pointer, shape, strides, dtype, device. Owns nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace kvstrata {
+
+inline constexpr int kMaxDims = 6;
+
+struct TensorView {
+    void* data = nullptr;
+    int dims = 0;
+    int64_t shape[kMaxDims] = {};
+    int64_t strides[kMaxDims] = {};  // in elements
+    DType dtype = DType::f32;
+    Device device = Device::cpu;
+    int64_t stream = 0;  // raw cudaStream_t; 0 on the CPU
+};
+
+}  // namespace kvstrata

@@ -1,0 +1,3 @@
+"""kvstrata: a KV-cache engine for long-context LLM inference."""
+
+__version__ = "0.1.0"
