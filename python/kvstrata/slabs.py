@@ -1,0 +1,108 @@
+"""Memory that Python lends to the store: slabs of pages as torch tensors, so that torch's counters see every byte."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from kvstrata._C import Store
+from kvstrata.config import SLOTS, BudgetExceeded
+from kvstrata.testing import fault_point
+
+log = logging.getLogger("kvstrata")
+
+MAX_SLAB_BYTES = 32 << 20
+MIN_SLAB_BYTES = 64 << 10
+MAX_PAGES_PER_SLAB = 1 << 16
+_POSITION_BYTES = SLOTS * 4
+
+
+class Slabs:
+    """The slabs of one store. ``held`` never passes ``limit`` (bytes, with the store's metadata; None: no limit)."""
+
+    def __init__(self, store: Store, device: torch.device, limit: int | None, expected: int | None) -> None:
+        self._store = store
+        self._device = device
+        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._expected = expected
+        self.limit = limit
+        self.held = 0
+        self.peak = 0
+
+    def reserve(self, missing: list[int]) -> None:
+        """Lends at least ``missing[pool]`` more pages of each pool, or raises BudgetExceeded with nothing changed."""
+        lent: list[tuple[int, int]] = []
+        try:
+            for pool, short in enumerate(missing):
+                while short > 0:
+                    pages = self._lend(pool, short, lent)
+                    short -= pages
+        except BaseException:
+            for key in lent:
+                self._return(key)
+            raise
+
+    def trim(self) -> int:
+        """Moves pages out of sparse slabs and returns every slab that runs empty. Returns the bytes given back."""
+        before = self.held
+        for pool in range(self._store.n_pools):
+            while self._empty_sparsest(pool):
+                pass
+        return before - self.held
+
+    def allocator_bytes(self) -> int:
+        """What the allocator says: bytes of the storages behind all slabs."""
+        return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
+
+    def _empty_sparsest(self, pool: int) -> bool:
+        slabs = self._store.slabs(pool)
+        if not slabs:
+            return False
+        index, pages, free = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
+        if free < pages and not self._store.empty_out(pool, index):
+            return False
+        self._return((pool, index))
+        return True
+
+    def _lend(self, pool: int, short: int, lent: list[tuple[int, int]]) -> int:
+        fault_point("slab.lend")
+        per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
+        pages = self._fit(max(short, self._grain() // per_page), short, per_page)
+        pages = min(pages, MAX_PAGES_PER_SLAB)
+        tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+        payload = tensor.data_ptr()
+        index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
+        self._tensors[pool, index] = tensor
+        lent.append((pool, index))
+        self.held += tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, self.held)
+        log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
+        return pages
+
+    def _fit(self, wanted: int, short: int, per_page: int) -> int:
+        """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
+        if self.limit is None:
+            return wanted
+        room = (self.limit - self.held - self._overhead()) // per_page
+        if room < short:
+            self.trim()
+            room = (self.limit - self.held - self._overhead()) // per_page
+        if room < short:
+            raise BudgetExceeded(
+                f"budget: limit is {self.limit} bytes, {self.held + self._overhead()} are in use, "
+                f"{short * per_page} more are needed"
+            )
+        return min(wanted, room)
+
+    def _overhead(self) -> int:
+        return self._store.metadata_bytes + self._store.workspace_bytes
+
+    def _grain(self) -> int:
+        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far an 8th."""
+        target = self._expected // 64 if self._expected else self.held // 8
+        return min(MAX_SLAB_BYTES, max(target, 0 if self._expected else MIN_SLAB_BYTES))
+
+    def _return(self, key: tuple[int, int]) -> None:
+        self._store.give_back(*key)
+        self.held -= self._tensors.pop(key).untyped_storage().nbytes()
