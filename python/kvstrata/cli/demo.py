@@ -76,7 +76,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _model() -> tuple[Any, Any, str]:
     """(model, tokenizer or None, what it is)."""
-    loading = importlib.import_module("kvstrata.hf.load")
+    from kvstrata.hf import load as loading
+
     if TRAINED.is_dir():
         model, tokenizer = loading.load(str(TRAINED))
         return model, tokenizer, f"Model: {TRAINED}."
@@ -99,18 +100,19 @@ def _prompt(model: Any, tokenizer: Any) -> tuple[list[int], Any]:
 
 def _runs(model: Any, ids: list[int], out: Output) -> tuple[list[Run], dict[str, Any]]:
     """Dense first, on the model as it came; then patched, one run per policy."""
-    import kvstrata
     from kvstrata.cli import measure
+    from kvstrata.hf import load as loading
+    from kvstrata.hf.cache import KVCache
+    from kvstrata.hf.patch import patch
 
-    loading = importlib.import_module("kvstrata.hf.load")
     measure.generate("warm-up", model, loading.dense_cache(model), ids[:64], 4)
     with out.busy("DynamicCache"):
         runs = [measure.generate("DynamicCache", model, loading.dense_cache(model), ids, NEW_TOKENS, CHUNK)]
-    kvstrata.patch(model)
+    patch(model)
     reports = {}
     for policy, budget in (("full", None), ("streaming", BUDGET)):
         name = policy if budget is None else f"{policy}, {budget}"
-        cache = kvstrata.KVCache.for_model(model, policy=policy, budget=budget)
+        cache = KVCache.for_model(model, policy=policy, budget=budget)
         with out.busy(f"kvstrata: {name}"):
             runs.append(measure.generate(name, model, cache, ids, NEW_TOKENS, CHUNK))
         reports[name] = cache.report().to_dict()

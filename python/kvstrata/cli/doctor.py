@@ -7,7 +7,6 @@ and the largest difference of its logits to transformers' dense cache over 64 to
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import time
@@ -34,7 +33,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     _show(result, out)
     code = 0
     if args.model is not None:
-        model_facts = importlib.import_module("kvstrata.cli.model_facts")
+        from kvstrata.cli import model_facts
+
         result["model"] = model_facts.examine(args.model, out)
         model_facts.show(result["model"], out)
         code = 1 if result["model"]["reasons"] else 0

@@ -6,7 +6,6 @@ MODEL is a folder, else a hub id. Greedy. A model without a tokenizer is fed the
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +50,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    import kvstrata
     from kvstrata.cli import measure
+    from kvstrata.hf import load as loading
+    from kvstrata.hf.cache import KVCache
+    from kvstrata.hf.patch import patch
 
     text = args.prompt if args.file is None else args.file.read_text(encoding="utf-8")
-    loading = importlib.import_module("kvstrata.hf.load")
     with out.busy(f"loading {args.model}"):
         model, tokenizer = loading.load(args.model)
     ids, decode = tokens_of(text, model, tokenizer)
@@ -63,10 +63,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     dense = None
     if args.compare:
         with out.busy("generating with the dense cache"):
-            cache = loading.dense_cache(model)
-            dense = measure.generate("dense", model, cache, ids, args.max_new_tokens, eos=eos)
-    kvstrata.patch(model)
-    cache = kvstrata.KVCache.for_model(model, policy=args.policy, budget=args.budget)
+            dense = measure.generate("dense", model, loading.dense_cache(model), ids, args.max_new_tokens, eos=eos)
+    patch(model)
+    cache = KVCache.for_model(model, policy=args.policy, budget=args.budget)
     with out.busy(f"generating with policy {args.policy}"):
         ours = measure.generate(args.policy, model, cache, ids, args.max_new_tokens, eos=eos)
     report = cache.report()

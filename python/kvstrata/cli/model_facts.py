@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from itertools import pairwise
 from typing import Any
 
 from kvstrata.cli.output import Output
@@ -16,20 +16,24 @@ TOLERANCE = {"torch.float32": 1e-4, "torch.bfloat16": 5e-2, "torch.float16": 5e-
 
 def examine(name: str, out: Output) -> dict[str, Any]:
     """Everything about one model as plain data. "reasons" is empty if kvstrata serves it."""
-    import kvstrata
+    from kvstrata.config import Unsupported
+    from kvstrata.hf.capability import reasons
+    from kvstrata.hf.decoder import facts_of
+    from kvstrata.hf.load import load
+    from kvstrata.hf.patch import patch
 
     with out.busy(f"loading {name}"):
-        model, tokenizer = importlib.import_module("kvstrata.hf.load").load(name)
+        model, tokenizer = load(name)
     found: dict[str, Any] = {"name": name, "class": type(model).__name__, "tokenizer": tokenizer is not None}
-    found["reasons"] = importlib.import_module("kvstrata.hf.capability").reasons(model)
+    found["reasons"] = reasons(model)
     if found["reasons"]:
         return found
     try:
-        kvstrata.patch(model)
-    except kvstrata.Unsupported as error:
+        patch(model)
+    except Unsupported as error:
         found["reasons"] = [str(error)]
         return found
-    _, facts = importlib.import_module("kvstrata.hf.decoder").facts_of(model)
+    _, facts = facts_of(model)
     found["layers"] = [layer(fact) for fact in facts.layers]
     found["bytes_per_token"] = bytes_per_token(found["layers"])
     with out.busy(f"comparing logits over {TOKENS} tokens"):
@@ -59,10 +63,11 @@ def bytes_per_token(layers: list[dict[str, Any]]) -> dict[str, int]:
 
 def compare(model: Any) -> dict[str, Any]:
     """Largest absolute difference of logits between policy full and the dense cache: a prompt, then token by token."""
-    import kvstrata
+    from kvstrata.hf.cache import KVCache
+    from kvstrata.hf.load import dense_cache
 
-    dense = logits(model, importlib.import_module("kvstrata.hf.load").dense_cache(model))
-    ours = logits(model, kvstrata.KVCache.for_model(model))
+    dense = logits(model, dense_cache(model))
+    ours = logits(model, KVCache.for_model(model))
     dtype = str(dense.dtype)
     return {
         "tokens": TOKENS,
@@ -79,9 +84,10 @@ def logits(model: Any, cache: Any) -> Any:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     parts = []
+    bounds = [0, *range(PREFILL, TOKENS + 1)]
     with torch.no_grad():
-        for piece in (ids[:, :PREFILL], *ids[:, PREFILL:].split(1, dim=1)):
-            parts.append(model(piece, past_key_values=cache, use_cache=True).logits[0])
+        for begin, end in pairwise(bounds):
+            parts.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits[0])
     return torch.cat(parts)
 
 

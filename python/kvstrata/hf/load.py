@@ -15,7 +15,8 @@ def load(name: str) -> tuple[Any, Any | None]:
     A folder never needs a network. OSError if there is no such model.
     """
     local = os.path.isdir(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
+    model.eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -27,7 +28,9 @@ def random_llama(seed: int, **config: Any) -> Any:
     """A Llama with random weights, the same for the same seed: it stores and reads a cache like any other model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**config)).eval()
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model.eval()
+    return model
 
 
 class WatchedDynamicCache(DynamicCache):  # type: ignore[misc]
