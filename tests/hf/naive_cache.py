@@ -179,7 +179,9 @@ class Cache:
             if length < self.crop_floor(seq) or length > seq.length:
                 raise ValueError(f"crop to {length}: the length is {seq.length}, the floor {self.crop_floor(seq)}")
         for seq, length in zip(seqs, lengths, strict=True):
-            seq.layers = [(k[:, p < length], v[:, p < length], p[p < length], a[:, p < length]) for k, v, p, a in seq.layers]
+            seq.layers = [
+                (k[:, p < length], v[:, p < length], p[p < length], a[:, p < length]) for k, v, p, a in seq.layers
+            ]
             seq.length = length
 
     def crop_floor(self, seq) -> int:
