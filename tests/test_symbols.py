@@ -1,7 +1,8 @@
 """Per-ISA code stays in its box: what the object files of each instruction-set level define, need and contain.
 
-The objects are built here, with and without optimisation, because inlining hides what a debug build would share. (One
-inline helper outside the namespace is enough for the linker to give the scalar level an AVX-512 body.)
+The objects are taken as the wheel's build left them, or built here, with and without optimisation, because inlining
+hides what a debug build would share. (One inline helper outside the namespace is enough for the linker to give the
+scalar level an AVX-512 body.)
 """
 
 from __future__ import annotations
@@ -43,11 +44,34 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def objects_in(folder: Path) -> dict[str, list[Path]]:
+    found = {level: sorted(folder.glob(f"CMakeFiles/kernels_{level}.dir/**/*.o")) for level in LEVELS}
+    return found | {"core": sorted(folder.glob("CMakeFiles/kvstrata_core.dir/**/*.o"))}
+
+
+def already_built(build_type: str) -> dict[str, list[Path]] | None:
+    """Objects of a plain build of this type (that of the wheel, say) that no source is newer than."""
+    sources = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "CMakeLists.txt"]
+    for cache in ROOT.glob("build/*/CMakeCache.txt"):
+        plain = re.search(r"^KVSTRATA_SANITIZE:\w+=$", cache.read_text(), flags=re.M)
+        if not plain or f"CMAKE_BUILD_TYPE:STRING={build_type}\n" not in cache.read_text():
+            continue
+        found = objects_in(cache.parent)
+        built = [path.stat().st_mtime for paths in found.values() for path in paths]
+        wanted = len(LEVELS) * len(list(ROOT.glob("csrc/cpu/kernels/*.cpp")))
+        kernels = sum(len(found[level]) for level in LEVELS)
+        if kernels == wanted and found["core"] and min(built) >= max(path.stat().st_mtime for path in sources):
+            return found
+    return None
+
+
 @pytest.fixture(scope="module", params=BUILD_TYPES)
 def objects(request: pytest.FixtureRequest) -> dict[str, list[Path]]:
     """Level -> its object files, and "core": everything else that runs on any machine."""
     import pybind11
 
+    if found := already_built(request.param):
+        return found
     folder = ROOT / "build" / "symbols" / request.param
     run(
         tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_BUILD_TYPE={request.param}",
@@ -56,8 +80,7 @@ def objects(request: pytest.FixtureRequest) -> dict[str, list[Path]]:
     )  # fmt: skip
     targets = [f"kernels_{level}" for level in LEVELS] + ["kvstrata_core"]
     run(tool("cmake"), "--build", str(folder), "--target", *targets)
-    found = {level: sorted(folder.glob(f"CMakeFiles/kernels_{level}.dir/**/*.o")) for level in LEVELS}
-    found["core"] = sorted(folder.glob("CMakeFiles/kvstrata_core.dir/**/*.o"))
+    found = objects_in(folder)
     assert all(found.values()), found
     return found
 
