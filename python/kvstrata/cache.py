@@ -30,8 +30,8 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
-    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts for
+    itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
 
     def __init__(
@@ -40,8 +40,14 @@ class Cache:
         budget: Budget | str | int | None = None,
         policy: Policy | str | None = None,
         *,
+        far: str | None = "auto",
+        ledger: None = None,
         hold: int = 64,
     ) -> None:
+        if far not in ("auto", None):
+            raise Unsupported(f"Cache: far is {far!r}, this build has no Far tier; expected 'auto' or None")
+        if ledger is not None:
+            raise Unsupported("Cache: a shared ledger is not built yet; expected None")
         if hold < 0:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Step:
         self._columns = columns
         self._padding = columns is not None and len(tokens) < len(seqs) * columns
         self._is_open = False
+        self._attended: set[int] = set()
         self.closed = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -69,6 +71,9 @@ class Step:
     def commit(self) -> None:
         """Makes the step's tokens part of their sequences, seals, plans. Every layer must have attended."""
         self._check_open("commit")
+        if missing := sorted(set(range(len(self._cache.shape.layers))) - self._attended):
+            self.rollback()
+            raise ValueError(f"commit: layers {missing} did not attend in this step, expected all; it was rolled back")
         longest = self._store.longest
         before = [self._store.length(i) for i in self._ids]
         try:
@@ -144,6 +149,11 @@ class Step:
         spec = self._check(layer, q, k, v, sinks)
         scale = spec.head_dim**-0.5 if scale is None else float(scale)
         cap = 0.0 if softcap is None else float(softcap)
+        if not isfinite(scale):
+            raise ValueError(f"attend: scale is {scale}, expected a finite number")
+        if not 0.0 <= cap < inf:
+            raise ValueError(f"attend: softcap is {cap}, expected None or a finite number >= 0")
+        self._attended.add(layer)
         sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         if self._cut or self._store.longest > DENSE_ABOVE:
             return self._attend_chunk(layer, spec, q, k, v, scale, cap, sink)
@@ -250,6 +260,8 @@ class Step:
         layers = self._cache.shape.layers
         if not 0 <= layer < len(layers):
             raise ValueError(f"attend: layer is {layer}, expected 0..{len(layers) - 1}")
+        if layer in self._attended:
+            raise ValueError(f"attend: layer {layer} was attended already in this step, expected once")
         spec = layers[layer]
         lead = (len(self._tokens),) if self._columns is None else (len(self._ids), self._columns)
         for name, x, heads in (("q", q, spec.q_heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads)):
