@@ -5,7 +5,8 @@
 
 namespace kvstrata::bind {
 
-void bind_ops(pybind11::module_& m);     // ops on tensor views, instruction-set levels
-void bind_store(pybind11::module_& m);   // Store: tables, pools, steps
+void bind_ops(pybind11::module_& m);    // ops on tensor views
+void bind_isa(pybind11::module_& m);    // instruction-set levels, threads, settings
+void bind_store(pybind11::module_& m);  // Store: tables, pools, steps
 
 }  // namespace kvstrata::bind

@@ -4,7 +4,8 @@
 //
 // Dimensions D..Dp of the page (D padded to 16) are written as zeros. Elements are converted from `dtype` to the page's
 // format by round-to-nearest-even; equal types are copied bit for bit, NaN payloads included. A token whose page id is -1
-// is skipped. Slots that are not named keep their bytes. No two tokens of one call may name the same (page, slot).
+// is skipped. Slots that are not named keep their bytes. No two tokens of one call may name the same (page, slot);
+// a row's tokens of one page follow each other (skipped ones aside), and no page is named by two rows.
 #pragma once
 
 #include "ops/pool_view.h"

@@ -33,7 +33,7 @@ struct AttendRow {             // one (sequence, KV head)
     int64_t lse_stride_g;
     const int32_t* tokens;     // [T] index of query t along the strided T axis of q, out and lse, or null: 0, 1, 2, ...
     const PageId* pages;       // [M]
-    const uint16_t* visible;   // [M] slot masks
+    const uint16_t* visible;   // [M] slot masks, or null: all slots
     const float* bias;         // [M, 16] or null
     const float* sinks;        // [G] sink logits or null
     const int32_t* q_pos;      // [T] positions of the queries; null unless window > 0

@@ -17,6 +17,7 @@ struct PackParams {
     void* k;                   // [P, 16, D] contiguous, in the page's format (pack reads, unpack writes)
     void* v;                   // [P, 16, D]
     const PoolView* pools;     // [8]
+    int32_t threads = 1;
 };
 
 void pack(const PackParams& params);

@@ -1,0 +1,35 @@
+// What runs here: instruction-set levels, whose threads, settings.
+#include <string>
+
+#include "bind/bind.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "ops/settings.h"
+
+namespace kvstrata::bind {
+
+namespace py = pybind11;
+
+void bind_isa(py::module_& m) {
+    m.def("isa", [] { return cpu::levels()[static_cast<int>(cpu::active_isa())].name; });
+    m.def("isa_levels", [] {  // (name, available, why not, level whose kernels it runs)
+        py::list levels;
+        for (int i = 0; i < cpu::kIsaLevels; ++i) {
+            const cpu::LevelInfo& level = cpu::levels()[i];
+            levels.append(py::make_tuple(level.name, level.available, level.reason, level.kernels));
+        }
+        return levels;
+    });
+    m.def("set_isa", &cpu::use_isa, py::arg("level"));
+    m.def("threads_source", &cpu::threads_source);
+    m.def("prefer_own_pool", &cpu::prefer_own_pool, py::arg("own"));
+    m.def("settings", [] {
+        py::dict d;
+        d["isa"] = settings().isa;
+        d["check"] = settings().check;
+        d["log"] = settings().log;
+        return d;
+    });
+}
+
+}  // namespace kvstrata::bind

@@ -1,0 +1,296 @@
+// Ops on tensor views. All checks come before any work, and the work runs without the GIL.
+#include <pybind11/stl.h>
+
+#include "bind/bind.h"
+#include "bind/tensors.h"
+#include "common/check.h"
+#include "common/layout.h"
+#include "ops/append.h"
+#include "ops/attend.h"
+#include "ops/mass.h"
+#include "ops/merge.h"
+#include "ops/pack.h"
+#include "ops/supported.h"
+
+namespace kvstrata::bind {
+namespace {
+
+constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType::f16};
+
+void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, py::sequence pools_,
+            py::handle position_, int threads) {
+    const Argument k("append", "k", k_), v("append", "v", v_), pages("append", "pages", pages_),
+        slots("append", "slots", slots_), position("append", "position", position_);
+    k.expect_rank({"R", "T", "D"});
+    const int64_t R = k.shape(0), T = k.shape(1), D = k.shape(2);
+    k.expect(kFloats, {{"R", R}, {"T", T}, {"D", D}});
+    v.expect({k.dtype()}, {{"R", R}, {"T", T}, {"D", D}}, "as k");
+    pages.expect({DType::i32}, {{"R", R}, {"T", T}}, "set by k");
+    slots.expect({DType::u8}, {{"R", R}, {"T", T}}, "set by k");
+    position.expect({DType::i32}, {{"R", R}}, "set by k").expect_contiguous();
+    const Pools pools("append", pools_);
+    std::vector<ops::AppendRow> rows(static_cast<size_t>(R));
+    for (int64_t r = 0; r < R; ++r) {
+        const PageId* ids = pages.row<PageId>(r);
+        const uint8_t* at = slots.row<uint8_t>(r);
+        for (int64_t t = 0; t < T; ++t) {
+            if (ids[t] == kNoPage) continue;
+            pools.check_id(ids[t], static_cast<int>(D), "pages", r, t);
+            check(at[t] < kSlots, "append: slots[", r, ", ", t, "] is ", int{at[t]}, ", expected 0 to ", kSlots - 1);
+        }
+        rows[r] = {k.row<void>(r),
+                   v.row<void>(r),
+                   k.stride(1),
+                   v.stride(1),
+                   nullptr,
+                   ids,
+                   at,
+                   static_cast<int32_t>(T),
+                   position.data<int32_t>()[r]};
+    }
+    const ops::AppendParams params{rows.data(), static_cast<int32_t>(R), static_cast<int32_t>(D),
+                                   k.dtype(),   pools.views(),           threads};
+    py::gil_scoped_release release;
+    ops::append(params);
+}
+
+ops::AttendParams attend_params(std::vector<ops::AttendRow>& rows, int group, int head_dim, int threads) {
+    ops::AttendParams params{};
+    params.rows = rows.data();
+    params.n_rows = static_cast<int32_t>(rows.size());
+    params.group = group;
+    params.head_dim = head_dim;
+    params.threads = threads;
+    return params;
+}
+
+int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, int entries, int threads) {
+    ops::AttendRow row{};
+    row.entries = entries;
+    row.queries = queries;
+    std::vector<ops::AttendRow> all(static_cast<size_t>(rows), row);
+    return ops::attend_workspace_bytes(attend_params(all, group, head_dim, threads));
+}
+
+struct AttendArguments {
+    Argument q, pages, visible, bias, sinks, own, tree, q_pos, out, lse, logits, workspace;
+
+    explicit AttendArguments(const py::dict& d)
+        : q("attend", "q", d["q"]),
+          pages("attend", "pages", d["pages"]),
+          visible("attend", "visible", d["visible"]),
+          bias("attend", "bias", d["bias"]),
+          sinks("attend", "sinks", d["sinks"]),
+          own("attend", "own", d["own"]),
+          tree("attend", "tree", d["tree"]),
+          q_pos("attend", "q_pos", d["q_pos"]),
+          out("attend", "out", d["out"]),
+          lse("attend", "lse", d["lse"]),
+          logits("attend", "logits", d["want_logits"]),
+          workspace("attend", "workspace", d["workspace"]) {
+        q.expect_rank({"R", "T", "G", "D"});
+        pages.expect_rank({"R", "K"});
+        const Dim R{"R", q.shape(0)}, T{"T", q.shape(1)}, G{"G", q.shape(2)}, D{"D", q.shape(3)},
+            K{"K", pages.shape(1)};
+        const Dim S{"16", kSlots};
+        q.expect(kFloats, {R, T, G, D});
+        pages.expect({DType::i32}, {R, K}, "R set by q");
+        visible.expect({DType::u16}, {R, K}, "K set by pages");
+        bias.expect({DType::f32}, {R, K, S}, "K set by pages").expect_contiguous();
+        sinks.expect({DType::f32}, {R, G}, "set by q");
+        own.expect({DType::i32}, {R}, "set by q").expect_contiguous();
+        tree.expect({DType::u64, DType::i64}, {R, T}, "set by q");
+        q_pos.expect({DType::i32}, {R, T}, "set by q");
+        out.expect(kFloats, {R, T, G, D}, "as q");
+        lse.expect({DType::f32}, {R, T, G}, "set by q");
+        logits.expect({DType::f32}, {R, G, T, K, S}, "set by q and pages").expect_contiguous();
+    }
+
+    void check_ids(const Pools& pools) const {
+        for (int64_t r = 0; r < q.shape(0); ++r) {
+            const PageId* ids = pages.row<PageId>(r);
+            const uint16_t* masks = visible.row<uint16_t>(r);
+            for (int64_t e = 0; e < pages.shape(1); ++e) {  // what is not read may hold anything
+                if (ids[e] == kNoPage || (masks && !masks[e])) continue;
+                pools.check_id(ids[e], static_cast<int>(q.shape(3)), "pages", r, e);
+            }
+        }
+    }
+
+    std::vector<ops::AttendRow> rows() const {
+        std::vector<ops::AttendRow> rows(static_cast<size_t>(q.shape(0)));
+        for (int64_t r = 0; r < q.shape(0); ++r) {
+            ops::AttendRow& row = rows[r];
+            row.q = q.row<void>(r);
+            row.q_stride_t = q.stride(1), row.q_stride_g = q.stride(2);
+            row.out = out.row<void>(r);
+            row.out_stride_t = out.stride(1), row.out_stride_g = out.stride(2);
+            row.lse = lse.row<float>(r);
+            row.lse_stride_t = lse.stride(1), row.lse_stride_g = lse.stride(2);
+            row.pages = pages.row<PageId>(r);
+            row.visible = visible.row<uint16_t>(r);
+            row.bias = bias.row<float>(r);
+            row.sinks = sinks.row<float>(r);
+            row.q_pos = q_pos.row<int32_t>(r);
+            row.tree = tree.row<uint64_t>(r);
+            row.logits = logits.row<float>(r);
+            row.entries = static_cast<int32_t>(pages.shape(1));
+            row.queries = static_cast<int32_t>(q.shape(1));
+            row.own = own.given() ? own.data<int32_t>()[r] : 0;
+        }
+        return rows;
+    }
+};
+
+// One dict of tensors, because an op with this many of them is easier to call wrongly by position.
+void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, int window, int threads) {
+    const AttendArguments a(tensors);
+    const Pools pools("attend", pools_);
+    a.check_ids(pools);
+    if (window > 0) pools.check_positions();
+    std::vector<ops::AttendRow> rows = a.rows();
+    ops::AttendParams params =
+        attend_params(rows, static_cast<int>(a.q.shape(2)), static_cast<int>(a.q.shape(3)), threads);
+    params.q_dtype = a.q.dtype();
+    params.out_dtype = a.out.dtype();
+    params.pools = pools.views();
+    params.scale = scale;
+    params.softcap = softcap;
+    params.window = window;
+    const int64_t bytes = ops::attend_workspace_bytes(params);
+    check(bytes == 0 || (a.workspace.given() && a.workspace.shape(0) >= bytes), "attend: workspace has ",
+          a.workspace.given() ? a.workspace.shape(0) : 0, " bytes, expected at least ", bytes);
+    params.workspace = a.workspace.data<void>();
+    check(reinterpret_cast<uintptr_t>(params.workspace) % 64 == 0, "attend: workspace is not 64-byte aligned");
+    py::gil_scoped_release release;
+    ops::attend(params);
+}
+
+void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_, py::handle lse_, int threads) {
+    check(outs_.size() >= 1, "merge: outs has 0 parts, expected at least 1");
+    check(outs_.size() == lses_.size(), "merge: lses has ", lses_.size(), " parts, expected ", outs_.size(),
+          " (set by outs)");
+    const Argument first("merge", "outs[0]", outs_[0]), out("merge", "out", out_), lse("merge", "lse", lse_);
+    first.expect_rank({"N", "D"});
+    const Dim N{"N", first.shape(0)}, D{"D", first.shape(1)};
+    std::vector<const float*> outs, lses;
+    for (size_t j = 0; j < outs_.size(); ++j) {
+        const std::string part = message("outs[", j, "]"), weight = message("lses[", j, "]");
+        const Argument o("merge", part.c_str(), outs_[j]), l("merge", weight.c_str(), lses_[j]);
+        o.expect({DType::f32}, {N, D}, "set by outs[0]").expect_contiguous();
+        l.expect({DType::f32}, {N}, "set by outs[0]").expect_contiguous();
+        outs.push_back(o.data<float>());
+        lses.push_back(l.data<float>());
+    }
+    out.expect(kFloats, {N, D}, "set by outs[0]").expect_contiguous();
+    lse.expect({DType::f32}, {N}, "set by outs[0]").expect_contiguous();
+    const ops::MergeParams params{outs.data(),
+                                  lses.data(),
+                                  static_cast<int32_t>(outs.size()),
+                                  N.size,
+                                  static_cast<int32_t>(D.size),
+                                  out.data<void>(),
+                                  out.dtype(),
+                                  lse.data<float>(),
+                                  threads};
+    py::gil_scoped_release release;
+    ops::merge(params);
+}
+
+void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int threads) {
+    const Argument logits("mass", "logits", logits_), lse("mass", "lse", lse_), out("mass", "out", mass_);
+    logits.expect_rank({"R", "G", "T", "K", "16"});
+    const Dim R{"R", logits.shape(0)}, G{"G", logits.shape(1)}, T{"T", logits.shape(2)}, K{"K", logits.shape(3)};
+    const Dim S{"16", kSlots};
+    logits.expect({DType::f32}, {R, G, T, K, S}).expect_contiguous();
+    lse.expect({DType::f32}, {R, G, T}, "set by logits").expect_contiguous();
+    out.expect({DType::f32}, {R, K, S}, "set by logits").expect_contiguous();
+    const auto n = [](const Dim& d) { return static_cast<int32_t>(d.size); };
+    const ops::MassParams params{logits.data<float>(),
+                                 lse.data<float>(),
+                                 out.data<float>(),
+                                 n(R),
+                                 n(G),
+                                 n(T),
+                                 n(K),
+                                 static_cast<ops::Reduce>(reduce),
+                                 threads};
+    py::gil_scoped_release release;
+    ops::mass(params);
+}
+
+void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::handle pages_, py::handle k_,
+                   py::handle v_, const py::sequence& pools_, int threads) {
+    const Argument pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_);
+    pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}});
+    k.expect_rank({"P", "16", "D"});
+    const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
+    k.expect(kFloats, {P, S, D}, "P set by pages").expect_contiguous();
+    v.expect({k.dtype()}, {P, S, D}, "as k").expect_contiguous();
+    const Pools pools(op, pools_);
+    const PageId* ids = pages.data<PageId>();
+    for (int64_t i = 0; i < P.size; ++i) {
+        pools.check_id(ids[i], static_cast<int>(D.size), "pages", 0, i);
+        const Format format = pools.views()[page_pool(ids[i])].format;
+        check(static_cast<int>(format) == static_cast<int>(k.dtype()), op, ": k has dtype ", ops::name(k.dtype()),
+              ", expected ", ops::name(format), " (the format of pages[", i, "])");
+    }
+    const ops::PackParams params{ids,
+                                 static_cast<int32_t>(P.size),
+                                 static_cast<int32_t>(D.size),
+                                 k.data<void>(),
+                                 v.data<void>(),
+                                 pools.views(),
+                                 threads};
+    py::gil_scoped_release release;
+    work(params);
+}
+
+py::dict supported() {
+    py::dict d;
+    py::list dims, formats;
+    for (int tuned : ops::kTunedDims) dims.append(tuned);
+    for (Format f : ops::kFormats) formats.append(ops::name(f));
+    d["tuned_dims"] = dims;
+    d["max_head_dim"] = kMaxHeadDim;
+    d["max_group"] = ops::kMaxGroup;
+    d["formats"] = formats;
+    return d;
+}
+
+int64_t bytes_of_page(int format, int head_dim) {
+    const bool known = format >= 0 && is_full(static_cast<Format>(format));
+    if (!known) throw Unsupported(message("page_bytes: format is ", format, ", expected 0 (f32), 1 (bf16) or 2 (f16)"));
+    check(head_dim >= 1 && head_dim <= kMaxHeadDim, "page_bytes: head_dim is ", head_dim, ", expected 1 to ",
+          kMaxHeadDim);
+    return page_bytes(static_cast<Format>(format), head_dim);
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+    m.def("append", &append, py::arg("k"), py::arg("v"), py::arg("pages"), py::arg("slots"), py::arg("pools"),
+          py::arg("position"), py::arg("threads"));
+    m.def("attend_workspace_bytes", &attend_workspace_bytes, py::arg("rows"), py::arg("queries"), py::arg("group"),
+          py::arg("head_dim"), py::arg("entries"), py::arg("threads"));
+    m.def("attend", &attend, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
+          py::arg("window"), py::arg("threads"));
+    m.def("merge", &merge, py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"), py::arg("threads"));
+    m.def("mass", &mass, py::arg("logits"), py::arg("lse"), py::arg("out"), py::arg("reduce"), py::arg("threads"));
+    m.def(
+        "pack",
+        [](py::handle pages, py::handle k, py::handle v, const py::sequence& pools, int threads) {
+            convert_pages("pack", &ops::pack, pages, k, v, pools, threads);
+        },
+        py::arg("pages"), py::arg("k"), py::arg("v"), py::arg("pools"), py::arg("threads"));
+    m.def(
+        "unpack",
+        [](py::handle pages, py::handle k, py::handle v, const py::sequence& pools, int threads) {
+            convert_pages("unpack", &ops::unpack, pages, k, v, pools, threads);
+        },
+        py::arg("pages"), py::arg("k"), py::arg("v"), py::arg("pools"), py::arg("threads"));
+    m.def("page_bytes", &bytes_of_page, py::arg("format"), py::arg("head_dim"));
+    m.def("supported", &supported);
+}
+
+}  // namespace kvstrata::bind

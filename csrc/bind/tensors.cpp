@@ -1,0 +1,158 @@
+#include "bind/tensors.h"
+
+#include "common/check.h"
+#include "common/layout.h"
+#include "ops/supported.h"
+
+namespace kvstrata::bind {
+namespace {
+
+std::string shape_text(const TensorView& view) {
+    std::ostringstream out;
+    for (int i = 0; i < view.dims; ++i) out << (i ? ", " : "[") << view.shape[i];
+    out << (view.dims ? "]" : "[]");
+    return out.str();
+}
+
+std::string wanted_text(std::initializer_list<Dim> dims) {
+    std::ostringstream out;
+    const char* separator = "[";
+    for (const Dim& d : dims) {
+        out << separator << d.name;
+        if (std::to_string(d.size) != d.name) out << "=" << d.size;
+        separator = ", ";
+    }
+    out << "]";
+    return out.str();
+}
+
+std::string types_text(std::initializer_list<DType> types) {
+    std::ostringstream out;
+    const char* separator = "";
+    for (DType t : types) {
+        out << separator << ops::name(t);
+        separator = " or ";
+    }
+    return out.str();
+}
+
+int64_t count(const TensorView& view) {
+    int64_t n = 1;
+    for (int i = 0; i < view.dims; ++i) n *= view.shape[i];
+    return n;
+}
+
+}  // namespace
+
+Argument::Argument(const char* op, const char* name, py::handle tensor)
+    : op_(op), name_(name), given_(!tensor.is_none()) {
+    if (!given_) return;
+    const py::tuple parts = py::reinterpret_borrow<py::tuple>(tensor);
+    check(py::isinstance<py::tuple>(tensor) && parts.size() == 5, op, ": ", name,
+          " is not (pointer, shape, strides, dtype, device)");
+    const py::tuple shape = parts[1], strides = parts[2];
+    check(shape.size() <= kMaxDims && shape.size() == strides.size(), op, ": ", name, " has ", shape.size(),
+          " dimensions, expected at most ", kMaxDims);
+    view_.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+    view_.dims = static_cast<int>(shape.size());
+    for (int i = 0; i < view_.dims; ++i) {
+        view_.shape[i] = shape[i].cast<int64_t>();
+        view_.strides[i] = strides[i].cast<int64_t>();
+    }
+    view_.dtype = static_cast<DType>(parts[3].cast<int>());
+    view_.device = static_cast<Device>(parts[4].cast<int>());
+}
+
+const Argument& Argument::expect_rank(std::initializer_list<const char*> dims) const {
+    std::ostringstream wanted;
+    for (const char* d : dims) wanted << (wanted.tellp() ? ", " : "[") << d;
+    check(given_, op_, ": ", name_, " is missing, expected ", wanted.str(), "]");
+    check(view_.dims == static_cast<int>(dims.size()), op_, ": ", name_, " is ", shape_text(view_), ", expected ",
+          wanted.str(), "]");
+    return *this;
+}
+
+const Argument& Argument::expect(std::initializer_list<DType> types, std::initializer_list<Dim> dims,
+                                 const char* note) const {
+    if (!given_) return *this;
+    check(view_.device == Device::cpu, op_, ": ", name_, " is on cuda, expected cpu");
+    bool known = false;
+    for (DType t : types) known |= t == view_.dtype;
+    check(known, op_, ": ", name_, " has dtype ", ops::name(view_.dtype), ", expected ", types_text(types));
+    bool same = view_.dims == static_cast<int>(dims.size());
+    int i = 0;
+    for (const Dim& d : dims) same = same && view_.shape[i++] == d.size;
+    check(same, op_, ": ", name_, " is ", shape_text(view_), ", expected ", wanted_text(dims), *note ? " (" : "", note,
+          *note ? ")" : "");
+    const int last = view_.dims - 1;
+    check(last < 0 || view_.strides[last] == 1 || view_.shape[last] <= 1 || !count(view_), op_, ": ", name_,
+          " has stride ", last < 0 ? 0 : view_.strides[last], " in its last dimension, expected 1 (contiguous)");
+    return *this;
+}
+
+const Argument& Argument::expect_contiguous() const {
+    int64_t stride = 1;
+    for (int i = view_.dims - 1; given_ && i >= 0 && count(view_); --i) {
+        check(view_.shape[i] == 1 || view_.strides[i] == stride, op_, ": ", name_, " has stride ", view_.strides[i],
+              " in dimension ", i, ", expected ", stride, " (contiguous)");
+        stride *= view_.shape[i];
+    }
+    return *this;
+}
+
+Pools::Pools(const char* op, const py::sequence& pools) : op_(op), count_(static_cast<int>(pools.size())) {
+    check(count_ <= kMaxPools, op, ": pools has ", count_, " pools, expected at most ", kMaxPools);
+    for (int i = 0; i < count_; ++i) {
+        const py::tuple pool = pools[i];
+        const py::sequence slabs = pool[3];
+        Slabs& s = slabs_[i];
+        PoolView& view = views_[i];
+        view.format = static_cast<Format>(pool[0].cast<int>());
+        s.head_dim = pool[1].cast<int>();
+        view.stride = pool[2].cast<int64_t>();
+        if (!is_full(view.format)) {
+            throw Unsupported(
+                message(op, ": pools[", i, "] has format ", ops::name(view.format), ", expected f32, bf16 or f16"));
+        }
+        const int64_t least = page_bytes(view.format, s.head_dim);
+        check(view.stride >= least && view.stride % 64 == 0, op, ": pools[", i, "] has a stride of ", view.stride,
+              " bytes, expected a multiple of 64 of at least ", least);
+        for (const py::handle slab : slabs) {
+            const py::tuple parts = py::reinterpret_borrow<py::tuple>(slab);
+            const uintptr_t data = parts[0].cast<uintptr_t>();
+            check(data % 64 == 0, op, ": pools[", i, "] slab ", s.data.size(), " starts ", data % 64,
+                  " bytes past a 64-byte boundary, expected none");
+            s.data.push_back(reinterpret_cast<unsigned char*>(data));
+            s.pages.push_back(parts[1].cast<int32_t>());
+            s.positions.push_back(reinterpret_cast<int32_t*>(parts[2].cast<uintptr_t>()));
+        }
+        view.n_slabs = static_cast<int32_t>(s.data.size());
+        view.slabs = s.data.data();
+        view.positions = s.positions.data();
+    }
+}
+
+void Pools::check_id(PageId id, int head_dim, const char* argument, int64_t i, int64_t j) const {
+    check(id >= 0, op_, ": ", argument, "[", i, ", ", j, "] is ", id, ", expected a page or -1");
+    const int pool = page_pool(id);
+    check(pool < count_, op_, ": ", argument, "[", i, ", ", j, "] names pool ", pool, ", expected one of ", count_,
+          " pools");
+    const Slabs& s = slabs_[pool];
+    const int slabs = views_[pool].n_slabs;
+    check(page_slab(id) < slabs, op_, ": ", argument, "[", i, ", ", j, "] names slab ", page_slab(id), " of pool ",
+          pool, ", expected one of ", slabs, " slabs");
+    check(page_index(id) < s.pages[page_slab(id)], op_, ": ", argument, "[", i, ", ", j, "] names page ",
+          page_index(id), " of pool ", pool, " slab ", page_slab(id), ", expected one of ", s.pages[page_slab(id)],
+          " pages");
+    check(s.head_dim == head_dim, op_, ": pools[", pool, "] has head_dim ", s.head_dim, ", expected ", head_dim);
+}
+
+void Pools::check_positions() const {
+    for (int i = 0; i < count_; ++i) {
+        for (const int32_t* positions : slabs_[i].positions) {
+            check(positions, op_, ": pools[", i, "] has no positions, expected them (a window is given)");
+        }
+    }
+}
+
+}  // namespace kvstrata::bind

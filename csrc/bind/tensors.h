@@ -1,0 +1,83 @@
+// Tensors and pools as Python hands them over, and the checks of their shapes.
+//
+// A tensor is the tuple (pointer, shape, strides in elements, dtype, device) of plain ints; a pool is (format,
+// head_dim, stride in bytes, [(pointer, pages, positions pointer), ...]). Neither torch nor numpy is needed to make
+// one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <vector>
+
+#include "common/view.h"
+#include "ops/pool_view.h"
+
+namespace kvstrata::bind {
+
+namespace py = pybind11;
+
+struct Dim {
+    const char* name;
+    int64_t size;
+};
+
+// One argument of an op. Every message names op, argument, expected and actual.
+class Argument {
+  public:
+    Argument(const char* op, const char* name, py::handle tensor);  // None: absent
+
+    bool given() const { return given_; }
+    int64_t shape(int i) const { return view_.shape[i]; }
+    int64_t stride(int i) const { return view_.strides[i]; }
+    DType dtype() const { return view_.dtype; }
+
+    // On the CPU, of one of the types, of this shape, last dimension contiguous. `note` says what set the sizes.
+    const Argument& expect(std::initializer_list<DType> types, std::initializer_list<Dim> dims,
+                           const char* note = "") const;
+    const Argument& expect_rank(std::initializer_list<const char*> dims) const;
+    const Argument& expect_contiguous() const;
+
+    // Row i of dimension 0, or null if the argument is absent.
+    template <class T>
+    T* row(int64_t i) const {
+        return given_ ? reinterpret_cast<T*>(bytes() + i * view_.strides[0] * dtype_bytes(view_.dtype)) : nullptr;
+    }
+    template <class T>
+    T* data() const {
+        return given_ ? static_cast<T*>(view_.data) : nullptr;
+    }
+
+  private:
+    unsigned char* bytes() const { return static_cast<unsigned char*>(view_.data); }
+    const char* op_;
+    const char* name_;
+    bool given_;
+    TensorView view_;
+};
+
+// The pools of a call, and what their page ids may be.
+class Pools {
+  public:
+    Pools(const char* op, const py::sequence& pools);
+
+    const PoolView* views() const { return views_; }
+
+    // Throws unless `id` is a page of a pool whose head_dim is D; `argument`[i, j] says where it stands.
+    void check_id(PageId id, int head_dim, const char* argument, int64_t i, int64_t j) const;
+    void check_positions() const;  // every pool has them
+
+  private:
+    struct Slabs {
+        int head_dim = 0;
+        std::vector<unsigned char*> data;
+        std::vector<int32_t*> positions;
+        std::vector<int32_t> pages;
+    };
+    const char* op_;
+    int count_ = 0;
+    Slabs slabs_[kMaxPools];
+    PoolView views_[kMaxPools] = {};
+};
+
+}  // namespace kvstrata::bind

@@ -1,0 +1,160 @@
+#include "ops/attend.h"
+
+#include <algorithm>
+
+#include "cpu/attend_masks.h"
+#include "cpu/attend_plan.h"
+#include "cpu/isa.h"
+#include "cpu/merge.h"
+#include "cpu/parallel.h"
+#include "ops/backends.h"
+
+namespace kvstrata::cpu {
+namespace {
+
+constexpr int kAhead = 2;           // pages prefetched ahead, measured
+constexpr int64_t kAloneWork = 64;  // pages in all below which the caller works alone
+
+// One unit of work: a chunk of a row's entries for all its query rows, or all entries for one tile of them.
+// Query row n of a KV row is query n / G of head n % G: rows of one query are neighbours and share their masks.
+class Unit {
+  public:
+    Unit(const ops::AttendParams& params, const Plan& plan, const Kernels& kernels, int unit, int worker)
+        : p_(params),
+          plan_(plan),
+          kernels_(kernels),
+          row_(params.rows[plan.row_of(unit)]),
+          cut_(plan.row(plan.row_of(unit))),
+          index_(unit - cut_.first_unit),
+          s_(plan.scratch(worker)),
+          stride_(padded_dim(params.head_dim)) {}
+
+    void run() {
+        const int rows = row_.queries * p_.group;
+        if (cut_.split) {
+            float* const acc = plan_.partial(cut_, index_, rows);
+            const int begin = index_ * cut_.chunk, end = std::min(cut_.entries, begin + cut_.chunk);
+            attend_rows(0, rows, begin, end, acc);
+            normalise(rows, acc, plan_.partial_lse(cut_, index_, rows));
+            if (cut_.left.fetch_sub(1, std::memory_order_acq_rel) == 1) merge_row(rows);
+        } else {
+            const int first = index_ * kTileRows, n = std::min(kTileRows, rows - first);
+            attend_rows(first, n, 0, cut_.entries, s_.acc);
+            normalise(n, s_.acc, s_.rescale);
+            for (int i = 0; i < n; ++i) {
+                const auto part = [&](int) {
+                    return Partial{s_.acc + static_cast<int64_t>(i) * stride_, s_.rescale[i]};
+                };
+                write(first + i, 1, part);
+            }
+        }
+        if (row_.logits && index_ == cut_.units - 1) clear_tail(rows);
+    }
+
+  private:
+    int token(int n) const { return row_.tokens ? row_.tokens[n / p_.group] : n / p_.group; }
+    float* logits(int n, int entry) const {
+        const int64_t line = static_cast<int64_t>(n % p_.group) * row_.queries + n / p_.group;
+        return row_.logits + (line * row_.entries + entry) * kSlots;
+    }
+
+    void load_queries(int first, int n) {
+        const int bytes = dtype_bytes(p_.q_dtype);
+        for (int i = 0; i < n; ++i) {
+            const int64_t at = token(first + i) * row_.q_stride_t + (first + i) % p_.group * row_.q_stride_g;
+            float* const q = s_.q + static_cast<int64_t>(i) * stride_;
+            kernels_.convert(q, DType::f32, static_cast<const char*>(row_.q) + at * bytes, p_.q_dtype, p_.head_dim);
+        }
+    }
+
+    // The page `kAhead` entries on, if this unit will read it.
+    const unsigned char* ahead_of(int entry, int end) const {
+        const int next = entry + kAhead;
+        return next < end && visible_slots(row_, next) ? page_at(p_.pools, row_.pages[next]) : nullptr;
+    }
+
+    // Running softmax of query rows [first, first + n) over entries [begin, end): acc, s_.maximum, s_.sum.
+    void attend_rows(int first, int n, int begin, int end, float* acc) {
+        load_queries(first, n);
+        std::fill_n(acc, static_cast<int64_t>(n) * stride_, 0.0f);
+        std::fill_n(s_.sum, n * kSlots, 0.0f);
+        std::fill_n(s_.maximum, n, kMinusInf);
+        AttendTile tile{s_.q,       acc,      s_.maximum, s_.sum, s_.z,        s_.p,    s_.rescale, s_.live,
+                        s_.decoded, s_.masks, nullptr,    n,      p_.head_dim, stride_, p_.scale,   p_.softcap};
+        const int first_query = first / p_.group, last_query = (first + n - 1) / p_.group;
+        MaskWalk walk(p_, row_, first_query, last_query - first_query + 1, begin);
+        for (int e = begin; e < end; ++e) {
+            if (walk.next(e, s_.query_masks)) {
+                for (int i = 0; i < n; ++i) s_.masks[i] = s_.query_masks[(first + i) / p_.group - first_query];
+                tile.bias = row_.bias ? row_.bias + static_cast<int64_t>(e) * kSlots : nullptr;
+                const PageId id = row_.pages[e];
+                const int format = static_cast<int>(p_.pools[page_pool(id)].format);
+                kernels_.attend_page[format](tile, page_at(p_.pools, id), ahead_of(e, end));
+            } else if (row_.logits) {
+                std::fill_n(s_.z, n * kSlots, kMinusInf);
+            }
+            for (int i = 0; row_.logits && i < n; ++i) std::copy_n(s_.z + i * kSlots, kSlots, logits(first + i, e));
+        }
+    }
+
+    // acc to outputs, sums to log-sum-exps. A row that read nothing keeps its zeros.
+    void normalise(int n, float* acc, float* lse) {
+        for (int i = 0; i < n; ++i) {
+            float total = 0.0f;
+            for (int lane = 0; lane < kSlots; ++lane) total += s_.sum[i * kSlots + lane];
+            lse[i] = total == 0.0f ? kMinusInf : s_.maximum[i] + std::log(total);
+            if (total != 0.0f) kernels_.divide(acc + static_cast<int64_t>(i) * stride_, total, stride_);
+        }
+    }
+
+    void merge_row(int rows) {
+        for (int n = 0; n < rows; ++n) {
+            write(n, cut_.units, [&](int unit) {
+                return Partial{plan_.partial(cut_, unit, rows) + static_cast<int64_t>(n) * stride_,
+                               plan_.partial_lse(cut_, unit, rows)[n]};
+            });
+        }
+    }
+
+    // Merges the parts of query row n with its sink and writes out and lse.
+    template <class At>
+    void write(int n, int parts, At part) {
+        alignas(64) float merged[kMaxHeadDim];
+        const int head = n % p_.group;
+        const float sink = row_.sinks ? row_.sinks[head] : kMinusInf;
+        const float lse = combine(kernels_, parts, part, sink, merged, p_.head_dim);
+        const int64_t at = token(n) * row_.out_stride_t + head * row_.out_stride_g;
+        void* const out = static_cast<char*>(row_.out) + at * dtype_bytes(p_.out_dtype);
+        kernels_.convert(out, p_.out_dtype, merged, DType::f32, p_.head_dim);
+        if (row_.lse) row_.lse[token(n) * row_.lse_stride_t + head * row_.lse_stride_g] = lse;
+    }
+
+    // The logits of trailing -1 entries, which no unit visits.
+    void clear_tail(int rows) {
+        const int64_t tail = static_cast<int64_t>(row_.entries - cut_.entries) * kSlots;
+        for (int n = 0; n < rows; ++n) std::fill_n(logits(n, cut_.entries), tail, kMinusInf);
+    }
+
+    const ops::AttendParams& p_;
+    const Plan& plan_;
+    const Kernels& kernels_;
+    const ops::AttendRow& row_;
+    RowPlan& cut_;
+    const int index_;
+    const Scratch s_;
+    const int stride_;
+};
+
+}  // namespace
+
+int64_t attend_workspace_bytes(const ops::AttendParams& params) { return Plan::bytes(params); }
+
+void attend(const ops::AttendParams& params) {
+    if (!params.n_rows) return;
+    const Kernels& k = kernels();
+    const Plan plan(params);
+    parallel(plan.units(), plan.work() < kAloneWork ? 1 : params.threads,
+             [&](int64_t unit, int worker) { Unit(params, plan, k, static_cast<int>(unit), worker).run(); });
+}
+
+}  // namespace kvstrata::cpu

@@ -1,0 +1,68 @@
+// The table of kernels: plain functions over single pages and lines, compiled once per instruction-set level.
+//
+// Kernels see addresses only: no page ids, no rows, no tables. This header is shared by code compiled for different
+// instruction sets, so it holds plain structs and no function with a body.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace kvstrata::cpu {
+
+inline constexpr int kTileRows = 64;  // query rows that visit a page together
+
+// The running online softmax of up to kTileRows query rows over the pages of one KV row.
+struct AttendTile {
+    const float* q;         // [rows, stride] queries, f32
+    float* acc;             // [rows, stride] sum of p * v, relative to `maximum`
+    float* maximum;         // [rows]         running maximum of z, -inf before the first slot
+    float* sum;             // [rows, 16]     running sum of p, one lane per slot
+    float* z;               // [rows, 16]     out: the page's logits, -inf where unread
+    float* p;               // [rows, 16]     scratch
+    float* rescale;         // [rows]         scratch
+    uint16_t* live;         // [rows]         scratch
+    float* decoded;         // [2, stride * 16] scratch: a 16-bit page as f32, when many rows read it
+    const uint16_t* masks;  // [rows]         slots each row may read
+    const float* bias;      // [16] or null
+    int32_t rows, head_dim, stride;
+    float scale, softcap;
+};
+
+struct Kernels {
+    // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format f32, bf16, f16.
+    void (*attend_page[3])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
+
+    // dst[0..n) = src[0..n) converted by round-to-nearest-even; equal types are copied bit for bit.
+    void (*convert)(void* dst, DType dst_type, const void* src, DType src_type, int32_t n);
+    void (*axpy)(float* acc, const float* x, float w, int32_t n);  // acc += w * x
+    void (*divide)(float* acc, float w, int32_t n);                // acc /= w
+
+    // mass[e, i] (+= or max=) exp(z[e, i] - lse) for e < entries; lse is not -inf.
+    void (*mass_add)(float* mass, const float* z, float lse, int32_t entries);
+    void (*mass_max)(float* mass, const float* z, float lse, int32_t entries);
+
+    // Slots in and out of pages of `width`-byte elements. Rows are [padded_dim] elements in the page's own format.
+    void (*put_slot)(unsigned char* page, int32_t width, int32_t slot, const void* k, const void* v,
+                     int32_t padded_dim);
+    void (*put_page)(unsigned char* page, int32_t width, const void* const* k, const void* const* v,
+                     int32_t padded_dim);
+    void (*get_page)(const unsigned char* page, int32_t width, void* const* k, void* const* v, int32_t padded_dim);
+};
+
+// Each level fills in what it has and leaves the rest as the level below filled it.
+#define KVSTRATA_LEVEL(level)           \
+    namespace level {                   \
+    void fill_attend(Kernels* table);   \
+    void fill_elements(Kernels* table); \
+    void fill_pages(Kernels* table);    \
+    }
+KVSTRATA_LEVEL(scalar)
+KVSTRATA_LEVEL(avx2)
+KVSTRATA_LEVEL(avx512)
+KVSTRATA_LEVEL(avx512_vnni)
+KVSTRATA_LEVEL(avx512_bf16)
+KVSTRATA_LEVEL(amx)
+#undef KVSTRATA_LEVEL
+
+}  // namespace kvstrata::cpu

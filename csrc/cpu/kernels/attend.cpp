@@ -1,0 +1,213 @@
+// attend, one page at a time: QK, online softmax, PV, all in f32.
+//
+// The bits of a query row depend on its own data only: rows share loads, never an accumulator, and the order of
+// additions is the same whether a row is computed alone, in a register tile, or from a page decoded for many rows.
+#include "cpu/kernels/level.h"
+#if KV_OWN_KERNELS
+#include "common/layout.h"
+#include "cpu/kernels/math.h"
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+constexpr int kDecodeRows = 12;  // from this many query rows on, a 16-bit page is decoded once for all
+constexpr float kMinusInf = -__builtin_inff();
+
+// A pair of operands: two K dims of all slots, or sixteen dims of two V slots. 16-bit formats hold both in one line,
+// f32 in two lines `stride` bytes apart.
+template <Format F>
+KV_INLINE void load_pair(const unsigned char* first, int64_t stride, V& even, V& odd) {
+    if constexpr (F == Format::f32) {
+        even = load(reinterpret_cast<const float*>(first));
+        odd = load(reinterpret_cast<const float*>(first + stride));
+    } else if constexpr (F == Format::bf16) {
+        pairs_bf16(first, even, odd);
+    } else {
+        pairs_f16(first, even, odd);
+    }
+}
+
+// z[n, slot] = q[n] . k[slot] for N rows. Lanes are slots, so a hidden slot's garbage stays in its own lane.
+template <Format F, int N>
+KV_INLINE void qk(const float* q, int stride, const unsigned char* k, int dim, float* z, const unsigned char* ahead) {
+    constexpr int kBytes = F == Format::f32 ? 128 : 64;  // of one pair of dims
+    V even[N], odd[N], a, b;
+    for (int n = 0; n < N; ++n) even[n] = odd[n] = zero();
+    for (int p = 0; p < dim / 2; ++p) {
+        load_pair<F>(k + p * kBytes, 64, a, b);
+        if (ahead) {
+            prefetch(ahead + p * kBytes);
+            if constexpr (F == Format::f32) prefetch(ahead + p * kBytes + 64);
+        }
+        for (int n = 0; n < N; ++n) {
+            even[n] = fma(set1(q[n * stride + 2 * p]), a, even[n]);
+            odd[n] = fma(set1(q[n * stride + 2 * p + 1]), b, odd[n]);
+        }
+    }
+    if (dim % 2) {  // the other half of the last line is padding: it must not enter
+        load_pair<F>(k + dim / 2 * kBytes, 0, a, b);
+        for (int n = 0; n < N; ++n) even[n] = fma(set1(q[n * stride + dim - 1]), a, even[n]);
+    }
+    for (int n = 0; n < N; ++n) store(z + n * kSlots, add(even[n], odd[n]));
+}
+
+// acc[n] = acc[n] * rescale[n] + sum over slots of p[n, slot] * v[slot] for N rows that read the same slots.
+// `keep` zeroes the values of slots they may not read before any product: 0 * NaN is NaN.
+template <Format F, int N, bool Partial>
+KV_INLINE void pv(const AttendTile& t, int row, const unsigned char* v, const uint32_t* keep,
+                  const unsigned char* ahead) {
+    const int64_t pair = static_cast<int64_t>(t.stride) * (F == Format::f32 ? 8 : 4);  // bytes of two slots
+    for (int d = 0; d < t.stride; d += 16) {
+        V even[N], odd[N], a, b;
+        for (int n = 0; n < N; ++n) {
+            even[n] = mul(load(t.acc + (row + n) * t.stride + d), set1(t.rescale[row + n]));
+            odd[n] = zero();
+        }
+        for (int u = 0; u < kSlots / 2; ++u) {
+            const int64_t at = u * pair + d * 4;
+            load_pair<F>(v + at, pair / 2, a, b);
+            if (ahead) {
+                prefetch(ahead + at);
+                if constexpr (F == Format::f32) prefetch(ahead + at + pair / 2);
+            }
+            if constexpr (Partial) {
+                a = bits_and(a, keep[2 * u]);
+                b = bits_and(b, keep[2 * u + 1]);
+            }
+            for (int n = 0; n < N; ++n) {
+                even[n] = fma(set1(t.p[(row + n) * kSlots + 2 * u]), a, even[n]);
+                odd[n] = fma(set1(t.p[(row + n) * kSlots + 2 * u + 1]), b, odd[n]);
+            }
+        }
+        for (int n = 0; n < N; ++n) store(t.acc + (row + n) * t.stride + d, add(even[n], odd[n]));
+    }
+}
+
+// The softmax step of one row: z finished and masked, p and rescale for PV, running maximum and sum brought up to date.
+KV_INLINE bool soften(const AttendTile& t, int row) {
+    const uint16_t mask = t.masks[row];
+    V z = mul(load(t.z + row * kSlots), set1(t.scale));
+    if (t.softcap > 0) z = mul(set1(t.softcap), tanh(div(z, set1(t.softcap))));
+    if (t.bias) z = add(z, load(t.bias));
+    z = blend(mask, z, set1(kMinusInf));
+    store(t.z + row * kSlots, z);
+    if (!differ(z, set1(kMinusInf))) return false;  // nothing read; NaN counts as something
+    const float before = t.maximum[row];
+    float rescale = 1.0f, lanes[16];
+    if (less(set1(before), z)) {
+        const float now = max_lane(z);
+        store(lanes, exp(set1(before - now)));
+        rescale = lanes[0];
+        t.maximum[row] = now;
+    }
+    const V p = exp(sub(z, set1(t.maximum[row])));
+    store(t.p + row * kSlots, p);
+    store(t.sum + row * kSlots, fma(load(t.sum + row * kSlots), set1(rescale), p));
+    t.rescale[row] = rescale;
+    return true;
+}
+
+// Calls call(Rows<n>) for the n <= kTile rows of a register tile.
+template <int N>
+struct Rows {
+    static constexpr int n = N;
+};
+template <class Call>
+KV_INLINE void with_rows(int n, Call call) {
+    if constexpr (kTile >= 4) {
+        if (n == 4) return call(Rows<4>{});
+        if (n == 3) return call(Rows<3>{});
+    }
+    if constexpr (kTile >= 2) {
+        if (n == 2) return call(Rows<2>{});
+    }
+    call(Rows<1>{});
+}
+
+template <Format F>
+void all_qk(const AttendTile& t, const unsigned char* k, const unsigned char* ahead) {
+    for (int row = 0; row < t.rows; row += kTile, ahead = nullptr) {
+        with_rows(t.rows - row < kTile ? t.rows - row : kTile, [&](auto rows) {
+            qk<F, rows.n>(t.q + row * t.stride, t.stride, k, t.head_dim, t.z + row * kSlots, ahead);
+        });
+    }
+}
+
+// Rows that read the same slots share a register tile; on a causal edge each goes alone.
+template <Format F>
+void all_pv(const AttendTile& t, const unsigned char* v, const unsigned char* ahead) {
+    uint32_t keep[kSlots];
+    for (int row = 0, n = 1; row < t.rows; row += n) {
+        const uint16_t mask = t.live[row];
+        for (n = 1; n < kTile && row + n < t.rows && t.live[row + n] == mask;) ++n;
+        if (!mask) continue;
+        for (int i = 0; i < kSlots; ++i) keep[i] = mask >> i & 1 ? ~0u : 0u;
+        with_rows(n, [&](auto rows) {
+            if (mask == kAllSlots) {
+                pv<F, rows.n, false>(t, row, v, keep, ahead);
+            } else {
+                pv<F, rows.n, true>(t, row, v, keep, ahead);
+            }
+        });
+        ahead = nullptr;
+    }
+}
+
+// A 16-bit page as f32: K [D][16], V [16][stride].
+template <Format F>
+void decode(const AttendTile& t, const unsigned char* k, const unsigned char* v, float* k32, float* v32) {
+    V a, b;
+    for (int p = 0; p < t.stride / 2; ++p) {
+        load_pair<F>(k + p * 64, 0, a, b);
+        store(k32 + p * 32, a);
+        store(k32 + p * 32 + 16, b);
+    }
+    for (int u = 0; u < kSlots / 2; ++u) {
+        for (int d = 0; d < t.stride; d += 16) {
+            load_pair<F>(v + (static_cast<int64_t>(u) * t.stride + d) * 4, 0, a, b);
+            store(v32 + (2 * u) * t.stride + d, a);
+            store(v32 + (2 * u + 1) * t.stride + d, b);
+        }
+    }
+}
+
+void soften_all(const AttendTile& t) {
+    for (int row = 0; row < t.rows; ++row) {
+        t.live[row] = soften(t, row) ? t.masks[row] : uint16_t{0};
+    }
+}
+
+template <Format F>
+void attend_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    const int64_t half = static_cast<int64_t>(kSlots) * t.stride * (F == Format::f32 ? 4 : 2);
+    if (F != Format::f32 && t.rows >= kDecodeRows) {
+        float* const k32 = t.decoded;
+        float* const v32 = t.decoded + kSlots * t.stride;
+        if (ahead) {
+            for (int64_t i = 0; i < 2 * half; i += 64) prefetch(ahead + i);
+        }
+        decode<F>(t, page, page + half, k32, v32);
+        all_qk<Format::f32>(t, reinterpret_cast<const unsigned char*>(k32), nullptr);
+        soften_all(t);
+        all_pv<Format::f32>(t, reinterpret_cast<const unsigned char*>(v32), nullptr);
+        return;
+    }
+    all_qk<F>(t, page, ahead);
+    soften_all(t);
+    all_pv<F>(t, page + half, ahead ? ahead + half : nullptr);
+}
+
+}  // namespace
+
+void fill_attend(Kernels* table) {
+    table->attend_page[0] = attend_page<Format::f32>;
+    table->attend_page[1] = attend_page<Format::bf16>;
+    table->attend_page[2] = attend_page<Format::f16>;
+}
+
+}  // namespace kvstrata::cpu::KV_ISA
+#else
+namespace kvstrata::cpu::KV_ISA {
+void fill_attend(Kernels*) {}
+}  // namespace kvstrata::cpu::KV_ISA
+#endif

@@ -1,0 +1,119 @@
+// The border of every op: checks what the params say about themselves, once, then calls the backend. Tensor shapes are
+// checked where tensors are seen (bind); page ids belong to whoever keeps the tables and are checked here on request.
+#include <cmath>
+
+#include "common/check.h"
+#include "ops/backends.h"
+#include "ops/settings.h"
+#include "ops/supported.h"
+
+namespace kvstrata::ops {
+namespace {
+
+void check_shape(const char* op, int head_dim, int group = 1) {
+    if (head_dim < 1 || head_dim > kMaxHeadDim) {
+        throw Unsupported(message(op, ": head_dim is ", head_dim, ", expected 1 to ", kMaxHeadDim));
+    }
+    if (group < 1 || group > kMaxGroup) {
+        throw Unsupported(message(op, ": group is ", group, " query heads per KV head, expected 1 to ", kMaxGroup));
+    }
+}
+
+void check_float(const char* op, const char* argument, DType type) {
+    check(is_float(type), op, ": ", argument, " has dtype ", name(type), ", expected f32, bf16 or f16");
+}
+
+// Under KVSTRATA_CHECK: an id that the pools do not hold, or a format that this op does not read.
+void check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
+    const PoolView* pool = id >= 0 && page_pool(id) < kMaxPools ? &pools[page_pool(id)] : nullptr;
+    check(pool && page_slab(id) < pool->n_slabs, op, ": pages[", row, ", ", entry, "] is ", id,
+          ", expected a page of a pool");
+    if (!is_full(pool->format)) {
+        throw Unsupported(message(op, ": pages[", row, ", ", entry, "] has format ", name(pool->format),
+                                  ", expected f32, bf16 or f16"));
+    }
+}
+
+void check_own(const AttendRow& row, int r) {
+    const int most = row.tree ? kMaxTreeOwn : row.queries;
+    check(row.own >= 0 && row.own <= most, "attend: own[", r, "] is ", row.own, ", expected 0 to ", most,
+          row.tree ? " (bits of tree)" : " (T)");
+    int seen = 0;
+    for (int e = row.entries - 1; e >= 0 && seen < row.own; --e) {
+        if (row.pages[e] >= 0) seen += __builtin_popcount(row.visible ? row.visible[e] : kAllSlots);
+    }
+    check(seen >= row.own, "attend: own[", r, "] is ", row.own, ", expected at most the row's ", seen,
+          " visible slots");
+}
+
+void check_row(const AttendParams& p, int r) {
+    const AttendRow& row = p.rows[r];
+    check(row.entries >= 0 && row.queries >= 0, "attend: row ", r, " has ", row.entries, " entries and ", row.queries,
+          " queries, expected at least 0");
+    if (row.own) check_own(row, r);
+    check(p.window == 0 || row.q_pos || !row.queries, "attend: q_pos is missing, expected [T] (window is ", p.window,
+          ")");
+    if (!settings().check) return;
+    for (int e = 0; e < row.entries; ++e) {
+        if (row.pages[e] >= 0 && (!row.visible || row.visible[e])) check_page("attend", p.pools, row.pages[e], r, e);
+    }
+}
+
+}  // namespace
+
+void append(const AppendParams& p) {
+    check_shape("append", p.head_dim);
+    check_float("append", "k", p.dtype);
+    for (int r = 0; settings().check && r < p.n_rows; ++r) {
+        for (int t = 0; t < p.rows[r].count; ++t) {
+            if (p.rows[r].pages[t] >= 0) check_page("append", p.pools, p.rows[r].pages[t], r, t);
+        }
+    }
+    cpu::append(p);
+}
+
+int64_t attend_workspace_bytes(const AttendParams& p) {
+    check_shape("attend", p.head_dim, p.group);
+    return cpu::attend_workspace_bytes(p);
+}
+
+void attend(const AttendParams& p) {
+    check_shape("attend", p.head_dim, p.group);
+    check_float("attend", "q", p.q_dtype);
+    check_float("attend", "out", p.out_dtype);
+    check(std::isfinite(p.scale), "attend: scale is ", p.scale, ", expected a finite number");
+    check(p.softcap >= 0 && std::isfinite(p.softcap), "attend: softcap is ", p.softcap, ", expected 0 (none) or more");
+    check(p.window >= 0, "attend: window is ", p.window, ", expected 0 (none) or more");
+    for (int r = 0; r < p.n_rows; ++r) check_row(p, r);
+    cpu::attend(p);
+}
+
+void merge(const MergeParams& p) {
+    check_shape("merge", p.head_dim);
+    check_float("merge", "out", p.out_dtype);
+    check(p.parts >= 1, "merge: parts is ", p.parts, ", expected at least 1");
+    cpu::merge(p);
+}
+
+void mass(const MassParams& p) {
+    check_shape("mass", 1, p.group);
+    check(p.reduce <= Reduce::max, "mass: reduce is ", static_cast<int>(p.reduce), ", expected sum, mean or max");
+    cpu::mass(p);
+}
+
+static void check_pack(const char* op, const PackParams& p) {
+    check_shape(op, p.head_dim);
+    for (int i = 0; settings().check && i < p.n_pages; ++i) check_page(op, p.pools, p.pages[i], 0, i);
+}
+
+void pack(const PackParams& p) {
+    check_pack("pack", p);
+    cpu::pack(p);
+}
+
+void unpack(const PackParams& p) {
+    check_pack("unpack", p);
+    cpu::unpack(p);
+}
+
+}  // namespace kvstrata::ops
