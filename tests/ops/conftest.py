@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,3 +21,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa("")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference's small operators on one thread: a busy machine makes them wait for each other otherwise.
+
+    The tests that are about threads pass their number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
