@@ -15,7 +15,7 @@ namespace kvstrata::bind {
 namespace {
 
 using Address = uintptr_t;
-using Strides = std::tuple<Address, int64_t, int64_t, int64_t>;   // data, elements per sequence, token, head
+using Strides = std::tuple<Address, int64_t, int64_t, int64_t>;  // data, elements per sequence, token, head
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 TokenTensor tensor(const Strides& s) {
@@ -23,10 +23,10 @@ TokenTensor tensor(const Strides& s) {
     return {reinterpret_cast<void*>(data), batch, token, head};
 }
 
-store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse, Address sinks, int out_dtype, float scale,
-                       float softcap, int threads) {
+store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse, Address sinks, int out_dtype,
+                       float scale, float softcap, int threads) {
     return {tensor(q), tensor(out), tensor(lse), reinterpret_cast<const float*>(sinks), static_cast<DType>(out_dtype),
-            scale, softcap, threads};
+            scale,     softcap,     threads};
 }
 
 // One native call per layer and decode step: append, then attend over all that is stored.
@@ -73,10 +73,12 @@ py::tuple row(const Store& s, SeqId seq, int layer, int head) {
 
 void bind_store(py::module_& m) {
     py::class_<Store>(m, "Store")
-        .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold, int sinks) {
+        .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
+                         int sinks) {
                  std::vector<store::LayerShape> shapes;
                  for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
-                 return std::make_unique<Store>(std::move(shapes), store::Options{static_cast<DType>(dtype), tail, hold, sinks});
+                 return std::make_unique<Store>(std::move(shapes),
+                                                store::Options{static_cast<DType>(dtype), tail, hold, sinks});
              }),
              py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"))
         .def_property_readonly("n_pools", &Store::n_pools)
@@ -85,7 +87,8 @@ void bind_store(py::module_& m) {
         .def("slabs", &slabs)
         .def("lend",
              [](Store& s, int pool, Address payload, Address positions, int n) {
-                 return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions), n);
+                 return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions),
+                               n);
              })
         .def("give_back", &Store::give_back)
         .def("empty_out", &Store::empty_out, NoGil())
@@ -94,7 +97,8 @@ void bind_store(py::module_& m) {
         .def("create", &Store::create)
         .def("free", [](Store& s, const std::vector<SeqId>& seqs) { s.free(seqs); })
         .def("fork", &Store::fork)
-        .def("select", [](Store& s, const std::vector<SeqId>& seqs, const std::vector<int64_t>& index) { return s.select(seqs, index); })
+        .def("select", [](Store& s, const std::vector<SeqId>& seqs,
+                          const std::vector<int64_t>& index) { return s.select(seqs, index); })
         .def("crop", &Store::crop)
         .def("confirm", &Store::confirm)
         .def("set_tail", &Store::set_tail)
@@ -109,16 +113,14 @@ void bind_store(py::module_& m) {
                  s.look(layer, seqs, reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open), columns);
              })
         .def("row", &row)
-        .def("positions",
-             [](Store& s, SeqId seq, int layer, int head, Address out) { s.positions(seq, layer, head, reinterpret_cast<int32_t*>(out)); })
+        .def("positions", [](Store& s, SeqId seq, int layer, int head,
+                             Address out) { s.positions(seq, layer, head, reinterpret_cast<int32_t*>(out)); })
         .def("read",
              [](Store& s, SeqId seq, int layer, int head, Address k, Address v) {
                  s.read(seq, layer, head, reinterpret_cast<void*>(k), reinterpret_cast<void*>(v));
              })
-        .def("begin",
-             [](Store& s, const std::vector<SeqId>& seqs, const std::vector<int32_t>& starts, const std::vector<int32_t>& tokens) {
-                 s.begin(seqs, starts, tokens);
-             })
+        .def("begin", [](Store& s, const std::vector<SeqId>& seqs, const std::vector<int32_t>& starts,
+                         const std::vector<int32_t>& tokens) { s.begin(seqs, starts, tokens); })
         .def("needed", &Store::needed)
         .def("missing", &Store::missing)
         .def_property_readonly("longest", &Store::longest)
@@ -129,8 +131,8 @@ void bind_store(py::module_& m) {
                  s.append(layer, tensor(k), tensor(v), from, to);
              })
         .def("attend",
-             [](Store& s, int layer, const Strides& q, const Strides& out, const Strides& lse, Address sinks, int out_dtype,
-                float scale, float softcap, int threads) {
+             [](Store& s, int layer, const Strides& q, const Strides& out, const Strides& lse, Address sinks,
+                int out_dtype, float scale, float softcap, int threads) {
                  const py::gil_scoped_release release;
                  s.attend(layer, call(q, out, lse, sinks, out_dtype, scale, softcap, threads));
              })
@@ -139,9 +141,10 @@ void bind_store(py::module_& m) {
         .def("commit", &Store::commit, NoGil())
         .def("rollback", &Store::rollback, NoGil())
         .def_property_readonly("in_step", &Store::in_step)
-        .def("apply_plan", [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
-            s.apply_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
-        });
+        .def("apply_plan",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
+                 s.apply_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
+             });
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
     m.def("fault_visits", &fault::visits);

@@ -10,7 +10,8 @@
 namespace kvstrata::pages {
 
 int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
-    check(n_pages >= 1 && n_pages <= kMaxPagesPerSlab, "lend: n_pages is ", n_pages, ", expected 1..", kMaxPagesPerSlab);
+    check(n_pages >= 1 && n_pages <= kMaxPagesPerSlab, "lend: n_pages is ", n_pages, ", expected 1..",
+          kMaxPagesPerSlab);
     check(reinterpret_cast<uintptr_t>(payload) % 64 == 0, "lend: slab address is not a multiple of 64 bytes");
     auto vacant = std::find_if(slabs_.begin(), slabs_.end(), [](const Slab& s) { return s.n_pages == 0; });
     const int index = static_cast<int>(vacant - slabs_.begin());
@@ -34,8 +35,8 @@ int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
 }
 
 void Pool::give_back(int index) {
-    check(index >= 0 && index < static_cast<int>(slabs_.size()) && slabs_[index].n_pages > 0,
-          "give_back: slab is ", index, ", expected a lent slab");
+    check(index >= 0 && index < static_cast<int>(slabs_.size()) && slabs_[index].n_pages > 0, "give_back: slab is ",
+          index, ", expected a lent slab");
     check(empty(index), "give_back: slab ", index, " still holds pages");
     Slab& slab = slabs_[index];
     total_ -= slab.n_pages;
@@ -86,7 +87,8 @@ bool Pool::release(PageId id) {
 
 int64_t Pool::metadata_bytes() const {
     int64_t bytes = static_cast<int64_t>(slabs_.capacity() * sizeof(Slab) + payloads_.capacity() * sizeof(void*) * 2);
-    for (const Slab& s : slabs_) bytes += s.free_bits.capacity() * sizeof(uint64_t) + s.refs.capacity() * sizeof(uint32_t);
+    for (const Slab& s : slabs_)
+        bytes += s.free_bits.capacity() * sizeof(uint64_t) + s.refs.capacity() * sizeof(uint32_t);
     return bytes;
 }
 

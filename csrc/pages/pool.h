@@ -17,9 +17,9 @@ struct Slab {
     int32_t* positions = nullptr;      // i32 [n_pages, 16]
     int32_t n_pages = 0;               // 0: this index is vacant
     int32_t n_free = 0;
-    bool closed = false;               // being emptied: no page is taken from it
-    std::vector<uint64_t> free_bits;   // bit i: page i is free
-    std::vector<uint32_t> refs;        // [n_pages]
+    bool closed = false;              // being emptied: no page is taken from it
+    std::vector<uint64_t> free_bits;  // bit i: page i is free
+    std::vector<uint32_t> refs;       // [n_pages]
 };
 
 class Pool {
@@ -31,9 +31,9 @@ class Pool {
     bool empty(int slab) const { return slabs_[slab].n_free == slabs_[slab].n_pages; }
     void set_closed(int slab, bool closed);
 
-    PageId take();             // refcount 1; throws std::logic_error if no page is free: reserve first
+    PageId take();  // refcount 1; throws std::logic_error if no page is free: reserve first
     void share(PageId id) { ++refs(id); }
-    bool release(PageId id);   // true if the page became free
+    bool release(PageId id);  // true if the page became free
     uint32_t& refs(PageId id) { return slabs_[page_slab(id)].refs[page_index(id)]; }
 
     int32_t* positions(PageId id) { return slabs_[page_slab(id)].positions + page_index(id) * kSlots; }
@@ -51,9 +51,9 @@ class Pool {
   private:
     int id_;
     int64_t page_bytes_;
-    int64_t total_ = 0, free_ = 0;     // free_: pages that can be taken now
-    int64_t closed_free_ = 0;          // free pages of closed slabs
-    int first_ = 0;                    // no slab below this index has a page to take
+    int64_t total_ = 0, free_ = 0;  // free_: pages that can be taken now
+    int64_t closed_free_ = 0;       // free pages of closed slabs
+    int first_ = 0;                 // no slab below this index has a page to take
     std::vector<Slab> slabs_;
     std::vector<unsigned char*> payloads_;  // [slabs], what ops see
     std::vector<int32_t*> positions_;

@@ -20,9 +20,9 @@ struct Row {
     std::vector<PageId> page;
     std::vector<uint16_t> alive;
     std::vector<uint16_t> visible;
-    std::vector<uint8_t> want;         // state and tier the latest plan asked of the page; 0: as it is
-    int32_t sealed = 0;                // entries before this one are sealed
-    int32_t stored = 0;                // alive slots of all entries
+    std::vector<uint8_t> want;  // state and tier the latest plan asked of the page; 0: as it is
+    int32_t sealed = 0;         // entries before this one are sealed
+    int32_t stored = 0;         // alive slots of all entries
 
     int entries() const { return static_cast<int>(page.size()); }
     uint16_t hidden(int entry) const { return static_cast<uint16_t>(alive[entry] & ~visible[entry]); }
@@ -39,9 +39,7 @@ struct Row {
 int64_t pages_needed(const Row& row, int64_t n, Pool& pool);
 
 // Is the last entry's page shared, so that this append must first move to a copy of it?
-inline bool must_copy_tail(const Row& row, Pool& pool) {
-    return row.room() > 0 && pool.refs(row.page.back()) > 1;
-}
+inline bool must_copy_tail(const Row& row, Pool& pool) { return row.room() > 0 && pool.refs(row.page.back()) > 1; }
 
 // Puts a fresh copy `to` in place of the last entry's page, which loses one holder. Payload is the caller's to copy.
 void switch_tail(Row& row, PageId to, Pool& pool);

@@ -40,7 +40,8 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
         check(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, "Store: layer ", l, " has head_dim ", s.head_dim,
               ", expected 1..", kMaxHeadDim);
         check(s.window >= 0, "Store: layer ", l, " has window ", s.window, ", expected >= 0");
-        auto same = std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) { return i.head_dim == s.head_dim; });
+        auto same =
+            std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) { return i.head_dim == s.head_dim; });
         const int pool = static_cast<int>(same - info_.begin());
         if (same == info_.end()) {
             if (pool == kMaxPools) throw Unsupported("Store: more than 8 different head dimensions in one model");
@@ -57,8 +58,10 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
 }
 
 void Store::set_tail(int tokens) {
-    check(tokens >= kSlots && tokens % kSlots == 0, "Store: tail is ", tokens, ", expected a positive multiple of ", kSlots);
-    for (const auto& [id, s] : sequences_) check(s->length == 0, "set_tail: sequence ", id, " has tokens, expected none");
+    check(tokens >= kSlots && tokens % kSlots == 0, "Store: tail is ", tokens, ", expected a positive multiple of ",
+          kSlots);
+    for (const auto& [id, s] : sequences_)
+        check(s->length == 0, "set_tail: sequence ", id, " has tokens, expected none");
     options_.tail = tokens;
 }
 

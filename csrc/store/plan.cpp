@@ -48,8 +48,8 @@ void Store::apply_plan(int layer, std::span<const SeqId> seqs, const uint8_t* st
     for (size_t b = 0; b < seqs.size(); ++b) {
         for (int h = 0; h < heads; ++h) {
             const pages::Row& row = row_of(find(seqs[b], "apply_plan"), layer, h);
-            check(row.stored <= columns, "apply_plan: state has ", columns, " columns, expected at least the ", row.stored,
-                  " stored tokens of head ", h);
+            check(row.stored <= columns, "apply_plan: state has ", columns, " columns, expected at least the ",
+                  row.stored, " stored tokens of head ", h);
             const uint8_t* want = state + (static_cast<int64_t>(b) * heads + h) * columns;
             pos.resize(row.stored);
             pages::positions(row, pool, pos.data());

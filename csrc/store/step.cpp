@@ -22,9 +22,10 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
     check(!open_, "begin: a step is open already, expected none");
     check(!seqs.empty(), "begin: seqs is empty, expected at least one sequence");
     check_sequences(seqs, "begin");
-    check(starts.size() == seqs.size() + 1, "begin: starts has ", starts.size(), " elements, expected ", seqs.size() + 1);
-    check(starts[0] == 0 && starts.back() == static_cast<int32_t>(tokens.size()), "begin: starts spans ", starts[0], "..",
-          starts.back(), ", expected 0..", tokens.size());
+    check(starts.size() == seqs.size() + 1, "begin: starts has ", starts.size(), " elements, expected ",
+          seqs.size() + 1);
+    check(starts[0] == 0 && starts.back() == static_cast<int32_t>(tokens.size()), "begin: starts spans ", starts[0],
+          "..", starts.back(), ", expected 0..", tokens.size());
     check(std::is_sorted(starts.begin(), starts.end()), "begin: starts decreases");
     check(!tokens.empty(), "begin: the step has no token, expected at least one");
     step_.clear();
@@ -134,7 +135,8 @@ void Store::attend(int layer, const AttendCall& call) {
     for (size_t b = 0; b < step_.size(); ++b) {
         const StepSequence& s = step_[b];
         if (s.count == 0) continue;
-        check(done_[layer] == 0 || done_[layer] >= s.count, "attend: layer ", layer, " holds a part of the step's tokens");
+        check(done_[layer] == 0 || done_[layer] >= s.count, "attend: layer ", layer,
+              " holds a part of the step's tokens");
         for (int h = 0; h < shape.kv_heads; ++h) {
             const pages::Row& row = row_of(*s.sequence, layer, h);
             ops::AttendRow r{};
@@ -162,9 +164,18 @@ void Store::attend(int layer, const AttendCall& call) {
     }
     PoolView pool_views[kMaxPools];
     views(pool_views);
-    ops::AttendParams params{attend_rows_.data(), static_cast<int32_t>(attend_rows_.size()), group, shape.head_dim,
-                             options_.dtype, call.out_dtype, pool_views, call.scale, call.softcap, shape.window,
-                             nullptr, call.threads};
+    ops::AttendParams params{attend_rows_.data(),
+                             static_cast<int32_t>(attend_rows_.size()),
+                             group,
+                             shape.head_dim,
+                             options_.dtype,
+                             call.out_dtype,
+                             pool_views,
+                             call.scale,
+                             call.softcap,
+                             shape.window,
+                             nullptr,
+                             call.threads};
     params.workspace = workspace(ops::attend_workspace_bytes(params));
     ops::attend(params);
 }

@@ -27,20 +27,20 @@ struct LayerShape {
     int32_t kv_heads;
     int32_t q_heads;
     int32_t head_dim;
-    int32_t window;      // sliding window in tokens; 0: full attention
+    int32_t window;  // sliding window in tokens; 0: full attention
 };
 
 struct Options {
-    DType dtype;         // of q, k, v and of Full pages
-    int32_t tail;        // w: a page seals once w newer tokens exist
-    int32_t hold;        // unconfirmed tokens while recording; also kept beyond a sliding window
-    int32_t sinks;       // tokens 0..sinks-1 may not change state
+    DType dtype;    // of q, k, v and of Full pages
+    int32_t tail;   // w: a page seals once w newer tokens exist
+    int32_t hold;   // unconfirmed tokens while recording; also kept beyond a sliding window
+    int32_t sinks;  // tokens 0..sinks-1 may not change state
 };
 
 struct Sequence {
-    int64_t length = 0;      // real tokens seen, always
-    int64_t confirmed = 0;   // while recording: tokens below this are final
-    int64_t floor = 0;       // crop below this is refused: something older was dropped
+    int64_t length = 0;            // real tokens seen, always
+    int64_t confirmed = 0;         // while recording: tokens below this are final
+    int64_t floor = 0;             // crop below this is refused: something older was dropped
     std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
 };
 
@@ -51,12 +51,12 @@ struct TokenTensor {
 };
 
 struct AttendCall {
-    TokenTensor q, out;      // [B, T, Hq, D], last dimension contiguous
-    TokenTensor lse;         // f32 [B, T, Hq], or data = null
-    const float* sinks;      // f32 [Hq] sink logits, or null
+    TokenTensor q, out;  // [B, T, Hq, D], last dimension contiguous
+    TokenTensor lse;     // f32 [B, T, Hq], or data = null
+    const float* sinks;  // f32 [Hq] sink logits, or null
     DType out_dtype;
     float scale;
-    float softcap;           // 0: none
+    float softcap;  // 0: none
     int32_t threads;
 };
 
@@ -77,7 +77,7 @@ class Store {
     int pool_of(int layer) const { return layer_pool_[layer]; }
     int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages);
     void give_back(int pool, int slab);
-    bool empty_out(int pool, int slab);      // moves its live pages elsewhere; false if there is no room for them
+    bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
     int64_t metadata_bytes() const;
     int64_t workspace_bytes() const { return static_cast<int64_t>(workspace_.size()); }
 
@@ -88,14 +88,14 @@ class Store {
     std::vector<SeqId> select(std::span<const SeqId> seqs, std::span<const int64_t> index);
     void crop(SeqId seq, int64_t length);
     void confirm(SeqId seq);
-    void clear(SeqId seq);                                         // empty again, all pages released
+    void clear(SeqId seq);  // empty again, all pages released
     void set_recording(bool on) { recording_ = on; }
     void set_threads(int n) { threads_ = n; }
-    void set_tail(int tokens);                                     // before the first token
+    void set_tail(int tokens);  // before the first token
     const Sequence& sequence(SeqId seq) const;
     const pages::Row& row(SeqId seq, int layer, int head) const;
     void positions(SeqId seq, int layer, int head, int32_t* out);
-    void read(SeqId seq, int layer, int head, void* k, void* v);   // stored slots in table order, [n, D] of the format
+    void read(SeqId seq, int layer, int head, void* k, void* v);  // stored slots in table order, [n, D] of the format
 
     // Step (step.cpp)
     void begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, std::span<const int32_t> tokens);
@@ -107,21 +107,21 @@ class Store {
     void commit();
     void rollback();
     bool in_step() const { return open_; }
-    int longest() const { return longest_; }   // most tokens that one sequence feeds in the open step
+    int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
 
     // Plan (plan.cpp)
-    int64_t columns(int layer, std::span<const SeqId> seqs);       // most stored tokens of any of their rows
+    int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
     void look(int layer, std::span<const SeqId> seqs, int32_t* positions, uint8_t* open, int64_t columns);
     void apply_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
 
   private:
     struct StepSequence {
         Sequence* sequence;
-        int32_t first, count;    // its tokens: tokens_[first .. first + count)
+        int32_t first, count;  // its tokens: tokens_[first .. first + count)
     };
 
     Sequence& find(SeqId seq, const char* verb);
-    void check_sequences(std::span<const SeqId> seqs, const char* verb);   // all exist, none twice
+    void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
     void check_layer(int layer, const char* verb) const;
     pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
     Sequence clone(const Sequence& s);
@@ -134,9 +134,9 @@ class Store {
     int64_t seen(int layer, const Sequence& s) const;
 
     std::vector<LayerShape> layers_;
-    std::vector<int> first_row_;      // [L]
-    std::vector<int> layer_pool_;     // [L]
-    int n_rows_ = 0;                  // rows of one sequence
+    std::vector<int> first_row_;   // [L]
+    std::vector<int> layer_pool_;  // [L]
+    int n_rows_ = 0;               // rows of one sequence
     Options options_;
     std::vector<pages::Pool> pools_;
     std::vector<PoolInfo> info_;
@@ -152,7 +152,7 @@ class Store {
     std::vector<int32_t> token_pos_;  // its position
     std::vector<int32_t> done_;       // [L] tokens of each sequence appended so far
 
-    std::vector<ops::AppendRow> append_rows_;   // scratch, kept between calls
+    std::vector<ops::AppendRow> append_rows_;  // scratch, kept between calls
     std::vector<ops::AttendRow> attend_rows_;
     std::vector<PageId> pages_;
     std::vector<uint8_t> slots_;

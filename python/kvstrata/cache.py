@@ -243,6 +243,7 @@ class Cache:
         self._store.apply_plan(layer, [seq.id], state.data_ptr(), state.shape[1], False)
 
     def _after_commit(self, ids: list[int], before: list[int], longest: int) -> None:
+        self._slabs.note_peak()
         if self.policy.planner is None:
             return
         interval = self.policy.interval
@@ -283,7 +284,7 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes held: slabs as lent, page tables and refcounts, kernel workspace."""
-        return self._slabs.held + self._store.metadata_bytes + self._store.workspace_bytes
+        return self._slabs.nbytes()
 
     def trim(self) -> int:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
@@ -344,7 +345,7 @@ class Cache:
             bytes_by_kind=kinds,
             nbytes=self.nbytes(),
             allocator_bytes=self._slabs.allocator_bytes(),
-            peak_bytes=max(self._slabs.peak + self._store.metadata_bytes + self._store.workspace_bytes, self.nbytes()),
+            peak_bytes=self._slabs.note_peak(),
             dense_bytes=sum(logical) * self.shape.token_bytes(),
             limit_bytes=self._slabs.limit,
             lost_slots=entries * 16 - slots,

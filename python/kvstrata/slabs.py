@@ -16,6 +16,8 @@ MAX_SLAB_BYTES = 32 << 20
 MIN_SLAB_BYTES = 64 << 10
 MAX_PAGES_PER_SLAB = 1 << 16
 _POSITION_BYTES = SLOTS * 4
+_ENTRY_BYTES = 32
+"""What a page's table entry may take (9 bytes, doubled where its column grows), kept free for each page under a limit."""
 
 
 class Slabs:
@@ -76,7 +78,7 @@ class Slabs:
         self._tensors[pool, index] = tensor
         lent.append((pool, index))
         self.held += tensor.untyped_storage().nbytes()
-        self.peak = max(self.peak, self.held)
+        self.note_peak()
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
         return pages
 
@@ -84,19 +86,25 @@ class Slabs:
         """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
         if self.limit is None:
             return wanted
-        room = (self.limit - self.held - self._overhead()) // per_page
+        room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
         if room < short:
             self.trim()
-            room = (self.limit - self.held - self._overhead()) // per_page
+            room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
         if room < short:
             raise BudgetExceeded(
-                f"budget: limit is {self.limit} bytes, {self.held + self._overhead()} are in use, "
+                f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, "
                 f"{short * per_page} more are needed"
             )
         return min(wanted, room)
 
-    def _overhead(self) -> int:
-        return self._store.metadata_bytes + self._store.workspace_bytes
+    def nbytes(self) -> int:
+        """Slabs as lent, page tables and refcounts, kernel workspace."""
+        return self.held + self._store.metadata_bytes + self._store.workspace_bytes
+
+    def note_peak(self) -> int:
+        """Takes the present size into ``peak``, and returns it."""
+        self.peak = max(self.peak, self.nbytes())
+        return self.peak
 
     def _grain(self) -> int:
         """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far an 8th."""

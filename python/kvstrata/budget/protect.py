@@ -8,7 +8,7 @@ from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.base import Policy
 
-_METADATA_PER_PAGE = 64 + 24
+_METADATA_PER_PAGE = 64 + 40
 """Bytes beside a page's payload: its slots' positions, its refcount and free bit, its table entry with growth room."""
 
 
