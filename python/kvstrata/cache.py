@@ -30,8 +30,9 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts for
-    itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts
+    for itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
+    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
 
     def __init__(
@@ -234,8 +235,10 @@ class Cache:
         self.compress()
 
     def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:
-        """Evicts stored tokens of one layer, protected ones too. keep: bool [H, N], in table order, columns past a row's last
-        ignored."""
+        """Evicts stored tokens of one layer, protected ones too.
+
+        keep: bool [H, N], in table order; columns past a row's last token are ignored.
+        """
         heads = self.shape.layers[layer].kv_heads
         if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
             raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
@@ -353,8 +356,10 @@ class Cache:
         )
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dense copies for debugging: k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32
-        [H, N] (-1 there), in table order."""
+        """Dense copies for debugging, in table order.
+
+        k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32 [H, N] (-1 there).
+        """
         spec = self.shape.layers[layer]
         n = self._store.columns(layer, [seq.id])
         k = torch.zeros(spec.kv_heads, n, spec.head_dim, dtype=self.shape.dtype)

@@ -92,8 +92,7 @@ class Slabs:
             room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
         if room < short:
             raise BudgetExceeded(
-                f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, "
-                f"{short * per_page} more are needed"
+                f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"
             )
         return min(wanted, room)
 

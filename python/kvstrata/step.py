@@ -30,7 +30,9 @@ class Step:
     Two layouts: packed, q [n_tokens, Hq, D] with each sequence's tokens side by side, and padded, q [B, T, Hq, D].
     """
 
-    def __init__(self, cache: Cache, seqs: list[Sequence], starts: list[int], tokens: list[int], columns: int | None) -> None:
+    def __init__(
+        self, cache: Cache, seqs: list[Sequence], starts: list[int], tokens: list[int], columns: int | None
+    ) -> None:
         self._cache = cache
         self._store = cache._store
         self._seqs = seqs
@@ -60,7 +62,9 @@ class Step:
             self._past = any(self._store.length(i) for i in self._ids)
             self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
             if not self._cut:
-                self._cache._slabs.reserve(self._store.missing(0, len(self._cache.shape.layers), 0, self._store.longest))
+                self._cache._slabs.reserve(
+                    self._store.missing(0, len(self._cache.shape.layers), 0, self._store.longest)
+                )
         except BaseException:
             self._store.rollback()
             self._cache._leave(self)
@@ -93,7 +97,9 @@ class Step:
     def __enter__(self) -> Step:
         return self if self._is_open else self.open()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.closed:
             return
         if kind is None:
