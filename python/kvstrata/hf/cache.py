@@ -70,7 +70,7 @@ class KVCache(StockCache):  # type: ignore[misc]
         """
         _, facts = facts_of(model)
         budget = _budget(budget, compression_ratio, keep_ratio)
-        core = Cache(_shape(facts), budget=budget, policy=policy, far=far, ledger=ledger, hold=hold)
+        core = Cache(_shape(facts), budget=budget, policy=policy, hold=hold)
         return cls(facts, core)
 
     # -- one forward ----------------------------------------------------------------------------------------------
