@@ -17,8 +17,6 @@ from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.config import DTYPES
 
 
-
-
 def measure(kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     spec = LayerSpec(kv_heads, kv_heads * group, dim)

@@ -58,7 +58,9 @@ def main() -> None:
     model = Model()
     shape = kvstrata.Shape([kvstrata.LayerSpec(KV_HEADS, HEADS, DIM)] * LAYERS, torch.float32)
     cache = kvstrata.Cache(shape, budget="256tok", policy="streaming")
-    prompts = [torch.tensor(list(text.encode())) for text in ("A short prompt. ", "A longer one, again and again. " * 40)]
+    prompts = [
+        torch.tensor(list(text.encode())) for text in ("A short prompt. ", "A longer one, again and again. " * 40)
+    ]
     seqs = cache.new(len(prompts))
     logits = model(cache, seqs, prompts)  # sequences of any lengths in one step, packed side by side
     for _ in range(32):

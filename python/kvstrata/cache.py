@@ -30,8 +30,9 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts for
-    itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts
+    for itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
+    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
 
     def __init__(
@@ -234,8 +235,10 @@ class Cache:
         self.compress()
 
     def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:
-        """Evicts stored tokens of one layer, protected ones too. keep: bool [H, N], in table order, columns past a row's last
-        ignored."""
+        """Evicts stored tokens of one layer, protected ones too.
+
+        keep: bool [H, N], in table order; columns past a row's last token are ignored.
+        """
         heads = self.shape.layers[layer].kv_heads
         if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
             raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
@@ -243,6 +246,7 @@ class Cache:
         self._store.apply_plan(layer, [seq.id], state.data_ptr(), state.shape[1], False)
 
     def _after_commit(self, ids: list[int], before: list[int], longest: int) -> None:
+        self._slabs.note_peak()
         if self.policy.planner is None:
             return
         interval = self.policy.interval
@@ -283,7 +287,7 @@ class Cache:
 
     def nbytes(self) -> int:
         """Bytes held: slabs as lent, page tables and refcounts, kernel workspace."""
-        return self._slabs.held + self._store.metadata_bytes + self._store.workspace_bytes
+        return self._slabs.nbytes()
 
     def trim(self) -> int:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
@@ -344,7 +348,7 @@ class Cache:
             bytes_by_kind=kinds,
             nbytes=self.nbytes(),
             allocator_bytes=self._slabs.allocator_bytes(),
-            peak_bytes=max(self._slabs.peak + self._store.metadata_bytes + self._store.workspace_bytes, self.nbytes()),
+            peak_bytes=self._slabs.note_peak(),
             dense_bytes=sum(logical) * self.shape.token_bytes(),
             limit_bytes=self._slabs.limit,
             lost_slots=entries * 16 - slots,
@@ -352,8 +356,10 @@ class Cache:
         )
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dense copies for debugging: k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32
-        [H, N] (-1 there), in table order."""
+        """Dense copies for debugging, in table order.
+
+        k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32 [H, N] (-1 there).
+        """
         spec = self.shape.layers[layer]
         n = self._store.columns(layer, [seq.id])
         k = torch.zeros(spec.kv_heads, n, spec.head_dim, dtype=self.shape.dtype)

@@ -57,9 +57,7 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(
-        self, layers: Iterable[LayerSpec], dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, layers: Iterable[LayerSpec], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "device", torch.device(device))

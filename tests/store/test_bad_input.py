@@ -30,7 +30,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"40 tokens per row, expected at least 83 \(sinks 4 \+ window 64 \+ 15 in the open page\)",
     ),
     "below the least window": (lambda: Cache(SHAPE, "30tok", "streaming"), ValueError, r"expected at least 35"),
-    "below sinks + window, bytes": (lambda: Cache(SHAPE, "10KiB", "streaming"), ValueError, r"10240 bytes .* at least \d+"),
+    "below sinks + window, bytes": (lambda: Cache(SHAPE, "10KiB", "streaming"), ValueError, r"10240 .* at least"),
     "no budget": (lambda: Cache(SHAPE, None, "streaming"), ValueError, r"needs one, got None"),
     "share of full": (lambda: Cache(SHAPE, "25%", "full"), Unsupported, r"drops nothing"),
     "policy name": (lambda: Cache(SHAPE, None, "lru"), ValueError, r"'lru' is unknown.*full, streaming"),
@@ -67,18 +67,24 @@ def test_least_byte_budget_is_the_least(limit: str) -> None:
         Cache(SHAPE, Budget.bytes(least - 129), "streaming")
 
 
-ATTEND: dict[str, tuple[Callable[[], tuple[tuple[object, ...], dict[str, object]]], str]] = {
-    "q dtype": (lambda: ((0, x(3, 4, 16, dtype=torch.float64), x(3, 2, 16), x(3, 2, 16)), {}), r"q is torch.float64, expected torch.float32"),
-    "k dtype": (lambda: ((0, x(3, 4, 16), x(3, 2, 16, dtype=torch.bfloat16), x(3, 2, 16)), {}), r"k is torch.bfloat16"),
-    "q heads": (lambda: ((0, x(3, 2, 16), x(3, 2, 16), x(3, 2, 16)), {}), r"q is \[3, 2, 16\], expected \[3, 4, 16\]"),
-    "v tokens": (lambda: ((0, x(3, 4, 16), x(3, 2, 16), x(2, 2, 16)), {}), r"v is \[2, 2, 16\], expected \[3, 2, 16\]"),
-    "head dim": (lambda: ((0, x(3, 4, 8), x(3, 2, 16), x(3, 2, 16)), {}), r"q is \[3, 4, 8\]"),
-    "device": (lambda: ((0, x(3, 4, 16).to("meta"), x(3, 2, 16), x(3, 2, 16)), {}), r"q is on meta, expected cpu"),
-    "stride": (lambda: ((0, x(3, 4, 32)[..., ::2], x(3, 2, 16), x(3, 2, 16)), {}), r"q has stride 2 in its last dimension"),
-    "layer": (lambda: ((2, x(3, 4, 16), x(3, 2, 16), x(3, 2, 16)), {}), r"layer is 2, expected 0..1"),
-    "scale": (lambda: ((0, x(3, 4, 16), x(3, 2, 16), x(3, 2, 16)), {"scale": float("nan")}), r"scale is nan, expected a finite number"),
-    "softcap": (lambda: ((0, x(3, 4, 16), x(3, 2, 16), x(3, 2, 16)), {"softcap": -1.0}), r"softcap is -1.0"),
-    "sinks": (lambda: ((0, x(3, 4, 16), x(3, 2, 16), x(3, 2, 16)), {"sinks": x(3)}), r"sinks is \[3\], expected \[4\]"),
+def qkv(tokens: int = 3, q: torch.Tensor | None = None, k: torch.Tensor | None = None, v: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
+    """Arguments of a good call, but for what is given."""
+    good = (x(tokens, 4, 16), x(tokens, 2, 16), x(tokens, 2, 16))
+    return tuple(g if t is None else t for g, t in zip(good, (q, k, v), strict=True))
+
+
+ATTEND: dict[str, tuple[tuple[object, ...], dict[str, object], str]] = {
+    "q dtype": ((0, *qkv(q=x(3, 4, 16).double())), {}, r"q is torch.float64, expected torch.float32"),
+    "k dtype": ((0, *qkv(k=x(3, 2, 16).bfloat16())), {}, r"k is torch.bfloat16"),
+    "q heads": ((0, *qkv(q=x(3, 2, 16))), {}, r"q is \[3, 2, 16\], expected \[3, 4, 16\]"),
+    "v tokens": ((0, *qkv(v=x(2, 2, 16))), {}, r"v is \[2, 2, 16\], expected \[3, 2, 16\]"),
+    "head dim": ((0, *qkv(q=x(3, 4, 8))), {}, r"q is \[3, 4, 8\]"),
+    "device": ((0, *qkv(q=x(3, 4, 16).to("meta"))), {}, r"q is on meta, expected cpu"),
+    "stride": ((0, *qkv(q=x(3, 4, 32)[..., ::2])), {}, r"q has stride 2 in its last dimension"),
+    "layer": ((2, *qkv()), {}, r"layer is 2, expected 0..1"),
+    "scale": ((0, *qkv()), {"scale": float("nan")}, r"scale is nan, expected a finite number"),
+    "softcap": ((0, *qkv()), {"softcap": -1.0}, r"softcap is -1.0"),
+    "sinks": ((0, *qkv()), {"sinks": x(3)}, r"sinks is \[3\], expected \[4\]"),
 }
 
 
@@ -98,10 +104,9 @@ def started() -> tuple[Cache, list]:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("case", ATTEND)
 def test_attend(case: str) -> None:
-    make, text = ATTEND[case]
+    args, kw, text = ATTEND[case]
     cache, seqs = started()
     before = snapshot(cache, seqs)
-    args, kw = make()
     with pytest.raises(ValueError, match=text), cache.step(seqs, [2, 1]) as step:
         step.attend(*args, **kw)  # type: ignore[arg-type]
     assert snapshot(cache, seqs) == before
@@ -124,7 +129,7 @@ STEP: dict[str, tuple[Callable[[Cache, list], object], type[Exception], str]] = 
     "crop beyond": (lambda c, s: c.crop(s, [21, 3]), ValueError, r"length is 21, expected 0..20"),
     "fork none": (lambda c, s: c.fork(s[0], 0), ValueError, r"n is 0, expected >= 1"),
     "drop shape": (lambda c, s: c.drop(0, s[0], torch.ones(3, 20).bool()), ValueError, r"expected torch.bool \[2, N\]"),
-    "drop columns": (lambda c, s: c.drop(0, s[0], torch.ones(2, 19).bool()), ValueError, r"19 columns, expected at least the 20"),
+    "drop columns": (lambda c, s: c.drop(0, s[0], torch.ones(2, 19).bool()), ValueError, r"19 columns, expected .* 20"),
 }
 
 
@@ -214,3 +219,19 @@ def test_bad_plan(planner: policy.Planner, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         cache.compress()
     assert snapshot(cache, seqs) == before
+
+
+def test_a_tight_limit_never_takes_back_what_a_step_needs() -> None:
+    """Two pools under one limit: making room in one for the other leaves both with the pages of the step."""
+    shape = Shape([LayerSpec(1, 1, 16), LayerSpec(1, 1, 128), LayerSpec(1, 1, 16)], torch.float32)
+    cache = Cache(shape, "200KiB")
+    seqs = cache.new(2)
+    with pytest.raises(BudgetExceeded):
+        for n in range(1, 400):
+            with cache.step(seqs, [n % 5, 1]) as step:
+                for layer, spec in enumerate(shape.layers):
+                    step.attend(layer, *(x(n % 5 + 1, 1, spec.head_dim) for _ in range(3)))
+            assert cache.nbytes() <= 200 << 10
+            if n % 40 == 0:
+                cache.crop([seqs[0]], [cache.logical_length(seqs[0]) // 2])
+    assert cache.nbytes() > 150 << 10

@@ -8,7 +8,7 @@ from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.base import Policy
 
-_METADATA_PER_PAGE = 64 + 24
+_METADATA_PER_PAGE = 64 + 40
 """Bytes beside a page's payload: its slots' positions, its refcount and free bit, its table entry with growth room."""
 
 
@@ -29,7 +29,9 @@ def concretise(policy: Policy, shape: Shape, budget: Budget | None, batch: int) 
     """
     if policy.planner is None:
         if budget is not None and budget.unit == "share":
-            raise Unsupported(f"budget: policy {policy.name!r} drops nothing and cannot keep to a share of the dense cache")
+            raise Unsupported(
+                f"budget: policy {policy.name!r} drops nothing and cannot keep to a share of the dense cache"
+            )
         return policy
     if budget is None:
         if policy.window is None:
@@ -56,7 +58,11 @@ def _window_from_tokens(policy: Policy, tokens: int) -> Policy:
 def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
     """Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk."""
     row = batch * sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
-    scratch = batch * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers)) * (policy.chunk // SLOTS)
+    scratch = (
+        batch
+        * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+        * (policy.chunk // SLOTS)
+    )
     slack = limit // 64
     room = (limit - slack - scratch) // row - pages(policy.sinks) - 2
     wanted = (policy.window or SLOTS) // SLOTS

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base ** (i + 1)
-    for i, prefix in enumerate("KMGT")
-    for suffix, base in (("iB", 1024), ("B", 1000))
+    prefix + suffix: base ** (i + 1) for i, prefix in enumerate("KMGT") for suffix, base in (("iB", 1024), ("B", 1000))
 }
 SPELLINGS = '"2GiB", "512MB", "25%" (the share kept), "256tok", 256 (tokens per row), or a Budget'
 

@@ -70,7 +70,7 @@ class KVCache(StockCache):  # type: ignore[misc]
         """
         _, facts = facts_of(model)
         budget = _budget(budget, compression_ratio, keep_ratio)
-        core = Cache(_shape(facts), budget=budget, policy=policy, far=far, ledger=ledger, hold=hold)
+        core = Cache(_shape(facts), budget=budget, policy=policy, hold=hold)
         return cls(facts, core)
 
     # -- one forward ----------------------------------------------------------------------------------------------
@@ -132,7 +132,9 @@ class KVCache(StockCache):  # type: ignore[misc]
         if forward is not None:
             alive = {thread.ident for thread in threading.enumerate()}
             if forward.thread != threading.get_ident() and forward.thread in alive:
-                raise RuntimeError("this cache has a step open in another thread: one cache serves one thread at a time")
+                raise RuntimeError(
+                    "this cache has a step open in another thread: one cache serves one thread at a time"
+                )
             self._abort(forward)
         if self._feed.broken and not broken:
             raise RuntimeError(_BROKEN)
@@ -254,7 +256,9 @@ class KVCache(StockCache):  # type: ignore[misc]
             raise ValueError(f"crop({n}): recurrent states cannot be taken back")
         if self._rows:
             gone = self._feed.real_in_last(-n, len(self._rows))
-            self.cache.crop(self._rows, [self.cache.logical_length(s) - g for s, g in zip(self._rows, gone, strict=True)])
+            self.cache.crop(
+                self._rows, [self.cache.logical_length(s) - g for s, g in zip(self._rows, gone, strict=True)]
+            )
         self._feed.withdraw(-n)
 
     def select(self, rows: Any) -> None:
@@ -381,7 +385,9 @@ def _budget(budget: Any, compression_ratio: float | None, keep_ratio: float | No
     if ratio is None:
         return budget
     if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"{said[0]}: expected a share that keeps more than nothing and at most all, got {given[said[0]]}")
+        raise ValueError(
+            f"{said[0]}: expected a share that keeps more than nothing and at most all, got {given[said[0]]}"
+        )
     return f"{100.0 * ratio:g}%"
 
 

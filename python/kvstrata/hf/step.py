@@ -122,9 +122,7 @@ class Forward:
         q, k, v = (_rows(x) for x in (q, k, v))
         sinks = kwargs.get("s_aux")
         sinks = None if sinks is None else sinks.detach()
-        out = self.step.attend(
-            index, q, k, v, scale=kwargs.get("scaling"), softcap=kwargs.get("softcap"), sinks=sinks
-        )
+        out = self.step.attend(index, q, k, v, scale=kwargs.get("scaling"), softcap=kwargs.get("softcap"), sinks=sinks)
         self.attended.add(layer)
         return out
 
@@ -164,7 +162,9 @@ def audit_arguments(module: Any, mask: Any, kwargs: dict[str, Any], window: int 
     if module.training:
         raise Unsupported(f"{where}: a KVCache in training mode: call model.eval() or leave the cache out")
     if mask is not None:
-        raise Unsupported(f"{where}: attention got its own mask or bias {list(mask.shape)}; only causal, windowed and padded")
+        raise Unsupported(
+            f"{where}: attention got its own mask or bias {list(mask.shape)}; only causal, windowed and padded"
+        )
     if kwargs.get("dropout"):
         raise Unsupported(f"{where}: dropout = {kwargs['dropout']} with a KVCache")
     if kwargs.get("output_attentions"):
