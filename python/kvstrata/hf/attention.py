@@ -29,7 +29,9 @@ def eager_of(module: torch.nn.Module) -> Any:
     forward = inspect.unwrap(type(module).forward)
     eager = forward.__globals__.get("eager_attention_forward")
     if eager is None:
-        raise Unsupported(f"{type(module).__name__}: {forward.__module__} has no eager_attention_forward to fall back on")
+        raise Unsupported(
+            f"{type(module).__name__}: {forward.__module__} has no eager_attention_forward to fall back on"
+        )
     return eager
 
 

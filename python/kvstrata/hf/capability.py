@@ -59,7 +59,11 @@ def _types(decoder: Any) -> list[str]:
     except Exception as error:  # a config that cannot tell its layers, whatever it raises
         return [f"{type(decoder).__name__}: the config does not tell its layer types ({type(error).__name__}: {error})"]
     known = compat.ATTENTION_TYPES | compat.RECURRENT_TYPES | compat.IDLE_TYPES
-    out = [f"{type(decoder).__name__}: layer type {kind!r}" for kind in dict.fromkeys(k for k, _ in types) if kind not in known]
+    out = [
+        f"{type(decoder).__name__}: layer type {kind!r}"
+        for kind in dict.fromkeys(k for k, _ in types)
+        if kind not in known
+    ]
     if not out and not any(kind in compat.ATTENTION_TYPES for kind, _ in types):
         out.append(f"{type(decoder).__name__}: no attention layer, so there is no KV cache to keep")
     return out

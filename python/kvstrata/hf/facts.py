@@ -199,4 +199,3 @@ def _agree(name: str, prefill: LayerFact, decode: LayerFact, kind: tuple[str, di
         raise Unsupported(
             f"{name}: layer {prefill.layer} is cached with a window of {stock}, but masked with {prefill.window}"
         )
-

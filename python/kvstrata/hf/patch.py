@@ -52,7 +52,9 @@ def _probe(decoder: Any) -> Any:
     except Unsupported:
         raise
     except Exception as error:  # whatever a forward of a foreign model raises
-        raise Unsupported(f"{type(decoder).__name__}: the probe forward failed: {type(error).__name__}: {error}") from error
+        raise Unsupported(
+            f"{type(decoder).__name__}: the probe forward failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _remember(decoder: Any) -> Record:
