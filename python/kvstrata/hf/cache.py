@@ -235,6 +235,11 @@ class KVCache(StockCache):  # type: ignore[misc]
         return tuple(self._batch.rows)
 
     @property
+    def attention_layers(self) -> frozenset[int]:
+        """The model's layer indices that have keys and values here."""
+        return self._batch.attention_layers
+
+    @property
     def columns(self) -> int:
         """Padded positions fed so far."""
         return self._batch.feed.columns

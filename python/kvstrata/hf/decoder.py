@@ -25,7 +25,7 @@ def _parameters(kind: Any) -> tuple[tuple[str, ...], bool]:
 
 def parameters_of(module: Any) -> tuple[tuple[str, ...], bool]:
     """(names of the positional parameters of a module's forward, whether it takes **kwargs)."""
-    return _parameters(type(module))
+    return _parameters(type(module))  # type: ignore[arg-type]
 
 
 def argument(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

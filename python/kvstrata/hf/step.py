@@ -67,9 +67,11 @@ class Recorder:
 
 def find(module: torch.nn.Module, kwargs: dict[str, Any]) -> Forward | Recorder | None:
     """The step of this attention call: from its keyword arguments, else from the context if `module` belongs to it."""
-    step = kwargs.pop(STEP, None)
-    if step is not None:
-        return step  # type: ignore[no-any-return]
+    step: Forward | Recorder | None = kwargs.pop(STEP, None)
+    return _from_context(module) if step is None else step
+
+
+def _from_context(module: torch.nn.Module) -> Forward | Recorder | None:
     call = current.get()
     if call is None or call.forward is None or id(module) not in call.forward.modules:
         return None
