@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from kvstrata.config import LayerSpec as LayerSpec
     from kvstrata.config import Shape as Shape
     from kvstrata.config import Unsupported as Unsupported
-    from kvstrata.hf import KVCache as KVCache
-    from kvstrata.hf import patch as patch
-    from kvstrata.hf import patched as patched
-    from kvstrata.hf import unpatch as unpatch
+    from kvstrata.hf.cache import KVCache as KVCache
+    from kvstrata.hf.patch import patch as patch
+    from kvstrata.hf.patch import patched as patched
+    from kvstrata.hf.patch import unpatch as unpatch
     from kvstrata.policy import Policy as Policy
     from kvstrata.report import Report as Report
     from kvstrata.step import Step as Step

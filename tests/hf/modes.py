@@ -9,12 +9,11 @@ import copy
 
 import torch
 import transformers
+from tiny import VOCAB
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvstrata.hf import KVCache
-
-from models import VOCAB
 
 NEW = 36  # with 13 prompt tokens the lengths cross 16, 32 and 48
 RELEASE = tuple(int(x) for x in transformers.__version__.split(".")[:2])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import modes
 import pytest
 import torch
-from models import BUILDERS, HYBRID, WINDOWED, build
 from modes import MODES, RELEASE, ours, stock
+from tiny import BUILDERS, HYBRID, WINDOWED, build
 
 from kvstrata.hf import KVCache, patch
 
 BY_NAME = {mode.__name__: mode for mode in MODES}
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair(name, dim):
     """(unpatched, patched) models with equal weights."""
     plain, with_kv = build(name, dim), build(name, dim)

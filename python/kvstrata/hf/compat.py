@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import transformers
@@ -21,7 +21,7 @@ IDLE_TYPES = frozenset({"dummy", "moe", "mlp"})
 logger = logging.getLogger("kvstrata")
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(message: str) -> None:
     """Log `message` as a warning, once per process."""
     logger.warning(message)

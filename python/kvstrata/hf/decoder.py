@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
 from kvstrata.config import Unsupported
-from kvstrata.hf.facts import Facts
+from kvstrata.hf.facts import Facts, weights_of
 from kvstrata.hf.feed import UNPATCHED
 
 ATTRIBUTE = "_kvstrata"
 
 
-@lru_cache(maxsize=None)
-def parameters_of(kind: type) -> tuple[tuple[str, ...], bool]:
-    """(names of the positional parameters of a module class's forward, whether it takes **kwargs)."""
-    parameters = list(inspect.signature(inspect.unwrap(kind.forward)).parameters.values())[1:]  # type: ignore[attr-defined]
+@cache
+def _parameters(kind: Any) -> tuple[tuple[str, ...], bool]:
+    parameters = list(inspect.signature(inspect.unwrap(kind.forward)).parameters.values())[1:]
     names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def parameters_of(module: Any) -> tuple[tuple[str, ...], bool]:
+    """(names of the positional parameters of a module's forward, whether it takes **kwargs)."""
+    return _parameters(type(module))  # type: ignore[arg-type]
 
 
 def argument(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """The argument `name` of a call of `module`, by keyword or by place; None when it is absent."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    return dict(zip(parameters_of(type(module))[0], args, strict=False)).get(name)
+    return dict(zip(parameters_of(module)[0], args, strict=False)).get(name)
 
 
 def unwrap(model: Any) -> Any:
@@ -46,7 +50,7 @@ def decoder_of(model: Any) -> Any:
     model = unwrap(model)
     candidates = [model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None)]
     for module in candidates:
-        if isinstance(module, torch.nn.Module) and "past_key_values" in parameters_of(type(module))[0]:
+        if isinstance(module, torch.nn.Module) and "past_key_values" in parameters_of(module)[0]:
             return module
     raise Unsupported(f"{type(model).__name__}: no decoder whose forward takes past_key_values")
 
@@ -75,9 +79,15 @@ def record_of(decoder: Any) -> Record | None:
 
 
 def facts_of(model: Any) -> tuple[Any, Facts]:
-    """(decoder, facts) of a patched model; RuntimeError for one that is not."""
+    """(decoder, facts) of a patched model. RuntimeError if it is not patched, ValueError if its weights moved since."""
     decoder = decoder_of(model)
     record = record_of(decoder)
     if record is None or record.facts is None:
         raise RuntimeError(UNPATCHED)
+    now = weights_of(decoder)
+    if now != record.facts.weights:
+        raise ValueError(
+            f"{record.facts.name}: expected {record.facts.weights}, the weights' dtype and device at patch, got {now}: "
+            "call kvstrata.patch(model) again"
+        )
     return decoder, record.facts

@@ -76,15 +76,9 @@ class Feed:
                 f"{self.columns} columns are cached and {length} are new; reset() starts anew"
             )
         mask = mask.bool()
-        if length > 1 or mask.device.type == "cpu":
-            self._check_past(mask[:, : self.columns])
+        self._check_past(mask[:, : self.columns])
         new = mask[:, self.columns :]
-        return None if self._late(length, mask) or bool(new.all()) else new
-
-    @staticmethod
-    def _late(length: int, mask: torch.Tensor) -> bool:
-        """One column on an accelerator is taken as real: reading it would make the host wait."""
-        return length == 1 and mask.device.type != "cpu"
+        return None if bool(new.all()) else new
 
     def _check_unmasked(self, length: int, positions: torch.Tensor | None) -> None:
         if self.valid is not None:

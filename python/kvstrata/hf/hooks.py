@@ -53,22 +53,29 @@ def decoder_pre(
     cache = argument(module, args, kwargs, "past_key_values")
     if not isinstance(cache, (KVCache, ProbeCache)):
         return None
-    if module.config._attn_implementation not in NAMES.values():  # type: ignore[union-attr]
-        raise Unsupported(
-            f"{type(module).__name__}: the attention implementation was changed to "
-            f"{module.config._attn_implementation!r} after patch: call kvstrata.patch(model) again"  # type: ignore[union-attr]
-        )
+    _check_config(module)
     mask = _plain_mask(module, argument(module, args, kwargs, "attention_mask"))
     call = enter(id(module), cache, mask)
     if isinstance(cache, ProbeCache):
         call.forward = cache.recorder
     else:
-        if argument(module, args, kwargs, "output_attentions") or module.config.output_attentions:  # type: ignore[union-attr]
+        if argument(module, args, kwargs, "output_attentions"):
             raise Unsupported(f"{type(module).__name__}: output_attentions=True: no attention matrix is ever made")
         call.forward = _open(module, args, kwargs, cache, call.mask if mask is None else mask)
-    if parameters_of(type(module))[1]:
+    if parameters_of(module)[1]:
         kwargs = {**kwargs, STEP: call.forward}
     return args, kwargs
+
+
+def _check_config(module: Any) -> None:
+    name = module.config._attn_implementation
+    if name not in NAMES.values():
+        raise Unsupported(
+            f"{type(module).__name__}: the attention implementation was changed to {name!r} after patch: call "
+            "kvstrata.patch(model) again"
+        )
+    if getattr(module.config, "output_attentions", False):
+        raise Unsupported(f"{type(module).__name__}: config.output_attentions: no attention matrix is ever made")
 
 
 def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: KVCache, mask: Any) -> Forward:
@@ -79,7 +86,7 @@ def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: KVC
     record = record_of(module)
     assert record is not None and record.facts is not None
     positions = argument(module, args, kwargs, "position_ids")
-    return cache._open(record.facts, record.modules(module), mask, tokens.shape[0], tokens.shape[1], positions)
+    return cache._batch.open(record.facts, record.modules(module), mask, tokens.shape[0], tokens.shape[1], positions)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -92,7 +99,7 @@ def decoder_post(module: torch.nn.Module, args: tuple[Any, ...], output: Any) ->
     forward, call.forward = call.forward, None
     leave(id(module))
     if isinstance(forward, Forward):
-        forward.cache._close(forward, failed=output is None)
+        forward.batch.close(forward, failed=output is None)
 
 
 HOOKS = (outer_pre, outer_post, decoder_pre, decoder_post)

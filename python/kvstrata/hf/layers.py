@@ -97,12 +97,14 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As stock. A step that fails after this cannot be rolled back."""
         self._feed.touch()
-        return super().update_conv_state(*args, **kwargs)
+        states: torch.Tensor = super().update_conv_state(*args, **kwargs)
+        return states
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As stock. A step that fails after this cannot be rolled back."""
         self._feed.touch()
-        return super().update_recurrent_state(*args, **kwargs)
+        states: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
+        return states
 
     def _tensors(self) -> list[tuple[dict[int, torch.Tensor | None], int, torch.Tensor]]:
         states = (self.conv_states, self.recurrent_states)

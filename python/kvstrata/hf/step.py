@@ -12,8 +12,8 @@ from kvstrata.config import Unsupported
 from kvstrata.hf.compat import warn_once
 
 if TYPE_CHECKING:
-    from kvstrata.cache import Step
-    from kvstrata.hf.cache import KVCache
+    from kvstrata.hf.batch import Batch
+    from kvstrata.step import Step
 
 STEP = "kvstrata_step"  # channel 1: the keyword argument that carries the step to the attention function
 _PLAIN_TENSORS = frozenset({"position_ids", "s_aux"})
@@ -67,9 +67,11 @@ class Recorder:
 
 def find(module: torch.nn.Module, kwargs: dict[str, Any]) -> Forward | Recorder | None:
     """The step of this attention call: from its keyword arguments, else from the context if `module` belongs to it."""
-    step = kwargs.pop(STEP, None)
-    if step is not None:
-        return step  # type: ignore[no-any-return]
+    step: Forward | Recorder | None = kwargs.pop(STEP, None)
+    return _from_context(module) if step is None else step
+
+
+def _from_context(module: torch.nn.Module) -> Forward | Recorder | None:
     call = current.get()
     if call is None or call.forward is None or id(module) not in call.forward.modules:
         return None
@@ -77,22 +79,30 @@ def find(module: torch.nn.Module, kwargs: dict[str, Any]) -> Forward | Recorder 
 
 
 class Forward:
-    """One open step of a KVCache. Opaque on purpose: no mapping, no tuple, no `.to`, so accelerate passes it on.
+    """One open step of a KVCache's rows. Opaque on purpose: no mapping, no tuple, no `.to`, so accelerate passes it on.
 
     modules: ids of the decoder's modules. length: columns T of this forward. noted: per layer the k, v [B, H, T, D]
-    that `update` returned. irreversible: a recurrent state has changed.
+    that `update` returned. irreversible: a recurrent state has changed. fresh: the rows came into being with this
+    step; lengths: real tokens of each row before it.
     """
 
     def __init__(
-        self, cache: KVCache, step: Step, name: str, modules: frozenset[int], new: torch.Tensor | None, length: int
+        self,
+        batch: Batch,
+        step: Step | PadStep,
+        name: str,
+        modules: frozenset[int],
+        new: torch.Tensor | None,
+        length: int,
     ) -> None:
-        self.cache, self.step, self.name, self.modules = cache, step, name, modules
+        self.batch, self.step, self.name, self.modules = batch, step, name, modules
         self.new, self.length = new, length
         self.thread = threading.get_ident()
         self.noted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.attended: set[int] = set()
         self.irreversible = False
-        self.fresh = False  # the rows came into being with this step
+        self.fresh = False
+        self.lengths: list[int] = []
         self._last = -1
 
     def note(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +111,7 @@ class Forward:
             raise RuntimeError("this cache has a step open in another thread: one cache serves one thread at a time")
         if layer in self.noted:
             raise Unsupported(f"{self.name}: layer {layer} updated the cache twice in one forward")
-        self.cache.check_keys(layer, k, v)
+        self.batch.check_keys(layer, k, v)
         self.noted[layer] = (k, v)
         self._last = layer
         return k, v
@@ -115,7 +125,7 @@ class Forward:
         k, v that are not what `update` returned in this step.
         """
         layer = self._layer_of(module, k, v)
-        index, window = self.cache.layer_facts(layer)
+        index, window = self.batch.layer_facts(layer)
         audit_arguments(module, mask, kwargs, window)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             warn_once("gradients do not flow through a KVCache: the attention output is detached")
@@ -141,13 +151,31 @@ class Forward:
 
     def audit(self) -> None:
         """Unsupported unless every layer was updated and attended in this step."""
-        expected = self.cache.attention_layers
+        expected = self.batch.attention_layers
         missing = sorted(expected - self.attended)
         if missing or self.noted.keys() != self.attended:
             raise Unsupported(
                 f"{self.name}: the step did not reach every layer: expected {sorted(expected)}, updated "
                 f"{sorted(self.noted)}, attended {sorted(self.attended)}"
             )
+
+
+class PadStep:
+    """A step of columns that are padding in every row: nothing is stored, attention gives zeros."""
+
+    closed = False
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Zeros like q [B, T, Hq, D]."""
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+
+    def commit(self) -> None:
+        """Nothing to keep."""
+        self.closed = True
+
+    def rollback(self) -> None:
+        """Nothing to withdraw."""
+        self.closed = True
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers as tf
 
 VOCAB = 96
 WINDOW = 8
+SEEDS = {"gpt_oss": 8, "qwen3_next": 9, "stablelm": 8, "gemma3_mm": 8}
+"""With these the two best logits of a greedy run never lie closer than 1e-3, which rounding could turn over."""
 _SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -115,7 +117,9 @@ def _gemma3_mm(dim):
     text = _gemma3(dim)[1].to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, tie_word_embeddings=False)
+    config = tf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, tie_word_embeddings=False
+    )
     for name, value in _SPECIAL.items():
         setattr(config, name, value)
     return tf.Gemma3ForConditionalGeneration, config
@@ -137,9 +141,9 @@ HYBRID = {"qwen3_next"}
 WINDOWED = {"mistral", "gemma3", "gemma2", "gpt_oss", "gemma3_mm"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built(name: str, dim: int):
-    torch.manual_seed(7)
+    torch.manual_seed(SEEDS.get(name, 7))
     kind, config = BUILDERS[name](dim)
     model = kind(config).eval()
     with torch.no_grad():  # whatever the class initializes by its own rule: make every matrix count
