@@ -22,7 +22,7 @@ def fingerprint(model):
     """Hooks of every module, attribute names, and the attention implementation of every config."""
     seen = []
     for name, module in model.named_modules():
-        tables = {k: dict(v) for k, v in module.__dict__.items() if "_hooks" in k and isinstance(v, dict)}
+        tables = {k: list(v.values()) for k, v in module.__dict__.items() if "_hooks" in k and isinstance(v, dict)}
         config = getattr(module, "config", None)
         implementation = getattr(config, "_attn_implementation_internal", None)
         seen.append((name, tables, sorted(module.__dict__), module.training, implementation))
