@@ -43,7 +43,11 @@ def refused(model, cache, match, ids, mask=None, error=ValueError, **kwargs):
     before = (cache.columns, [cache.logical_length(i) for i in range(len(cache.sequences))], cache.report().stored)
     with pytest.raises(error, match=match):
         forward(model, cache, ids, mask, **kwargs)
-    assert before == (cache.columns, [cache.logical_length(i) for i in range(len(cache.sequences))], cache.report().stored)
+    assert before == (
+        cache.columns,
+        [cache.logical_length(i) for i in range(len(cache.sequences))],
+        cache.report().stored,
+    )
 
 
 # --- at patch ----------------------------------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def test_attention_that_is_not_dispatched():
 
 def test_a_class_without_readable_source():
     space = {"LlamaForCausalLM": tf.LlamaForCausalLM, "LlamaModel": tf.LlamaModel, "__name__": "nowhere"}
-    exec("class Inner(LlamaModel): pass\nclass Outer(LlamaForCausalLM): pass", space)  # noqa: S102
+    exec("class Inner(LlamaModel): pass\nclass Outer(LlamaForCausalLM): pass", space)
     model = space["Outer"](tf.LlamaConfig(**SMALL))
     model.model = space["Inner"](model.config)
     refused_at_patch(model, "Inner: .*source cannot be read")
@@ -225,7 +229,13 @@ def test_mask_of_the_wrong_shape(model, filled):
 def test_mask_of_stored_columns_changed(model, filled):
     cache, mask = filled
     changed = torch.cat([torch.ones_like(mask), torch.ones(4, 1, dtype=torch.long)], 1)
-    refused(model, cache, r"cached columns changed: expected.*\[13, 5, 1, 9\], got \[13, 13, 13, 13\]", prompt(4, 1), changed)
+    refused(
+        model,
+        cache,
+        r"cached columns changed: expected.*\[13, 5, 1, 9\], got \[13, 13, 13, 13\]",
+        prompt(4, 1),
+        changed,
+    )
 
 
 def test_no_mask_after_padding(model, filled):
@@ -236,7 +246,13 @@ def test_positions_that_start_anew(model):
     cache = ours(model)
     forward(model, cache, prompt())
     positions = torch.arange(4)[None]
-    refused(model, cache, r"position_ids must start at the 13 cached columns.*got \[0\]", prompt(1, 4), position_ids=positions)
+    refused(
+        model,
+        cache,
+        r"position_ids must start at the 13 cached columns.*got \[0\]",
+        prompt(1, 4),
+        position_ids=positions,
+    )
 
 
 def test_another_batch_size(model, filled):
@@ -320,7 +336,9 @@ def test_dtype_changed_after_for_model(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         refused(model, cache, r"values: expected torch\.float32 on cpu.*got torch\.bfloat16", prompt())
     patch(model.to(torch.bfloat16))
-    refused(model, cache, r"made for another model; layer 0 dtype: expected torch\.float32, got torch\.bfloat16", prompt())
+    refused(
+        model, cache, r"made for another model; layer 0 dtype: expected torch\.float32, got torch\.bfloat16", prompt()
+    )
 
 
 def test_a_cache_of_another_model(model):
