@@ -1,5 +1,153 @@
+// Store for Python. The hot path takes bare ints: pointers and element strides, checked by the caller in Python.
+#include <pybind11/stl.h>
+
 #include "bind/bind.h"
+#include "common/fault.h"
+#include "store/store.h"
+
+namespace py = pybind11;
+using namespace kvstrata;
+using store::SeqId;
+using store::Store;
+using store::TokenTensor;
 
 namespace kvstrata::bind {
-void bind_store(pybind11::module_&) {}
+namespace {
+
+using Address = uintptr_t;
+using Strides = std::tuple<Address, int64_t, int64_t, int64_t>;  // data, elements per sequence, token, head
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+TokenTensor tensor(const Strides& s) {
+    const auto [data, batch, token, head] = s;
+    return {reinterpret_cast<void*>(data), batch, token, head};
+}
+
+store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse, Address sinks, int out_dtype,
+                       float scale, float softcap, int threads) {
+    return {tensor(q), tensor(out), tensor(lse), reinterpret_cast<const float*>(sinks), static_cast<DType>(out_dtype),
+            scale,     softcap,     threads};
+}
+
+// One native call per layer and decode step: append, then attend over all that is stored.
+void append_attend(Store& s, int layer, const Strides& q, const Strides& k, const Strides& v, const Strides& out,
+                   const Strides& lse, Address sinks, int out_dtype, float scale, float softcap, int threads) {
+    const py::gil_scoped_release release;
+    s.set_threads(threads);
+    s.append(layer, tensor(k), tensor(v), 0, s.longest());
+    s.attend(layer, call(q, out, lse, sinks, out_dtype, scale, softcap, threads));
+}
+
+py::dict pool_state(const Store& s, int pool) {
+    const auto info = s.pool_info(pool);
+    const pages::Pool& p = s.pool(pool);
+    py::dict d;
+    d["format"] = static_cast<int>(info.format);
+    d["head_dim"] = info.head_dim;
+    d["page_bytes"] = info.page_bytes;
+    d["total"] = p.total();
+    d["free"] = p.free();
+    d["used"] = p.used();
+    return d;
+}
+
+// (index, pages, free pages) of every lent slab.
+std::vector<std::tuple<int, int, int>> slabs(const Store& s, int pool) {
+    std::vector<std::tuple<int, int, int>> out;
+    const auto& all = s.pool(pool).slabs();
+    for (size_t i = 0; i < all.size(); ++i) {
+        if (all[i].n_pages) out.emplace_back(static_cast<int>(i), all[i].n_pages, all[i].n_free);
+    }
+    return out;
+}
+
+// (pages, alive, hidden, sealed entries) of one row, for tests and debugging.
+py::tuple row(const Store& s, SeqId seq, int layer, int head) {
+    const pages::Row& r = s.row(seq, layer, head);
+    std::vector<uint16_t> hidden;
+    for (int e = 0; e < r.entries(); ++e) hidden.push_back(r.hidden(e));
+    return py::make_tuple(r.page, r.alive, hidden, r.sealed);
+}
+
+}  // namespace
+
+void bind_store(py::module_& m) {
+    py::class_<Store>(m, "Store")
+        .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
+                         int sinks) {
+                 std::vector<store::LayerShape> shapes;
+                 for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
+                 return std::make_unique<Store>(std::move(shapes),
+                                                store::Options{static_cast<DType>(dtype), tail, hold, sinks});
+             }),
+             py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"))
+        .def_property_readonly("n_pools", &Store::n_pools)
+        .def("pool", &pool_state)
+        .def("pool_of", &Store::pool_of)
+        .def("slabs", &slabs)
+        .def("lend",
+             [](Store& s, int pool, Address payload, Address positions, int n) {
+                 return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions),
+                               n);
+             })
+        .def("give_back", &Store::give_back)
+        .def("empty_out", &Store::empty_out, NoGil())
+        .def_property_readonly("metadata_bytes", &Store::metadata_bytes)
+        .def_property_readonly("workspace_bytes", &Store::workspace_bytes)
+        .def("create", &Store::create)
+        .def("free", [](Store& s, const std::vector<SeqId>& seqs) { s.free(seqs); })
+        .def("fork", &Store::fork)
+        .def("select", [](Store& s, const std::vector<SeqId>& seqs,
+                          const std::vector<int64_t>& index) { return s.select(seqs, index); })
+        .def("crop", &Store::crop)
+        .def("confirm", &Store::confirm)
+        .def("set_tail", &Store::set_tail)
+        .def("set_recording", &Store::set_recording)
+        .def("length", [](const Store& s, SeqId seq) { return s.sequence(seq).length; })
+        .def("floor", [](const Store& s, SeqId seq) { return s.sequence(seq).floor; })
+        .def("stored", [](const Store& s, SeqId seq, int layer, int head) { return s.row(seq, layer, head).stored; })
+        .def("clear", &Store::clear)
+        .def("columns", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.columns(layer, seqs); })
+        .def("look",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address positions, Address open, int64_t columns) {
+                 s.look(layer, seqs, reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open), columns);
+             })
+        .def("row", &row)
+        .def("positions", [](Store& s, SeqId seq, int layer, int head,
+                             Address out) { s.positions(seq, layer, head, reinterpret_cast<int32_t*>(out)); })
+        .def("read",
+             [](Store& s, SeqId seq, int layer, int head, Address k, Address v) {
+                 s.read(seq, layer, head, reinterpret_cast<void*>(k), reinterpret_cast<void*>(v));
+             })
+        .def("begin", [](Store& s, const std::vector<SeqId>& seqs, const std::vector<int32_t>& starts,
+                         const std::vector<int32_t>& tokens) { s.begin(seqs, starts, tokens); })
+        .def("needed", &Store::needed)
+        .def("missing", &Store::missing)
+        .def_property_readonly("longest", &Store::longest)
+        .def("append",
+             [](Store& s, int layer, const Strides& k, const Strides& v, int from, int to, int threads) {
+                 const py::gil_scoped_release release;
+                 s.set_threads(threads);
+                 s.append(layer, tensor(k), tensor(v), from, to);
+             })
+        .def("attend",
+             [](Store& s, int layer, const Strides& q, const Strides& out, const Strides& lse, Address sinks,
+                int out_dtype, float scale, float softcap, int threads) {
+                 const py::gil_scoped_release release;
+                 s.attend(layer, call(q, out, lse, sinks, out_dtype, scale, softcap, threads));
+             })
+        .def("append_attend", &append_attend)
+        .def("settle", py::overload_cast<int>(&Store::settle), NoGil())
+        .def("commit", &Store::commit, NoGil())
+        .def("rollback", &Store::rollback, NoGil())
+        .def_property_readonly("in_step", &Store::in_step)
+        .def("apply_plan",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
+                 s.apply_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
+             });
+    m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
+    m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
+    m.def("fault_visits", &fault::visits);
+}
+
 }  // namespace kvstrata::bind

@@ -25,7 +25,8 @@ std::string message(const Parts&... parts) {
 // check(n > 0, "attend: n is ", n, ", expected > 0")
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
-    if (!ok) [[unlikely]] throw Invalid(message(parts...));
+    if (!ok) [[unlikely]]
+        throw Invalid(message(parts...));
 }
 
 }  // namespace kvstrata

@@ -44,8 +44,7 @@ std::string obstacle(Isa level) {
     const Cpuid basic(1, 0), more(7, 0), sub(7, 1);
     const uint64_t states = bit(basic.c, 27) ? saved_states() : 0;
     switch (level) {
-        case Isa::scalar:
-            return "";
+        case Isa::scalar: return "";
         case Isa::avx2:
             if ((states & 0x6) != 0x6) return "the operating system does not save AVX registers";
             return missing(bit(more.b, 5) && bit(basic.c, 12) && bit(basic.c, 29), "AVX2, FMA and F16C");
@@ -53,10 +52,8 @@ std::string obstacle(Isa level) {
             if ((states & 0xE6) != 0xE6) return "the CPU or the operating system has no AVX-512 state";
             return missing(bit(more.b, 16) && bit(more.b, 17) && bit(more.b, 30) && bit(more.b, 31),
                            "AVX-512 F, DQ, BW and VL");
-        case Isa::avx512_vnni:
-            return missing(bit(more.c, 11), "AVX512-VNNI");
-        case Isa::avx512_bf16:
-            return missing(bit(sub.a, 5), "AVX512-BF16");
+        case Isa::avx512_vnni: return missing(bit(more.c, 11), "AVX512-VNNI");
+        case Isa::avx512_bf16: return missing(bit(sub.a, 5), "AVX512-BF16");
         case Isa::amx:
             if (!(bit(more.d, 22) && bit(more.d, 24) && bit(more.d, 25)))
                 return "the CPU has no AMX-TILE, -BF16 and -INT8";
@@ -85,8 +82,7 @@ void fill(Isa level, Kernels* table) {
         KVSTRATA_FILL(avx512_bf16);
         KVSTRATA_FILL(amx);
 #endif
-        default:
-            break;
+        default: break;
     }
 #undef KVSTRATA_FILL
 }

@@ -12,24 +12,24 @@
 
 namespace kvstrata::ops {
 
-struct AppendRow {             // one (sequence, KV head)
-    const void* k;             // [T, D], token t at k + token(t) * k_stride elements; last dimension contiguous
-    const void* v;             // [T, D]
-    int64_t k_stride;          // elements between tokens
+struct AppendRow {     // one (sequence, KV head)
+    const void* k;     // [T, D], token t at k + token(t) * k_stride elements; last dimension contiguous
+    const void* v;     // [T, D]
+    int64_t k_stride;  // elements between tokens
     int64_t v_stride;
-    const int32_t* tokens;     // [T] index of token t along the strided axis, or null: 0, 1, 2, ...
-    const PageId* pages;       // [T] destination page, -1 = skip
-    const uint8_t* slots;      // [T] destination slot, 0..15
-    int32_t count;             // T
-    int32_t position;          // position of token 0; token t has position + t
+    const int32_t* tokens;  // [T] index of token t along the strided axis, or null: 0, 1, 2, ...
+    const PageId* pages;    // [T] destination page, -1 = skip
+    const uint8_t* slots;   // [T] destination slot, 0..15
+    int32_t count;          // T
+    int32_t position;       // position of token 0; token t has position + t
 };
 
 struct AppendParams {
-    const AppendRow* rows;     // [R]
+    const AppendRow* rows;  // [R]
     int32_t n_rows;
-    int32_t head_dim;          // D, 1..512
-    DType dtype;               // of k and v: f32, bf16, f16
-    const PoolView* pools;     // [8]
+    int32_t head_dim;       // D, 1..512
+    DType dtype;            // of k and v: f32, bf16, f16
+    const PoolView* pools;  // [8]
     int32_t threads;
 };
 

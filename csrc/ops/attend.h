@@ -21,41 +21,41 @@
 
 namespace kvstrata::ops {
 
-struct AttendRow {             // one (sequence, KV head)
-    const void* q;             // [T, G, D] by the strides below; last dimension contiguous
-    int64_t q_stride_t;        // elements
+struct AttendRow {       // one (sequence, KV head)
+    const void* q;       // [T, G, D] by the strides below; last dimension contiguous
+    int64_t q_stride_t;  // elements
     int64_t q_stride_g;
-    void* out;                 // [T, G, D]
-    int64_t out_stride_t;      // elements
+    void* out;             // [T, G, D]
+    int64_t out_stride_t;  // elements
     int64_t out_stride_g;
-    float* lse;                // [G, T] by the strides below, or null
+    float* lse;  // [G, T] by the strides below, or null
     int64_t lse_stride_t;
     int64_t lse_stride_g;
-    const int32_t* tokens;     // [T] index of query t along the strided T axis of q, out and lse, or null: 0, 1, 2, ...
-    const PageId* pages;       // [M]
-    const uint16_t* visible;   // [M] slot masks, or null: all slots
-    const float* bias;         // [M, 16] or null
-    const float* sinks;        // [G] sink logits or null
-    const int32_t* q_pos;      // [T] positions of the queries; null unless window > 0
-    const uint64_t* tree;      // [T] or null
-    float* logits;             // [G, T, M, 16] receives z (-inf where unread), or null
-    int32_t entries;           // M
-    int32_t queries;           // T
-    int32_t own;               // 0..T (tree: 0..64)
+    const int32_t* tokens;    // [T] index of query t along the strided T axis of q, out and lse, or null: 0, 1, 2, ...
+    const PageId* pages;      // [M]
+    const uint16_t* visible;  // [M] slot masks, or null: all slots
+    const float* bias;        // [M, 16] or null
+    const float* sinks;       // [G] sink logits or null
+    const int32_t* q_pos;     // [T] positions of the queries; null unless window > 0
+    const uint64_t* tree;     // [T] or null
+    float* logits;            // [G, T, M, 16] receives z (-inf where unread), or null
+    int32_t entries;          // M
+    int32_t queries;          // T
+    int32_t own;              // 0..T (tree: 0..64)
 };
 
 struct AttendParams {
-    const AttendRow* rows;     // [R]
+    const AttendRow* rows;  // [R]
     int32_t n_rows;
-    int32_t group;             // G query heads per KV head, 1..16
-    int32_t head_dim;          // D, 1..512
-    DType q_dtype;             // f32, bf16, f16
-    DType out_dtype;           // f32, bf16, f16
-    const PoolView* pools;     // [8]
-    float scale;               // finite
-    float softcap;             // 0: none
-    int32_t window;            // 0: none
-    void* workspace;           // workspace_bytes(params) bytes, 64-byte aligned; may be null if that is 0
+    int32_t group;          // G query heads per KV head, 1..16
+    int32_t head_dim;       // D, 1..512
+    DType q_dtype;          // f32, bf16, f16
+    DType out_dtype;        // f32, bf16, f16
+    const PoolView* pools;  // [8]
+    float scale;            // finite
+    float softcap;          // 0: none
+    int32_t window;         // 0: none
+    void* workspace;        // workspace_bytes(params) bytes, 64-byte aligned; may be null if that is 0
     int32_t threads;
 };
 

@@ -12,9 +12,9 @@ namespace kvstrata::ops {
 enum class Reduce : uint8_t { sum = 0, mean = 1, max = 2 };
 
 struct MassParams {
-    const float* logits;       // f32 [R, G, T, M, 16], contiguous
-    const float* lse;          // f32 [R, G, T]
-    float* mass;               // f32 [R, M, 16]
+    const float* logits;  // f32 [R, G, T, M, 16], contiguous
+    const float* lse;     // f32 [R, G, T]
+    float* mass;          // f32 [R, M, 16]
     int32_t rows, group, queries, entries;
     Reduce reduce;
     int32_t threads;

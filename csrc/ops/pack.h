@@ -11,12 +11,12 @@
 namespace kvstrata::ops {
 
 struct PackParams {
-    const PageId* pages;       // [P], none negative
-    int32_t n_pages;           // P
-    int32_t head_dim;          // D
-    void* k;                   // [P, 16, D] contiguous, in the page's format (pack reads, unpack writes)
-    void* v;                   // [P, 16, D]
-    const PoolView* pools;     // [8]
+    const PageId* pages;    // [P], none negative
+    int32_t n_pages;        // P
+    int32_t head_dim;       // D
+    void* k;                // [P, 16, D] contiguous, in the page's format (pack reads, unpack writes)
+    void* v;                // [P, 16, D]
+    const PoolView* pools;  // [8]
     int32_t threads = 1;
 };
 

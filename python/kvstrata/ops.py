@@ -322,9 +322,7 @@ def mass(
     rows, group, queries, entries = logits.shape[:4]
     by_query = lse.unsqueeze(1) if lse.dim() == 2 else lse
     if by_query.shape != (rows, queries, group):
-        raise ValueError(
-            f"mass: lse is {list(lse.shape)}, expected [R={rows}, T={queries}, G={group}] (set by logits)"
-        )
+        raise ValueError(f"mass: lse is {list(lse.shape)}, expected [R={rows}, T={queries}, G={group}] (set by logits)")
     result = torch.empty(rows, entries, SLOTS, dtype=torch.float32) if out is None else out
     by_head = by_query.transpose(1, 2).contiguous()
     _C.mass(

@@ -1,0 +1,126 @@
+# make demo | test | lint | build | bench | asan | clean
+#
+# `make demo` and `make test` do all set-up themselves: they need Python 3.11 or newer, g++ and make. Everything goes into
+# .venv, by the pins in constraints.txt; cmake and ninja come as wheels where the machine has none. Stamp files make a
+# second run quick and reinstall when a source changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+LOGS := build/logs
+# The oldest transformers we support runs from a folder put before site-packages.
+OLDEST_TRANSFORMERS := 5.17.0
+OVERLAY := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# Newer pip reads the constraints of the isolated build environment from here.
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# No test and no demo may reach for a model hub.
+export HF_HUB_OFFLINE := 1
+# Sources in python/ must not be imported in place of the installed wheel.
+unexport PYTHONPATH
+
+PIP := $(BIN)/python -m pip --quiet
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
+SOURCES := $(NATIVE) $(shell find python -type f -name '*.py*' ! -path '*/__pycache__/*' 2>/dev/null)
+CPP := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+
+.PHONY: help demo test lint bench build asan clean
+help:
+	@sed -n '1,5p' Makefile | sed 's/^# \{0,1\}//'
+
+# --- Set-up --------------------------------------------------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first, by exactly its version, before anything can pull in another.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) install torch==2.13.0
+	touch $@
+
+$(STAMPS)/run: constraints.txt $(STAMPS)/torch
+	$(PIP) install numpy rich transformers accelerate
+	touch $@
+
+$(STAMPS)/dev: constraints.txt $(STAMPS)/run
+	$(PIP) install clang-format cmake hypothesis mypy ninja pybind11 pytest ruff scikit-build-core
+	touch $@
+
+$(STAMPS)/oldest: constraints.txt $(STAMPS)/run
+	rm -rf $(OVERLAY)
+	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(OVERLAY) transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+# The wheel, built in pip's isolated environment: no torch at build time. For tests, warnings are errors.
+$(STAMPS)/wheel: $(SOURCES) $(STAMPS)/run
+	$(PIP) install --no-deps --force-reinstall .
+	touch $@
+
+$(STAMPS)/wheel-strict: $(SOURCES) $(STAMPS)/run
+	$(PIP) install --no-deps --force-reinstall -C cmake.define.KVSTRATA_WERROR=ON .
+	touch $@ $(STAMPS)/wheel
+
+# --- What a user runs ----------------------------------------------------------------------------------------------------
+
+demo: $(STAMPS)/wheel
+	$(BIN)/kvstrata demo
+
+bench: $(STAMPS)/wheel
+	@for file in bench/ops/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# --- Checks --------------------------------------------------------------------------------------------------------------
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+# The main suite runs last, so that its summary ends the output.
+test: lint $(STAMPS)/wheel-strict $(STAMPS)/oldest asan
+	mkdir -p $(LOGS)
+	if [ -d tests/hf ]; then PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest -q tests/hf 2>&1 | tee $(LOGS)/2-oldest.log; fi
+	$(BIN)/python -m pytest -q -rs 2>&1 | tee $(LOGS)/3-main.log
+
+# The native-heavy tests again under AddressSanitizer and UndefinedBehaviorSanitizer. The package is laid out beside the
+# build, with the instrumented module in it. Leaks are not looked for: the interpreter itself frees little at exit.
+ASAN := build/asan-ubsan
+ASAN_TESTS := $(wildcard tests/ops tests/pages tests/store)
+asan: $(STAMPS)/dev
+	mkdir -p $(LOGS)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset asan-ubsan -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >$(LOGS)/asan-configure.log || { cat $(LOGS)/asan-configure.log; exit 1; }
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build $(ASAN)
+	rm -rf $(ASAN)/site
+	mkdir -p $(ASAN)/site
+	cp -r python/kvstrata $(ASAN)/site/
+	rm -f $(ASAN)/site/kvstrata/*.so
+	cp $(ASAN)/_C*.so $(ASAN)/site/kvstrata/
+	if [ -n "$(ASAN_TESTS)" ]; then \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/site \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider $(ASAN_TESTS) 2>&1 | tee $(LOGS)/1-asan.log; fi
+
+# --- Development ---------------------------------------------------------------------------------------------------------
+
+# An incremental build whose libraries go beside the Python sources, for use with PYTHONPATH=python.
+build: $(STAMPS)/dev
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset release -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/dev
+	cp build/dev/_C*.so python/kvstrata/
+	if [ -f build/dev/csrc/cuda/libkvstrata_cuda.so ]; then cp build/dev/csrc/cuda/libkvstrata_cuda.so python/kvstrata/; fi
+
+clean:
+	rm -rf build dist $(VENV) python/kvstrata/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

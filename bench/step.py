@@ -1,0 +1,81 @@
+"""Host overhead of one decode step: what a layer's call costs beyond its kernels.
+
+Times, at 16 stored tokens (so that the kernels have next to nothing to do): the native append + attend call alone, a whole
+``Step.attend``, and opening and committing a step per layer. Prints microseconds; ``--json`` for one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from kvstrata import Cache, LayerSpec, Shape
+from kvstrata.config import DTYPES
+
+
+def measure(kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    spec = LayerSpec(kv_heads, kv_heads * group, dim)
+    shape = Shape([spec] * layers, torch.bfloat16)
+    q = torch.randn(1, 1, spec.q_heads, dim).bfloat16()
+    k, v = (torch.randn(1, 1, kv_heads, dim).bfloat16() for _ in range(2))
+    out = torch.empty_like(q)
+
+    def filled() -> tuple[Cache, list]:  # type: ignore[type-arg]
+        cache = Cache(shape)
+        seqs = cache.new(1)
+        with cache.step(seqs, columns=15) as step:
+            for layer in range(layers):
+                step.attend(layer, *(x.expand(1, 15, -1, -1) for x in (q, k, v)))
+        return cache, seqs
+
+    native, wrapped, rest = [], [], []
+    for _ in range(reps):
+        cache, seqs = filled()
+        step = cache.step(seqs, columns=1).open()
+        args = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v, out)]
+        start = time.perf_counter_ns()
+        for layer in range(layers):
+            cache._store.append_attend(layer, *args, (0, 0, 0, 0), 0, DTYPES[q.dtype], dim**-0.5, 0.0, 1)
+        native.append((time.perf_counter_ns() - start) / layers / 1e3)
+        step.rollback()
+        start = time.perf_counter_ns()
+        step = cache.step(seqs, columns=1).open()
+        opened = time.perf_counter_ns() - start
+        start = time.perf_counter_ns()
+        for layer in range(layers):
+            step.attend(layer, q, k, v)
+        wrapped.append((time.perf_counter_ns() - start) / layers / 1e3)
+        start = time.perf_counter_ns()
+        step.commit()
+        rest.append((opened + time.perf_counter_ns() - start) / layers / 1e3)
+    return {
+        "native_call_us": statistics.median(native),
+        "step_attend_us": statistics.median(wrapped),
+        "open_commit_us_per_layer": statistics.median(rest),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--reps", type=int, default=50)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = measure(args.kv_heads, args.group, args.dim, args.layers, args.reps)
+    if args.json:
+        print(json.dumps({"schema": 1, "bench": "step", "case": vars(args), **result}))
+        return
+    for name, value in result.items():
+        print(f"{name:28s} {value:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+#include "pages/pool.h"
+
+#include <algorithm>
+#include <bit>
+#include <cassert>
+#include <stdexcept>
+
+#include "common/check.h"
+
+namespace kvstrata::pages {
+
+int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
+    check(n_pages >= 1 && n_pages <= kMaxPagesPerSlab, "lend: n_pages is ", n_pages, ", expected 1..",
+          kMaxPagesPerSlab);
+    check(reinterpret_cast<uintptr_t>(payload) % 64 == 0, "lend: slab address is not a multiple of 64 bytes");
+    auto vacant = std::find_if(slabs_.begin(), slabs_.end(), [](const Slab& s) { return s.n_pages == 0; });
+    const int index = static_cast<int>(vacant - slabs_.begin());
+    check(index < kMaxSlabs, "lend: the pool has ", kMaxSlabs, " slabs, and no more can be named");
+    if (vacant == slabs_.end()) {
+        slabs_.emplace_back();
+        payloads_.push_back(nullptr);
+        positions_.push_back(nullptr);
+    }
+    Slab& slab = slabs_[index];
+    slab = Slab{payload, positions, n_pages, n_pages, false, {}, {}};
+    slab.free_bits.assign((n_pages + 63) / 64, ~uint64_t{0});
+    if (n_pages % 64) slab.free_bits.back() = (uint64_t{1} << (n_pages % 64)) - 1;
+    slab.refs.assign(n_pages, 0);
+    payloads_[index] = payload;
+    positions_[index] = positions;
+    total_ += n_pages;
+    free_ += n_pages;
+    first_ = std::min(first_, index);
+    return index;
+}
+
+void Pool::give_back(int index) {
+    check(index >= 0 && index < static_cast<int>(slabs_.size()) && slabs_[index].n_pages > 0, "give_back: slab is ",
+          index, ", expected a lent slab");
+    check(empty(index), "give_back: slab ", index, " still holds pages");
+    Slab& slab = slabs_[index];
+    total_ -= slab.n_pages;
+    (slab.closed ? closed_free_ : free_) -= slab.n_pages;
+    slab = Slab{};
+    payloads_[index] = nullptr;
+    positions_[index] = nullptr;
+}
+
+void Pool::set_closed(int index, bool closed) {
+    Slab& slab = slabs_[index];
+    if (slab.closed == closed) return;
+    slab.closed = closed;
+    (closed ? closed_free_ : free_) += slab.n_free;
+    (closed ? free_ : closed_free_) -= slab.n_free;
+    if (!closed) first_ = std::min(first_, index);
+}
+
+PageId Pool::take() {
+    for (; first_ < static_cast<int>(slabs_.size()); ++first_) {
+        Slab& slab = slabs_[first_];
+        if (slab.n_free == 0 || slab.closed) continue;
+        for (size_t w = 0;; ++w) {
+            assert(w < slab.free_bits.size());
+            if (!slab.free_bits[w]) continue;
+            const int index = static_cast<int>(w * 64) + std::countr_zero(slab.free_bits[w]);
+            slab.free_bits[w] &= slab.free_bits[w] - 1;
+            slab.refs[index] = 1;
+            --slab.n_free;
+            --free_;
+            return make_page(id_, first_, index);
+        }
+    }
+    throw std::logic_error("take: no free page; the step did not reserve what it uses");
+}
+
+bool Pool::release(PageId id) {
+    Slab& slab = slabs_[page_slab(id)];
+    const int index = page_index(id);
+    assert(slab.refs[index] > 0);
+    if (--slab.refs[index] > 0) return false;
+    slab.free_bits[index / 64] |= uint64_t{1} << (index % 64);
+    ++slab.n_free;
+    ++(slab.closed ? closed_free_ : free_);
+    if (!slab.closed) first_ = std::min(first_, page_slab(id));
+    return true;
+}
+
+int64_t Pool::metadata_bytes() const {
+    int64_t bytes = static_cast<int64_t>(slabs_.capacity() * sizeof(Slab) + payloads_.capacity() * sizeof(void*) * 2);
+    for (const Slab& s : slabs_)
+        bytes += s.free_bits.capacity() * sizeof(uint64_t) + s.refs.capacity() * sizeof(uint32_t);
+    return bytes;
+}
+
+}  // namespace kvstrata::pages

@@ -1,0 +1,74 @@
+// A row of a page table: the entries of one (sequence, KV head) of one layer, in order.
+//
+// An entry is (page, alive, hidden, want). The columns lie apart, because kernels read `page` and `visible` as they are;
+// `hidden` is kept as its complement within `alive` (visible = alive & ~hidden), so that it exists once.
+// Entries below `sealed` are immutable pages; from there on they are the open tail. The last entry of the tail may have
+// room; every append goes there. Tail entries are in position order.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "common/types.h"
+#include "pages/pool.h"
+
+namespace kvstrata::pages {
+
+struct Row {
+    std::vector<PageId> page;
+    std::vector<uint16_t> alive;
+    std::vector<uint16_t> visible;
+    std::vector<uint8_t> want;  // state and tier the latest plan asked of the page; 0: as it is
+    int32_t sealed = 0;         // entries before this one are sealed
+    int32_t stored = 0;         // alive slots of all entries
+
+    int entries() const { return static_cast<int>(page.size()); }
+    uint16_t hidden(int entry) const { return static_cast<uint16_t>(alive[entry] & ~visible[entry]); }
+    int64_t metadata_bytes() const;
+
+    // Slots of the last entry that an append may fill; 0 if there is none, or it is sealed.
+    int room() const {
+        const int last = entries() - 1;
+        return last < sealed ? 0 : kSlots - std::bit_width(alive[last]);
+    }
+};
+
+// Pages that appending n tokens will take, a copy of a shared tail page included.
+int64_t pages_needed(const Row& row, int64_t n, Pool& pool);
+
+// Is the last entry's page shared, so that this append must first move to a copy of it?
+inline bool must_copy_tail(const Row& row, Pool& pool) { return row.room() > 0 && pool.refs(row.page.back()) > 1; }
+
+// Puts a fresh copy `to` in place of the last entry's page, which loses one holder. Payload is the caller's to copy.
+void switch_tail(Row& row, PageId to, Pool& pool);
+
+// Opens places for n tokens at the end of the row, marks them alive and visible and names them in pages [n], slots [n].
+// Their positions are the payload writer's to fill in. The tail must not be shared.
+void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots);
+
+// Undoes extend: removes the last n alive slots of the tail.
+void withdraw(Row& row, int64_t n, Pool& pool);
+
+// Seals the tail entries whose tokens all lie before `boundary`, in order. Never seals a last entry that has room.
+void seal(Row& row, int64_t boundary, Pool& pool);
+
+// Keeps slots for which keep[i] != 0, i counting alive slots in table order; empty entries leave the row.
+// keep.size() must be row.stored.
+void evict(Row& row, std::span<const uint8_t> keep, Pool& pool);
+
+// Drops leading whole entries whose tokens all lie before `boundary`. Returns one past the highest dropped position, or 0.
+int64_t drop_before(Row& row, int64_t boundary, Pool& pool);
+
+// Removes every token at position `length` or later.
+void crop(Row& row, int64_t length, Pool& pool);
+
+// A second row over the same pages.
+Row share(const Row& row, Pool& pool);
+void release(Row& row, Pool& pool);
+
+// Positions of the alive slots in table order.
+void positions(const Row& row, Pool& pool, int32_t* out);
+
+}  // namespace kvstrata::pages

@@ -1,0 +1,135 @@
+// Memory of a store: slabs come in, empty ones go out, pages move between slabs so that slabs run empty.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/check.h"
+#include "common/layout.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+namespace {
+
+Format full_format(DType dtype) {
+    switch (dtype) {
+        case DType::f32: return Format::f32;
+        case DType::bf16: return Format::bf16;
+        case DType::f16: return Format::f16;
+        default: throw Unsupported("Store: dtype is not float32, bfloat16 or float16");
+    }
+}
+
+// Asks for huge pages on the whole pages of a range. A refusal is not an error.
+void hint_huge(unsigned char* data, int64_t bytes) {
+    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+}  // namespace
+
+Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::move(layers)), options_(options) {
+    check(!layers_.empty(), "Store: layers is empty, expected at least one");
+    const Format format = full_format(options_.dtype);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        const LayerShape& s = layers_[l];
+        check(s.kv_heads >= 1 && s.q_heads >= 1 && s.q_heads % s.kv_heads == 0, "Store: layer ", l, " has q_heads ",
+              s.q_heads, ", expected a multiple of kv_heads ", s.kv_heads);
+        check(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, "Store: layer ", l, " has head_dim ", s.head_dim,
+              ", expected 1..", kMaxHeadDim);
+        check(s.window >= 0, "Store: layer ", l, " has window ", s.window, ", expected >= 0");
+        auto same =
+            std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) { return i.head_dim == s.head_dim; });
+        const int pool = static_cast<int>(same - info_.begin());
+        if (same == info_.end()) {
+            if (pool == kMaxPools) throw Unsupported("Store: more than 8 different head dimensions in one model");
+            info_.push_back({format, s.head_dim, page_bytes(format, s.head_dim)});
+            pools_.emplace_back(pool, info_.back().page_bytes);
+        }
+        layer_pool_.push_back(pool);
+        first_row_.push_back(n_rows_);
+        n_rows_ += s.kv_heads;
+    }
+    set_tail(options_.tail);
+    check(options_.hold >= 0, "Store: hold is ", options_.hold, ", expected >= 0");
+    check(options_.sinks >= 0, "Store: sinks is ", options_.sinks, ", expected >= 0");
+}
+
+void Store::set_tail(int tokens) {
+    check(tokens >= kSlots && tokens % kSlots == 0, "Store: tail is ", tokens, ", expected a positive multiple of ",
+          kSlots);
+    for (const auto& [id, s] : sequences_)
+        check(s->length == 0, "set_tail: sequence ", id, " has tokens, expected none");
+    options_.tail = tokens;
+}
+
+int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages) {
+    check(pool >= 0 && pool < n_pools(), "lend: pool is ", pool, ", expected 0..", n_pools() - 1);
+    const int slab = pools_[pool].lend(payload, positions, n_pages);
+    hint_huge(payload, n_pages * info_[pool].page_bytes);
+    return slab;
+}
+
+void Store::give_back(int pool, int slab) {
+    check(pool >= 0 && pool < n_pools(), "give_back: pool is ", pool, ", expected 0..", n_pools() - 1);
+    pools_[pool].give_back(slab);
+}
+
+bool Store::empty_out(int pool, int slab) {
+    check(pool >= 0 && pool < n_pools(), "empty_out: pool is ", pool, ", expected 0..", n_pools() - 1);
+    pages::Pool& p = pools_[pool];
+    check(slab >= 0 && slab < static_cast<int>(p.slabs().size()), "empty_out: slab ", slab, " is not lent");
+    const pages::Slab& s = p.slabs()[slab];
+    check(s.n_pages > 0, "empty_out: slab ", slab, " is not lent");
+    const int64_t live = s.n_pages - s.n_free;
+    if (p.free() - s.n_free < live) return false;
+    p.set_closed(slab, true);
+    std::unordered_map<PageId, PageId> moved;
+    for (auto& [id, sequence] : sequences_) {
+        for (pages::Row& row : sequence->rows) {
+            for (PageId& page : row.page) {
+                if (page_pool(page) != pool || page_slab(page) != slab) continue;
+                auto [at, first] = moved.try_emplace(page, kNoPage);
+                if (first) {
+                    at->second = p.take();
+                    std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
+                    std::memcpy(p.positions(at->second), p.positions(page), kPositionBytes);
+                } else {
+                    p.share(at->second);
+                }
+                p.release(page);
+                page = at->second;
+            }
+        }
+    }
+    return true;
+}
+
+int64_t Store::metadata_bytes() const {
+    int64_t bytes = 0;
+    for (const pages::Pool& p : pools_) bytes += p.metadata_bytes();
+    for (const auto& [id, sequence] : sequences_) {
+        bytes += sizeof(Sequence);
+        for (const pages::Row& row : sequence->rows) bytes += row.metadata_bytes();
+    }
+    return bytes;
+}
+
+void Store::views(PoolView* out) const {
+    for (size_t i = 0; i < pools_.size(); ++i) {
+        const pages::Pool& p = pools_[i];
+        out[i] = {info_[i].format, static_cast<int32_t>(p.slabs().size()), p.page_bytes(), p.payload_table(),
+                  p.position_table()};
+    }
+}
+
+void* Store::workspace(int64_t bytes) {
+    if (bytes == 0) return nullptr;
+    if (static_cast<int64_t>(workspace_.size()) < bytes + 64) workspace_.resize(bytes + 64);
+    const auto address = reinterpret_cast<uintptr_t>(workspace_.data());
+    return reinterpret_cast<void*>((address + 63) / 64 * 64);
+}
+
+}  // namespace kvstrata::store

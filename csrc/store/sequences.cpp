@@ -1,0 +1,169 @@
+// Sequences of a store: made, shared, cropped, freed, read back.
+#include <algorithm>
+#include <cstring>
+
+#include "common/check.h"
+#include "common/layout.h"
+#include "ops/pack.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+
+Sequence& Store::find(SeqId seq, const char* verb) {
+    auto at = sequences_.find(seq);
+    check(at != sequences_.end(), verb, ": sequence ", seq, " does not exist, or was freed");
+    return *at->second;
+}
+
+const Sequence& Store::sequence(SeqId seq) const { return const_cast<Store*>(this)->find(seq, "sequence"); }
+
+void Store::check_layer(int layer, const char* verb) const {
+    check(layer >= 0 && layer < static_cast<int>(layers_.size()), verb, ": layer is ", layer, ", expected 0..",
+          layers_.size() - 1);
+}
+
+const pages::Row& Store::row(SeqId seq, int layer, int head) const {
+    const Sequence& s = sequence(seq);
+    check_layer(layer, "row");
+    check(head >= 0 && head < layers_[layer].kv_heads, "row: head is ", head, ", expected 0..",
+          layers_[layer].kv_heads - 1);
+    return s.rows[first_row_[layer] + head];
+}
+
+std::vector<SeqId> Store::create(int n) {
+    check(n >= 1, "create: n is ", n, ", expected >= 1");
+    std::vector<SeqId> ids;
+    for (int i = 0; i < n; ++i) {
+        auto s = std::make_unique<Sequence>();
+        s->rows.resize(n_rows_);
+        sequences_.emplace(next_, std::move(s));
+        ids.push_back(next_++);
+    }
+    return ids;
+}
+
+void Store::release(Sequence& s) {
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::release(row_of(s, l, h), pools_[layer_pool_[l]]);
+    }
+}
+
+void Store::check_sequences(std::span<const SeqId> seqs, const char* verb) {
+    std::vector<SeqId> sorted(seqs.begin(), seqs.end());
+    std::sort(sorted.begin(), sorted.end());
+    const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+    check(twice == sorted.end(), verb, ": sequence ", twice == sorted.end() ? 0 : *twice, " is named twice");
+    for (SeqId id : seqs) find(id, verb);
+}
+
+void Store::free(std::span<const SeqId> seqs) {
+    check(!open_, "free: a step is open, expected none");
+    check_sequences(seqs, "free");
+    for (SeqId id : seqs) {
+        release(find(id, "free"));
+        sequences_.erase(id);
+    }
+}
+
+Sequence Store::clone(const Sequence& s) {
+    Sequence copy{s.length, s.confirmed, s.floor, {}};
+    copy.rows.reserve(n_rows_);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        for (int h = 0; h < layers_[l].kv_heads; ++h) {
+            copy.rows.push_back(pages::share(s.rows[first_row_[l] + h], pools_[layer_pool_[l]]));
+        }
+    }
+    return copy;
+}
+
+std::vector<SeqId> Store::fork(SeqId parent, int n) {
+    check(!open_, "fork: a step is open, expected none");
+    check(n >= 1, "fork: n is ", n, ", expected >= 1");
+    const Sequence& source = find(parent, "fork");
+    std::vector<SeqId> ids;
+    for (int i = 0; i < n; ++i) {
+        sequences_.emplace(next_, std::make_unique<Sequence>(clone(source)));
+        ids.push_back(next_++);
+    }
+    return ids;
+}
+
+// Result i continues seqs[index[i]]; the given sequences end. The last use of a source takes its rows over, earlier ones
+// share them, so all references are added before any is dropped.
+std::vector<SeqId> Store::select(std::span<const SeqId> seqs, std::span<const int64_t> index) {
+    check(!open_, "select: a step is open, expected none");
+    check_sequences(seqs, "select");
+    const int64_t n = static_cast<int64_t>(seqs.size());
+    std::vector<int64_t> uses(n, 0);
+    for (int64_t i : index) {
+        check(i >= 0 && i < n, "select: index has ", i, ", expected 0..", n - 1);
+        ++uses[i];
+    }
+    std::vector<SeqId> ids;
+    for (int64_t i : index) {
+        auto at = sequences_.find(seqs[i]);
+        if (--uses[i] == 0) {
+            auto whole = std::move(at->second);
+            at->second = std::make_unique<Sequence>();
+            at->second->rows.resize(n_rows_);
+            sequences_.emplace(next_, std::move(whole));
+        } else {
+            sequences_.emplace(next_, std::make_unique<Sequence>(clone(*at->second)));
+        }
+        ids.push_back(next_++);
+    }
+    free(seqs);
+    return ids;
+}
+
+void Store::crop(SeqId seq, int64_t length) {
+    check(!open_, "crop: a step is open, expected none");
+    Sequence& s = find(seq, "crop");
+    check(length >= 0 && length <= s.length, "crop: length is ", length, ", expected 0..", s.length);
+    check(length >= s.floor, "crop: length is ", length, ", expected at least ", s.floor,
+          ": older tokens were dropped when the sequence was that long");
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::crop(row_of(s, l, h), length, pools_[layer_pool_[l]]);
+    }
+    s.length = length;
+    s.confirmed = length;
+}
+
+void Store::confirm(SeqId seq) {
+    Sequence& s = find(seq, "confirm");
+    s.confirmed = s.length;
+}
+
+void Store::clear(SeqId seq) {
+    check(!open_, "clear: a step is open, expected none");
+    Sequence& s = find(seq, "clear");
+    release(s);
+    s.length = s.confirmed = s.floor = 0;
+}
+
+void Store::positions(SeqId seq, int layer, int head, int32_t* out) {
+    pages::positions(row(seq, layer, head), pools_[layer_pool_[layer]], out);
+}
+
+void Store::read(SeqId seq, int layer, int head, void* k, void* v) {
+    const pages::Row& r = row(seq, layer, head);
+    const PoolInfo& info = info_[layer_pool_[layer]];
+    const int64_t vector = static_cast<int64_t>(info.head_dim) * format_bytes(info.format);
+    std::vector<unsigned char> page_k(kSlots * vector), page_v(kSlots * vector);
+    PoolView pools[kMaxPools];
+    views(pools);
+    auto* out_k = static_cast<unsigned char*>(k);
+    auto* out_v = static_cast<unsigned char*>(v);
+    for (int e = 0; e < r.entries(); ++e) {
+        ops::unpack({&r.page[e], 1, info.head_dim, page_k.data(), page_v.data(), pools});
+        for (uint16_t m = r.alive[e]; m; m &= m - 1) {
+            const int slot = std::countr_zero(m);
+            std::memcpy(out_k, page_k.data() + slot * vector, vector);
+            std::memcpy(out_v, page_v.data() + slot * vector, vector);
+            out_k += vector;
+            out_v += vector;
+        }
+    }
+}
+
+}  // namespace kvstrata::store

@@ -1,0 +1,248 @@
+// The step of a store: tokens of some sequences go through the layers, then all of it stands or none.
+#include <algorithm>
+#include <cstring>
+
+#include "common/check.h"
+#include "common/fault.h"
+#include "common/layout.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+namespace {
+
+const void* at(const TokenTensor& t, DType dtype, int64_t sequence, int64_t head) {
+    return static_cast<const unsigned char*>(t.data) + (sequence * t.batch + head * t.head) * dtype_bytes(dtype);
+}
+
+}  // namespace
+
+// starts [B + 1]: sequence b feeds tokens[starts[b] .. starts[b + 1]), each the index of one real token along the T axis
+// of the tensors to come (padding is named by nobody).
+void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, std::span<const int32_t> tokens) {
+    check(!open_, "begin: a step is open already, expected none");
+    check(!seqs.empty(), "begin: seqs is empty, expected at least one sequence");
+    check_sequences(seqs, "begin");
+    check(starts.size() == seqs.size() + 1, "begin: starts has ", starts.size(), " elements, expected ",
+          seqs.size() + 1);
+    check(starts[0] == 0 && starts.back() == static_cast<int32_t>(tokens.size()), "begin: starts spans ", starts[0],
+          "..", starts.back(), ", expected 0..", tokens.size());
+    check(std::is_sorted(starts.begin(), starts.end()), "begin: starts decreases");
+    check(!tokens.empty(), "begin: the step has no token, expected at least one");
+    step_.clear();
+    tokens_.assign(tokens.begin(), tokens.end());
+    token_pos_.resize(tokens.size());
+    done_.assign(layers_.size(), 0);
+    for (size_t b = 0; b < seqs.size(); ++b) {
+        Sequence& s = find(seqs[b], "begin");
+        const int32_t count = starts[b + 1] - starts[b];
+        check(s.length + count <= INT32_MAX, "begin: sequence ", seqs[b], " would pass ", INT32_MAX, " tokens");
+        for (int32_t t = 0; t < count; ++t) token_pos_[starts[b] + t] = static_cast<int32_t>(s.length + t);
+        step_.push_back({&s, starts[b], count});
+    }
+    longest_ = 0;
+    for (const StepSequence& s : step_) longest_ = std::max(longest_, s.count);
+    open_ = true;
+}
+
+std::vector<int64_t> Store::needed(int first_layer, int last_layer, int from, int to) {
+    check(open_, "needed: no step is open");
+    check(first_layer >= 0 && first_layer <= last_layer && last_layer <= static_cast<int>(layers_.size()),
+          "needed: layers are ", first_layer, "..", last_layer, ", expected within 0..", layers_.size());
+    std::vector<int64_t> need(pools_.size(), 0);
+    for (int l = first_layer; l < last_layer; ++l) {
+        pages::Pool& pool = pools_[layer_pool_[l]];
+        for (const StepSequence& s : step_) {
+            const int64_t n = std::min(to, s.count) - std::min(from, s.count);
+            for (int h = 0; h < layers_[l].kv_heads; ++h) {
+                need[layer_pool_[l]] += pages::pages_needed(row_of(*s.sequence, l, h), n, pool);
+            }
+        }
+    }
+    return need;
+}
+
+std::vector<int64_t> Store::missing(int first_layer, int last_layer, int from, int to) {
+    std::vector<int64_t> need = needed(first_layer, last_layer, from, to);
+    for (size_t i = 0; i < need.size(); ++i) need[i] = std::max<int64_t>(0, need[i] - pools_[i].free());
+    return need;
+}
+
+void Store::copy_tail(pages::Row& row, pages::Pool& pool) {
+    const PageId from = row.page.back(), to = pool.take();
+    std::memcpy(pool.payload(to), pool.payload(from), pool.page_bytes());
+    std::memcpy(pool.positions(to), pool.positions(from), kPositionBytes);
+    pages::switch_tail(row, to, pool);
+}
+
+// Appends tokens from..to of every sequence to one layer. All or nothing.
+void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
+    check(open_, "append: no step is open");
+    check_layer(layer, "append");
+    check(from == done_[layer] && to >= from, "append: tokens ", from, "..", to, " of layer ", layer,
+          ", expected to start at ", done_[layer]);
+    const int pool_id = layer_pool_[layer];
+    pages::Pool& pool = pools_[pool_id];
+    const int64_t need = needed(layer, layer + 1, from, to)[pool_id];
+    if (need > pool.free()) {
+        throw std::logic_error(message("append: layer ", layer, " needs ", need, " pages, ", pool.free(),
+                                       " are free; the step did not reserve them"));
+    }
+    const LayerShape& shape = layers_[layer];
+    append_rows_.clear();
+    int64_t total = 0;
+    for (const StepSequence& s : step_) total += std::max(0, std::min(to, s.count) - std::min(from, s.count));
+    pages_.resize(total * shape.kv_heads);
+    slots_.resize(total * shape.kv_heads);
+    int64_t place = 0;
+    for (size_t b = 0; b < step_.size(); ++b) {
+        const StepSequence& s = step_[b];
+        const int first = std::min(from, s.count), n = std::min(to, s.count) - first;
+        if (n <= 0) continue;
+        for (int h = 0; h < shape.kv_heads; ++h) {
+            pages::Row& row = row_of(*s.sequence, layer, h);
+            if (pages::must_copy_tail(row, pool)) copy_tail(row, pool);
+            pages::extend(row, n, pool, &pages_[place], &slots_[place]);
+            append_rows_.push_back({at(k, options_.dtype, b, h), at(v, options_.dtype, b, h), k.token, v.token,
+                                    &tokens_[s.first + first], &pages_[place], &slots_[place], n,
+                                    token_pos_[s.first + first]});
+            place += n;
+        }
+    }
+    PoolView pool_views[kMaxPools];
+    views(pool_views);
+    try {
+        fault::hit("append.after_take");
+        ops::append({append_rows_.data(), static_cast<int32_t>(append_rows_.size()), shape.head_dim, options_.dtype,
+                     pool_views, threads_});
+    } catch (...) {
+        for (const StepSequence& s : step_) {
+            const int n = std::min(to, s.count) - std::min(from, s.count);
+            for (int h = 0; n > 0 && h < shape.kv_heads; ++h) pages::withdraw(row_of(*s.sequence, layer, h), n, pool);
+        }
+        throw;
+    }
+    done_[layer] = to;
+}
+
+// Attends with all of the step's queries over what the layer holds: its own tokens too once they are appended.
+void Store::attend(int layer, const AttendCall& call) {
+    check(open_, "attend: no step is open");
+    check_layer(layer, "attend");
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads;
+    const bool windowed = shape.window > 0;
+    attend_rows_.clear();
+    for (size_t b = 0; b < step_.size(); ++b) {
+        const StepSequence& s = step_[b];
+        if (s.count == 0) continue;
+        check(done_[layer] == 0 || done_[layer] >= s.count, "attend: layer ", layer,
+              " holds a part of the step's tokens");
+        for (int h = 0; h < shape.kv_heads; ++h) {
+            const pages::Row& row = row_of(*s.sequence, layer, h);
+            ops::AttendRow r{};
+            r.q = at(call.q, options_.dtype, b, static_cast<int64_t>(h) * group);
+            r.q_stride_t = call.q.token;
+            r.q_stride_g = call.q.head;
+            r.out = const_cast<void*>(at(call.out, call.out_dtype, b, static_cast<int64_t>(h) * group));
+            r.out_stride_t = call.out.token;
+            r.out_stride_g = call.out.head;
+            if (call.lse.data) {
+                r.lse = static_cast<float*>(const_cast<void*>(at(call.lse, DType::f32, b, int64_t{h} * group)));
+                r.lse_stride_t = call.lse.token;
+                r.lse_stride_g = call.lse.head;
+            }
+            r.tokens = &tokens_[s.first];
+            r.pages = row.page.data();
+            r.visible = row.visible.data();
+            r.sinks = call.sinks ? call.sinks + static_cast<int64_t>(h) * group : nullptr;
+            r.q_pos = windowed ? &token_pos_[s.first] : nullptr;
+            r.entries = row.entries();
+            r.queries = s.count;
+            r.own = done_[layer] > 0 ? s.count : 0;
+            attend_rows_.push_back(r);
+        }
+    }
+    PoolView pool_views[kMaxPools];
+    views(pool_views);
+    ops::AttendParams params{attend_rows_.data(),
+                             static_cast<int32_t>(attend_rows_.size()),
+                             group,
+                             shape.head_dim,
+                             options_.dtype,
+                             call.out_dtype,
+                             pool_views,
+                             call.scale,
+                             call.softcap,
+                             shape.window,
+                             nullptr,
+                             call.threads};
+    params.workspace = workspace(ops::attend_workspace_bytes(params));
+    ops::attend(params);
+}
+
+// Tokens below this are final: only they may be sealed, planned or dropped.
+int64_t Store::base(const Sequence& s, int64_t length) const {
+    return recording_ ? std::max(s.confirmed, length - options_.hold) : length;
+}
+
+// Seals what has left the tail of a layer and drops what has left its sliding window (the hold stays readable, so that a
+// crop within it is exact).
+void Store::settle(int layer, Sequence& s, int64_t length) {
+    const LayerShape& shape = layers_[layer];
+    pages::Pool& pool = pools_[layer_pool_[layer]];
+    for (int h = 0; h < shape.kv_heads; ++h) {
+        pages::Row& row = row_of(s, layer, h);
+        pages::seal(row, base(s, length) - options_.tail, pool);
+        if (shape.window == 0) continue;
+        const int64_t dropped = pages::drop_before(row, length - shape.window - options_.hold + 1, pool);
+        if (dropped > 0) s.floor = std::max(s.floor, dropped + shape.window - 1);
+    }
+}
+
+void Store::settle(int layer) {
+    check(open_, "settle: no step is open");
+    check_layer(layer, "settle");
+    for (const StepSequence& s : step_) settle(layer, *s.sequence, seen(layer, *s.sequence));
+}
+
+// Tokens of a sequence that a layer has seen: an open step's appended ones count.
+int64_t Store::seen(int layer, const Sequence& s) const {
+    if (!open_) return s.length;
+    for (const StepSequence& t : step_) {
+        if (t.sequence == &s) return s.length + std::min(done_[layer], t.count);
+    }
+    return s.length;
+}
+
+void Store::commit() {
+    check(open_, "commit: no step is open");
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        for (const StepSequence& s : step_) {
+            check(done_[l] >= s.count, "commit: layer ", l, " has ", done_[l], " of ", s.count, " tokens");
+        }
+    }
+    for (const StepSequence& s : step_) {
+        Sequence& q = *s.sequence;
+        q.length += s.count;
+        if (!recording_) q.confirmed = q.length;
+        for (size_t l = 0; l < layers_.size(); ++l) settle(static_cast<int>(l), q, q.length);
+    }
+    open_ = false;
+}
+
+void Store::rollback() {
+    check(open_, "rollback: no step is open");
+    for (const StepSequence& s : step_) s.sequence->floor = std::min(s.sequence->floor, s.sequence->length);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        if (done_[l] == 0) continue;
+        for (const StepSequence& s : step_) {
+            if (s.count == 0) continue;
+            for (int h = 0; h < layers_[l].kv_heads; ++h) {
+                pages::crop(row_of(*s.sequence, l, h), s.sequence->length, pools_[layer_pool_[l]]);
+            }
+        }
+    }
+    open_ = false;
+}
+
+}  // namespace kvstrata::store

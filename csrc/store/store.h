@@ -1,0 +1,162 @@
+// Store: the data paths of one cache over pages and ops. One owner of pools, page tables and the open step.
+//
+// A step: begin -> per layer append and attend -> commit, or rollback at any point. Between begin and commit nothing but
+// the step's own tokens changes, except in a layer that was settled inside the step (a prompt cut layer by layer), whose
+// older tokens stay as cut. Memory is lent before it is needed: no call here allocates payload, and one that finds too
+// few free pages changes nothing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "common/types.h"
+#include "ops/append.h"
+#include "ops/attend.h"
+#include "ops/pool_view.h"
+#include "pages/pool.h"
+#include "pages/row.h"
+
+namespace kvstrata::store {
+
+using SeqId = int64_t;
+
+struct LayerShape {
+    int32_t kv_heads;
+    int32_t q_heads;
+    int32_t head_dim;
+    int32_t window;  // sliding window in tokens; 0: full attention
+};
+
+struct Options {
+    DType dtype;    // of q, k, v and of Full pages
+    int32_t tail;   // w: a page seals once w newer tokens exist
+    int32_t hold;   // unconfirmed tokens while recording; also kept beyond a sliding window
+    int32_t sinks;  // tokens 0..sinks-1 may not change state
+};
+
+struct Sequence {
+    int64_t length = 0;            // real tokens seen, always
+    int64_t confirmed = 0;         // while recording: tokens below this are final
+    int64_t floor = 0;             // crop below this is refused: something older was dropped
+    std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
+};
+
+// One tensor of a call: element (sequence b, token t, head h) at data + (b * batch + t * token + h * head) elements.
+struct TokenTensor {
+    void* data;
+    int64_t batch, token, head;
+};
+
+struct AttendCall {
+    TokenTensor q, out;  // [B, T, Hq, D], last dimension contiguous
+    TokenTensor lse;     // f32 [B, T, Hq], or data = null
+    const float* sinks;  // f32 [Hq] sink logits, or null
+    DType out_dtype;
+    float scale;
+    float softcap;  // 0: none
+    int32_t threads;
+};
+
+struct PoolInfo {
+    Format format;
+    int32_t head_dim;
+    int64_t page_bytes;
+};
+
+class Store {
+  public:
+    Store(std::vector<LayerShape> layers, Options options);
+
+    // Memory (memory.cpp)
+    int n_pools() const { return static_cast<int>(pools_.size()); }
+    PoolInfo pool_info(int pool) const { return info_[pool]; }
+    const pages::Pool& pool(int pool) const { return pools_[pool]; }
+    int pool_of(int layer) const { return layer_pool_[layer]; }
+    int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages);
+    void give_back(int pool, int slab);
+    bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
+    int64_t metadata_bytes() const;
+    int64_t workspace_bytes() const { return static_cast<int64_t>(workspace_.size()); }
+
+    // Sequences (sequences.cpp)
+    std::vector<SeqId> create(int n);
+    void free(std::span<const SeqId> seqs);
+    std::vector<SeqId> fork(SeqId parent, int n);
+    std::vector<SeqId> select(std::span<const SeqId> seqs, std::span<const int64_t> index);
+    void crop(SeqId seq, int64_t length);
+    void confirm(SeqId seq);
+    void clear(SeqId seq);  // empty again, all pages released
+    void set_recording(bool on) { recording_ = on; }
+    void set_threads(int n) { threads_ = n; }
+    void set_tail(int tokens);  // before the first token
+    const Sequence& sequence(SeqId seq) const;
+    const pages::Row& row(SeqId seq, int layer, int head) const;
+    void positions(SeqId seq, int layer, int head, int32_t* out);
+    void read(SeqId seq, int layer, int head, void* k, void* v);  // stored slots in table order, [n, D] of the format
+
+    // Step (step.cpp)
+    void begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, std::span<const int32_t> tokens);
+    std::vector<int64_t> needed(int first_layer, int last_layer, int from, int to);   // pages per pool
+    std::vector<int64_t> missing(int first_layer, int last_layer, int from, int to);  // of those, more than are free
+    void append(int layer, TokenTensor k, TokenTensor v, int from, int to);
+    void attend(int layer, const AttendCall& call);
+    void settle(int layer);
+    void commit();
+    void rollback();
+    bool in_step() const { return open_; }
+    int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
+
+    // Plan (plan.cpp)
+    int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
+    void look(int layer, std::span<const SeqId> seqs, int32_t* positions, uint8_t* open, int64_t columns);
+    void apply_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
+
+  private:
+    struct StepSequence {
+        Sequence* sequence;
+        int32_t first, count;  // its tokens: tokens_[first .. first + count)
+    };
+
+    Sequence& find(SeqId seq, const char* verb);
+    void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
+    void check_layer(int layer, const char* verb) const;
+    pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
+    Sequence clone(const Sequence& s);
+    void release(Sequence& s);
+    void settle(int layer, Sequence& s, int64_t length);
+    void views(PoolView* out) const;
+    void copy_tail(pages::Row& row, pages::Pool& pool);
+    void* workspace(int64_t bytes);
+    int64_t base(const Sequence& s, int64_t length) const;
+    int64_t seen(int layer, const Sequence& s) const;
+
+    std::vector<LayerShape> layers_;
+    std::vector<int> first_row_;   // [L]
+    std::vector<int> layer_pool_;  // [L]
+    int n_rows_ = 0;               // rows of one sequence
+    Options options_;
+    std::vector<pages::Pool> pools_;
+    std::vector<PoolInfo> info_;
+    std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
+    SeqId next_ = 1;
+    bool recording_ = false;
+    int threads_ = 1;
+
+    bool open_ = false;
+    int32_t longest_ = 0;
+    std::vector<StepSequence> step_;
+    std::vector<int32_t> tokens_;     // index of each token along the T axis of the call's tensors
+    std::vector<int32_t> token_pos_;  // its position
+    std::vector<int32_t> done_;       // [L] tokens of each sequence appended so far
+
+    std::vector<ops::AppendRow> append_rows_;  // scratch, kept between calls
+    std::vector<ops::AttendRow> attend_rows_;
+    std::vector<PageId> pages_;
+    std::vector<uint8_t> slots_;
+    std::vector<unsigned char> workspace_;
+};
+
+}  // namespace kvstrata::store

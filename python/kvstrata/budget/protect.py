@@ -1,0 +1,72 @@
+"""What a budget means for a policy's window, and what it can never go below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvstrata.budget.units import Budget
+from kvstrata.config import SLOTS, Shape, Unsupported
+from kvstrata.policy.base import Policy
+
+_METADATA_PER_PAGE = 64 + 40
+"""Bytes beside a page's payload: its slots' positions, its refcount and free bit, its table entry with growth room."""
+
+
+def pages(tokens: int) -> int:
+    return -(-tokens // SLOTS)
+
+
+def page_bytes(shape: Shape, layer: int) -> int:
+    """Bytes of one page of a layer, metadata included."""
+    padded = pages(shape.layers[layer].head_dim) * SLOTS
+    return 2 * SLOTS * padded * shape.dtype.itemsize + _METADATA_PER_PAGE
+
+
+def concretise(policy: Policy, shape: Shape, budget: Budget | None, batch: int) -> Policy:
+    """The policy with its window fixed by the budget for ``batch`` sequences.
+
+    Raises ValueError where the budget cannot hold sinks and window, with the least that can.
+    """
+    if policy.planner is None:
+        if budget is not None and budget.unit == "share":
+            raise Unsupported(
+                f"budget: policy {policy.name!r} drops nothing and cannot keep to a share of the dense cache"
+            )
+        return policy
+    if budget is None:
+        if policy.window is None:
+            raise ValueError(f"budget: policy {policy.name!r} needs one, got None")
+        return policy
+    if budget.unit == "share":
+        raise Unsupported(f"budget: policy {policy.name!r} takes tokens or bytes, a share is not built yet")
+    if budget.unit == "tokens":
+        return _window_from_tokens(policy, int(budget.value))
+    return _window_from_bytes(policy, shape, int(budget.value), batch)
+
+
+def _window_from_tokens(policy: Policy, tokens: int) -> Policy:
+    room = (tokens - policy.sinks - (SLOTS - 1)) // SLOTS * SLOTS
+    least = (policy.window or SLOTS) + policy.sinks + SLOTS - 1
+    if room < (policy.window or SLOTS):
+        raise ValueError(
+            f"budget: {tokens} tokens per row, expected at least {least} "
+            f"(sinks {policy.sinks} + window {policy.window or SLOTS} + {SLOTS - 1} in the open page)"
+        )
+    return policy if policy.window else replace(policy, window=room)
+
+
+def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
+    """Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk."""
+    row = batch * sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+    scratch = (
+        batch
+        * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+        * (policy.chunk // SLOTS)
+    )
+    slack = limit // 64
+    room = (limit - slack - scratch) // row - pages(policy.sinks) - 2
+    wanted = (policy.window or SLOTS) // SLOTS
+    if room < wanted:
+        least = (row * (pages(policy.sinks) + 2 + wanted) + scratch) * 64 // 63 + 64
+        raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least}")
+    return policy if policy.window else replace(policy, window=int(room) * SLOTS)

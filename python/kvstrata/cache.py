@@ -1,0 +1,371 @@
+"""The cache: sequences of tokens, stored by layer and KV head under a policy and a budget. Knows no model library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from kvstrata._C import Store
+from kvstrata.budget import Budget
+from kvstrata.budget.protect import concretise, page_bytes, pages
+from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
+from kvstrata.policy import Policy, Seen, resolve
+from kvstrata.report import Report
+from kvstrata.slabs import Slabs
+from kvstrata.step import Step
+
+_FORMATS = ("f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A handle of one sequence of a cache."""
+
+    id: int
+
+
+class Cache:
+    """Keys and values of any number of sequences of one model.
+
+    shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts
+    for itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
+    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        budget: Budget | str | int | None = None,
+        policy: Policy | str | None = None,
+        *,
+        far: str | None = "auto",
+        ledger: None = None,
+        hold: int = 64,
+    ) -> None:
+        if far not in ("auto", None):
+            raise Unsupported(f"Cache: far is {far!r}, this build has no Far tier; expected 'auto' or None")
+        if ledger is not None:
+            raise Unsupported("Cache: a shared ledger is not built yet; expected None")
+        if hold < 0:
+            raise ValueError(f"Cache: hold is {hold}, expected >= 0")
+        self.shape = shape
+        self.budget = Budget.parse(budget)
+        self.hold = hold
+        self._asked = resolve(policy)
+        self.policy = concretise(self._asked, shape, self.budget, batch=1)
+        assert self.policy.window is not None
+        self._store = Store(
+            [(s.kv_heads, s.q_heads, s.head_dim, s.window or 0) for s in shape.layers],
+            DTYPES[shape.dtype],
+            self.policy.window,
+            hold,
+            self.policy.sinks,
+        )
+        self._slabs = Slabs(self._store, shape.device, self._limit(), self._expected())
+        self._live: list[int] = []
+        self._step: Step | None = None
+        self._counts = dict.fromkeys(("plans", "evicted", "crops", "forks"), 0)
+
+    # --- sequences --------------------------------------------------------------------------------------------------------
+
+    def new(self, n: int = 1) -> list[Sequence]:
+        """n empty sequences."""
+        ids = self._store.create(n)
+        self._live += ids
+        return [Sequence(i) for i in ids]
+
+    def free(self, seqs: Items[Sequence]) -> None:
+        """Ends the sequences; pages that nobody else holds are free at once."""
+        self._store.free([s.id for s in seqs])
+        self._forget(seqs)
+
+    def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
+        """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
+        ids = self._store.fork(seq.id, n)
+        self._live += ids
+        self._counts["forks"] += n
+        return [Sequence(i) for i in ids]
+
+    def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
+        """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
+        ids = self._store.select([s.id for s in seqs], list(index))
+        self._forget(seqs)
+        self._live += ids
+        return [Sequence(i) for i in ids]
+
+    def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
+        """Shortens each sequence to its length in tokens. ValueError below :meth:`crop_floor`; then nothing changed."""
+        pairs = list(zip(seqs, lengths, strict=True))
+        for seq, length in pairs:
+            low, high = self._store.floor(seq.id), self._store.length(seq.id)
+            if not low <= length <= high:
+                raise ValueError(f"crop: length is {length}, expected {low}..{high} (tokens below {low} were dropped)")
+        for seq, length in pairs:
+            self._store.crop(seq.id, length)
+        self._counts["crops"] += 1
+
+    def crop_floor(self, seq: Sequence) -> int:
+        """The shortest length that :meth:`crop` can restore exactly."""
+        return self._store.floor(seq.id)
+
+    def set_recording(self, on: bool) -> None:
+        """While on, the last ``hold`` tokens are neither sealed nor planned until ``crop`` or ``confirm`` settles them."""
+        self._store.set_recording(on)
+        if not on:
+            for i in self._live:
+                self._store.confirm(i)
+
+    def confirm(self, seqs: Items[Sequence]) -> None:
+        """Makes every token of the sequences final."""
+        for seq in seqs:
+            self._store.confirm(seq.id)
+
+    def clear(self, seqs: Items[Sequence]) -> None:
+        """Empties the sequences; the handles stay."""
+        for seq in seqs:
+            self._store.clear(seq.id)
+
+    def reset(self) -> None:
+        """Empties every sequence; pages go back to the pools."""
+        for i in self._live:
+            self._store.clear(i)
+
+    def logical_length(self, seq: Sequence) -> int:
+        """Real tokens seen, whatever was dropped."""
+        return self._store.length(seq.id)
+
+    def stored_length(self, layer: int, seq: Sequence, head: int) -> int:
+        """Slots that one row holds."""
+        return self._store.stored(seq.id, layer, head)
+
+    def _forget(self, seqs: Items[Sequence]) -> None:
+        gone = {s.id for s in seqs}
+        self._live = [i for i in self._live if i not in gone]
+
+    # --- steps ------------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        seqs: Items[Sequence],
+        lengths: Items[int] | None = None,
+        *,
+        valid: torch.Tensor | None = None,
+        columns: int | None = None,
+    ) -> Step:
+        """A step over ``seqs``, to be used as a context manager.
+
+        Packed layout: lengths[b] tokens of each sequence, side by side. Padded layout: ``valid`` bool [B, T] marks real
+        tokens, or ``columns`` = T if all are. ValueError on a step without a token.
+        """
+        seqs = list(seqs)
+        if lengths is not None:
+            if valid is not None or columns is not None:
+                raise ValueError("step: lengths excludes valid and columns")
+            return self._packed(seqs, list(lengths))
+        if valid is None:
+            if columns is None:
+                raise ValueError("step: give lengths, valid or columns")
+            if columns < 1:
+                raise ValueError(f"step: columns is {columns}, expected >= 1")
+            starts = list(range(0, len(seqs) * columns + 1, columns))
+            return Step(self, seqs, starts, list(range(columns)) * len(seqs), columns)
+        return self._padded(seqs, valid)
+
+    def _packed(self, seqs: list[Sequence], lengths: list[int]) -> Step:
+        if len(lengths) != len(seqs):
+            raise ValueError(f"step: lengths has {len(lengths)} elements, expected {len(seqs)}")
+        if any(n < 0 for n in lengths) or sum(lengths) == 0:
+            raise ValueError(f"step: lengths is {lengths}, expected none negative and at least one token")
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        return Step(self, seqs, starts, list(range(starts[-1])), None)
+
+    def _padded(self, seqs: list[Sequence], valid: torch.Tensor) -> Step:
+        if valid.dtype != torch.bool or valid.dim() != 2 or valid.shape[0] != len(seqs):
+            raise ValueError(f"step: valid is {valid.dtype} {list(valid.shape)}, expected torch.bool [{len(seqs)}, T]")
+        if not bool(valid.any()):
+            raise ValueError("step: valid marks no token, expected at least one")
+        starts = [0, *valid.sum(1).cumsum(0).tolist()]
+        return Step(self, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])
+
+    def _enter(self, step: Step) -> None:
+        if self._step is not None:
+            raise RuntimeError("step: another step of this cache is open; a cache serves one thread at a time")
+        self._step = step
+
+    def _leave(self, step: Step) -> None:
+        assert self._step is step
+        self._step = None
+
+    def _admit(self, seqs: list[Sequence], longest: int) -> None:
+        """Checks of the whole step that need its sizes."""
+        if self.budget is None:
+            return
+        if self.budget.unit == "bytes":
+            self._fit_batch()
+        elif self.policy.planner is None and self.budget.unit == "tokens":
+            most = max(self._store.length(s.id) for s in seqs) + longest
+            if most > self.budget.value:
+                raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {most}")
+
+    def _fit_batch(self) -> None:
+        """A byte budget is shared by all sequences: with their number known, and none begun, the window is set anew."""
+        policy = concretise(self._asked, self.shape, self.budget, batch=len(self._live))
+        if policy.window != self.policy.window and not any(self._store.length(i) for i in self._live):
+            assert policy.window is not None
+            self._store.set_tail(policy.window)
+            self.policy = policy
+
+    # --- plans ------------------------------------------------------------------------------------------------------------
+
+    def compress(self) -> None:
+        """Plans every layer now, and returns what memory that frees."""
+        if self.policy.planner is not None and self._live:
+            for layer in range(len(self.shape.layers)):
+                self._plan(layer, self._live)
+        self.trim()
+
+    def end_prefill(self, seqs: Items[Sequence]) -> None:
+        """For own loops: the prompt is complete. Plans, and returns what memory that frees."""
+        del seqs
+        self.compress()
+
+    def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:
+        """Evicts stored tokens of one layer, protected ones too.
+
+        keep: bool [H, N], in table order; columns past a row's last token are ignored.
+        """
+        heads = self.shape.layers[layer].kv_heads
+        if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
+            raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
+        state = keep.to(torch.uint8).contiguous()
+        self._store.apply_plan(layer, [seq.id], state.data_ptr(), state.shape[1], False)
+
+    def _after_commit(self, ids: list[int], before: list[int], longest: int) -> None:
+        self._slabs.note_peak()
+        if self.policy.planner is None:
+            return
+        interval = self.policy.interval
+        due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
+        if due:
+            for layer in range(len(self.shape.layers)):
+                self._plan(layer, ids)
+        if longest > interval:
+            self.trim()
+
+    def _plan(self, layer: int, ids: list[int]) -> None:
+        """Asks the planner about one layer, and applies what it says. A sliding layer is not planned."""
+        spec = self.shape.layers[layer]
+        planner = self.policy.planner
+        columns = self._store.columns(layer, ids)
+        if planner is None or spec.window is not None or columns == 0:
+            return
+        rows = len(ids) * spec.kv_heads
+        positions = torch.empty(rows, columns, dtype=torch.int32)
+        tail = torch.empty(rows, columns, dtype=torch.bool)
+        self._store.look(layer, ids, positions.data_ptr(), tail.data_ptr(), columns)
+        lengths = torch.tensor([self._store.length(i) for i in ids]).repeat_interleave(spec.kv_heads)
+        plan = planner.plan(Seen(layer, positions, lengths, tail))
+        self._counts["plans"] += 1
+        if plan.tier is not None or plan.group is not None or plan.set is not None:
+            raise Unsupported("plan: only the state column can be applied in this release")
+        if plan.state is None:
+            return
+        if plan.state.dtype != torch.uint8 or plan.state.shape != positions.shape:
+            raise ValueError(
+                f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8 {list(positions.shape)}"
+            )
+        stored = positions >= 0
+        self._counts["evicted"] += int(((plan.state == 0) & stored).sum())
+        self._store.apply_plan(layer, ids, plan.state.contiguous().data_ptr(), columns, True)
+
+    # --- memory -----------------------------------------------------------------------------------------------------------
+
+    def nbytes(self) -> int:
+        """Bytes held: slabs as lent, page tables and refcounts, kernel workspace."""
+        return self._slabs.nbytes()
+
+    def trim(self) -> int:
+        """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
+        return self._slabs.trim()
+
+    def _limit(self) -> int | None:
+        return int(self.budget.value) if self.budget is not None and self.budget.unit == "bytes" else None
+
+    def _expected(self) -> int | None:
+        """Bytes that one sequence will settle at, if the policy says so."""
+        if self._limit() is not None:
+            return self._limit()
+        if self.policy.planner is None:
+            return None
+        assert self.policy.window is not None
+        per_row = pages(self.policy.sinks) + pages(self.policy.window) + 1
+        return sum(per_row * s.kv_heads * page_bytes(self.shape, i) for i, s in enumerate(self.shape.layers))
+
+    def report(self) -> Report:
+        """What is held now."""
+        stored = [
+            tuple(max((self._store.stored(i, layer, h) for i in self._live), default=0) for h in range(spec.kv_heads))
+            for layer, spec in enumerate(self.shape.layers)
+        ]
+        logical = tuple(self._store.length(i) for i in self._live)
+        slots = sum(
+            self._store.stored(i, layer, h)
+            for i in self._live
+            for layer, spec in enumerate(self.shape.layers)
+            for h in range(spec.kv_heads)
+        )
+        pools = [self._store.pool(p) for p in range(self._store.n_pools)]
+        used = sum(p["used"] * p["page_bytes"] for p in pools)
+        free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
+        kinds = {
+            f"pages {_FORMATS[DTYPES[self.shape.dtype]]}": used,
+            "free pages": free,
+            "positions": self._slabs.held - used - free,
+            "tables": self._store.metadata_bytes,
+            "workspace": self._store.workspace_bytes,
+        }
+        entries = sum(
+            len(self._store.row(i, layer, h)[0])
+            for i in self._live
+            for layer, spec in enumerate(self.shape.layers)
+            for h in range(spec.kv_heads)
+        )
+        assert self.policy.window is not None
+        return Report(
+            policy=self.policy.name,
+            budget=None if self.budget is None else str(self.budget),
+            window=self.policy.window,
+            sinks=self.policy.sinks,
+            logical_tokens=logical,
+            stored_tokens=slots,
+            states={"full": slots, "evicted": sum(logical) * self.shape.rows - slots},
+            stored=tuple(stored),
+            bytes_by_kind=kinds,
+            nbytes=self.nbytes(),
+            allocator_bytes=self._slabs.allocator_bytes(),
+            peak_bytes=self._slabs.note_peak(),
+            dense_bytes=sum(logical) * self.shape.token_bytes(),
+            limit_bytes=self._slabs.limit,
+            lost_slots=entries * 16 - slots,
+            counts=dict(self._counts),
+        )
+
+    def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Dense copies for debugging, in table order.
+
+        k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32 [H, N] (-1 there).
+        """
+        spec = self.shape.layers[layer]
+        n = self._store.columns(layer, [seq.id])
+        k = torch.zeros(spec.kv_heads, n, spec.head_dim, dtype=self.shape.dtype)
+        v = torch.zeros_like(k)
+        positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
+        for h in range(spec.kv_heads):
+            self._store.read(seq.id, layer, h, k[h].data_ptr(), v[h].data_ptr())
+            self._store.positions(seq.id, layer, h, positions[h].data_ptr())
+        return k, v, positions

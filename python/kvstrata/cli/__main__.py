@@ -1,0 +1,7 @@
+"""python -m kvstrata.cli"""
+
+import sys
+
+from kvstrata.cli import main
+
+sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a verb says: lines and tables for people, or one JSON object for programs."""
+
+from __future__ import annotations
+
+import json as codec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+PLAIN_WIDTH = 160
+"""Columns of a line where no terminal says how many it has."""
+
+
+class Output:
+    """People's text goes to standard output, or nowhere with --json; progress and errors go to standard error."""
+
+    def __init__(self, json: bool) -> None:
+        self.json = json
+        self._out = _console(stderr=False)
+        self._err = _console(stderr=True)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        if not self.json:
+            self._out.print(escape(text), style=style or None, highlight=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Columns whose header begins with ">" are set flush right."""
+        if self.json:
+            return
+        self.line()
+        self.line(title, style="bold")
+        table = Table(box=self._box(), pad_edge=False)
+        for column in columns:
+            table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self._out.print(table)
+
+    def show(self, renderable: Any) -> None:
+        """Anything that rich can print."""
+        if not self.json:
+            self._out.print(renderable)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """A spinner on a terminal while something takes longer than a moment; a line elsewhere."""
+        if self._err.is_terminal:
+            with self._err.status(escape(what)):
+                yield
+        else:
+            if not self.json:
+                self._err.print(escape(what), highlight=False, soft_wrap=True)
+            yield
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The JSON object; nothing without --json."""
+        if self.json:
+            self._out.file.write(codec.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def fail(self, reason: str) -> int:
+        """Says why, and returns exit code 1."""
+        self.result({"error": reason})
+        self._err.print(escape(f"kvstrata: {reason}"), style="red", highlight=False, soft_wrap=True)
+        return 1
+
+    def _box(self) -> Any:
+        from rich import box
+
+        return box.SIMPLE_HEAD if self._out.is_terminal else None
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH, no_color=True)
+
+
+def bytes_text(n: float | None) -> str:
+    """1536 -> "1.5 KiB"."""
+    if n is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024 or unit == "GiB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,163 @@
+"""The rows of one KVCache: sequences of its core, what was fed to them, and the step that is open over them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvstrata.cache import Cache, Sequence
+from kvstrata.config import Unsupported
+from kvstrata.hf.facts import Facts
+from kvstrata.hf.feed import Feed
+from kvstrata.hf.step import Forward, PadStep
+
+_BROKEN = "this cache is broken: a forward failed after recurrent states had changed; call reset()"
+_BUSY = "this cache has a step open in another thread: one cache serves one thread at a time"
+
+
+class Batch:
+    """facts: the layers. core: where they are stored. rows: one sequence per row, none before the first forward."""
+
+    def __init__(self, facts: Facts, core: Cache) -> None:
+        self.facts, self.core = facts, core
+        self.rows: list[Sequence] = []
+        self.feed = Feed(core.set_recording)
+        self.index = {fact.layer: i for i, fact in enumerate(facts.layers)}
+        self.attention_layers = frozenset(self.index)
+
+    # -- one forward ----------------------------------------------------------------------------------------------
+
+    def open(
+        self, facts: Facts, modules: frozenset[int], mask: torch.Tensor | None, batch: int, length: int, positions: Any
+    ) -> Forward:
+        """Check the inputs, reserve the step's pages and open it. Nothing has changed when this raises.
+
+        mask: [B, columns + T] or None; batch, length: B, T of the new tokens; positions: position_ids or None.
+        """
+        self.settle()
+        difference = None if facts is self.facts else self.facts.difference(facts)
+        if difference is not None:
+            raise ValueError(f"this cache was made for another model; {difference}")
+        if self.rows and batch != len(self.rows):
+            raise ValueError(f"batch size: expected {len(self.rows)}, the sequences in the cache, got {batch}")
+        new = self.feed.admit(mask, batch, length, positions)
+        fresh = not self.rows
+        with self._fresh_rows(batch if fresh else 0):
+            lengths = [self.core.logical_length(row) for row in self.rows]
+            padding = new is not None and not bool(new.any())
+            step = PadStep() if padding else self.core.step(self.rows, valid=new, columns=length).open()
+        forward = Forward(self, step, facts.name, modules, new, length)
+        forward.fresh, forward.lengths = fresh, lengths
+        self.feed.forward = forward
+        return forward
+
+    @contextmanager
+    def _fresh_rows(self, n: int) -> Iterator[None]:
+        """Begin n rows, and end them again if the block raises."""
+        if n:
+            self.rows.extend(self.core.new(n))
+        try:
+            yield
+        except BaseException:
+            if n:
+                self.release()
+            raise
+
+    def close(self, forward: Forward, failed: bool) -> None:
+        """Audit and commit the open step, or roll it back. Unsupported when it did not reach every layer."""
+        if failed:
+            self.abort(forward)
+            return
+        try:
+            forward.audit()
+            forward.step.commit()
+        except BaseException:
+            if [self.core.logical_length(row) for row in self.rows] == forward.lengths:
+                self.abort(forward)
+            else:  # the tokens stand; what failed is the plan after them
+                self._extend(forward)
+            raise
+        self._extend(forward)
+
+    def _extend(self, forward: Forward) -> None:
+        self.feed.forward = None
+        self.feed.extend(forward.new, len(self.rows), forward.length)
+
+    def abort(self, forward: Forward) -> None:
+        """Roll back every layer touched."""
+        self.feed.forward = None
+        self.feed.broken |= forward.irreversible
+        if not forward.step.closed:
+            forward.step.rollback()
+        if forward.fresh:
+            self.release()
+
+    def settle(self, broken: bool = False) -> None:
+        """After this no step is open. RuntimeError: one is, in another thread; or the cache broke (unless `broken`)."""
+        forward = self.feed.forward
+        if forward is not None:
+            alive = {thread.ident for thread in threading.enumerate()}
+            if forward.thread != threading.get_ident() and forward.thread in alive:
+                raise RuntimeError(_BUSY)
+            self.abort(forward)  # left open by a fault in compiled code, where no hook runs
+        if self.feed.broken and not broken:
+            raise RuntimeError(_BROKEN)
+
+    # -- what a forward asks ----------------------------------------------------------------------------------------
+
+    def check_keys(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """ValueError unless k, v [B, H, T, D] are what the probe saw of `layer`."""
+        if layer not in self.index:
+            raise Unsupported(f"{self.facts.name}: layer {layer} has keys, but the probe saw none")
+        fact, forward = self.facts.layers[self.index[layer]], self.feed.forward
+        assert forward is not None
+        expected = (len(self.rows), fact.kv_heads, forward.length, fact.head_dim)
+        for name, x in (("keys", k), ("values", v)):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"layer {layer} {name}: expected [B, H, T, D] = {list(expected)}, got {list(x.shape)}")
+            if x.dtype != fact.dtype or x.device != fact.device:
+                raise ValueError(
+                    f"layer {layer} {name}: expected {fact.dtype} on {fact.device}, as the cache was made, got "
+                    f"{x.dtype} on {x.device}"
+                )
+
+    def layer_facts(self, layer: int) -> tuple[int, int | None]:
+        """(index of a model's attention layer in the core, its window or None)."""
+        index = self.index[layer]
+        return index, self.facts.layers[index].window
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def select(self, index: list[int]) -> None:
+        """Row i continues row index[i]."""
+        self.rows[:] = self.core.select(self.rows, index)
+        self.feed.select(index)
+
+    def fork_to(self, other: Batch) -> None:
+        """Give `other`, empty and over the same core, a fork of every row."""
+        other.rows.extend(self.core.fork(row, 1)[0] for row in self.rows)
+        self.feed.copy_to(other.feed)
+
+    def crop(self, columns: int) -> None:
+        """Withdraw the last `columns` columns and confirm the rest; ValueError where the core cannot."""
+        if self.rows:
+            gone = self.feed.real_in_last(columns, len(self.rows))
+            kept = [self.core.logical_length(row) - n for row, n in zip(self.rows, gone, strict=True)]
+            self.core.crop(self.rows, kept)
+        self.feed.withdraw(columns)
+
+    def discard(self) -> None:
+        """The KVCache is gone: roll back what is open, end every row."""
+        if self.feed.forward is not None:
+            self.abort(self.feed.forward)
+        self.release()
+
+    def release(self) -> None:
+        """End every row."""
+        rows, self.rows[:] = list(self.rows), []
+        if rows:
+            self.core.free(rows)

@@ -1,0 +1,63 @@
+"""What a cache holds, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot. Bytes are what the allocator gave, not a formula; ``nbytes`` is the sum of ``bytes_by_kind``.
+
+    logical_tokens: real tokens seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed
+    alike; stored: tokens per layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens
+    would hold; lost_slots: free slots in part-filled pages.
+    """
+
+    policy: str
+    budget: str | None
+    window: int
+    sinks: int
+    logical_tokens: tuple[int, ...]
+    stored_tokens: int
+    states: dict[str, int]
+    stored: tuple[tuple[int, ...], ...]
+    bytes_by_kind: dict[str, int]
+    nbytes: int
+    allocator_bytes: int
+    peak_bytes: int
+    dense_bytes: int
+    limit_bytes: int | None
+    lost_slots: int
+    counts: dict[str, int]
+
+    @property
+    def headroom(self) -> int | None:
+        """Bytes left under the limit; None where there is no limit."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"headroom": self.headroom}
+
+    def __rich__(self) -> Group:
+        main = Table("", "", title=f"cache: {self.policy}", show_header=False)
+        rows = {
+            "budget": self.budget or "none",
+            "sinks, window": f"{self.sinks}, {self.window}",
+            "logical tokens": ", ".join(map(str, self.logical_tokens)) or "-",
+            "stored slots": f"{self.stored_tokens:,} ({self.lost_slots:,} more free in part-filled pages)",
+            "bytes": f"{self.nbytes:,}",
+            "bytes, dense cache": f"{self.dense_bytes:,}",
+            "peak bytes": f"{self.peak_bytes:,}",
+            "headroom": "-" if self.headroom is None else f"{self.headroom:,}",
+        } | {f"  {kind}": f"{n:,}" for kind, n in self.bytes_by_kind.items()}
+        for name, value in (rows | {k: str(v) for k, v in self.counts.items()}).items():
+            main.add_row(name, value)
+        layers = Table("layer", "stored per head", title="stored tokens")
+        for i, heads in enumerate(self.stored):
+            layers.add_row(str(i), " ".join(map(str, heads)))
+        return Group(main, layers)

@@ -1,0 +1,126 @@
+"""Memory that Python lends to the store: slabs of pages as torch tensors, so that torch's counters see every byte."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from kvstrata._C import Store
+from kvstrata.config import SLOTS, BudgetExceeded
+from kvstrata.testing import fault_point
+
+log = logging.getLogger("kvstrata")
+
+MAX_SLAB_BYTES = 32 << 20
+MIN_SLAB_BYTES = 64 << 10
+MAX_PAGES_PER_SLAB = 1 << 16
+_POSITION_BYTES = SLOTS * 4
+_ENTRY_BYTES = 32
+"""What a page's table entry may take (9 bytes, doubled where its column grows), kept free for each page under a limit."""
+
+
+class Slabs:
+    """The slabs of one store. ``held`` never passes ``limit`` (bytes, with the store's metadata; None: no limit)."""
+
+    def __init__(self, store: Store, device: torch.device, limit: int | None, expected: int | None) -> None:
+        self._store = store
+        self._device = device
+        self._tensors: dict[tuple[int, int], torch.Tensor] = {}
+        self._expected = expected
+        self.limit = limit
+        self.held = 0
+        self.peak = 0
+
+    def reserve(self, first_layer: int, last_layer: int, first: int, last: int) -> None:
+        """Makes sure of free pages for tokens first..last of the open step in a range of layers.
+
+        BudgetExceeded with nothing changed if the limit does not allow them.
+        """
+        missing = self._store.missing(first_layer, last_layer, first, last)
+        if not any(missing):
+            return
+        needed = self._store.needed(first_layer, last_layer, first, last)
+        lent: list[tuple[int, int]] = []
+        try:
+            for pool, short in enumerate(missing):
+                while short > 0:
+                    short -= self._lend(pool, short, needed, lent)
+        except BaseException:
+            for key in lent:
+                self._return(key)
+            raise
+
+    def trim(self, keep: list[int] | None = None) -> int:
+        """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
+
+        keep: free pages that must remain, by pool.
+        """
+        before = self.held
+        for pool in range(self._store.n_pools):
+            while self._empty_sparsest(pool, keep[pool] if keep else 0):
+                pass
+        return before - self.held
+
+    def allocator_bytes(self) -> int:
+        """What the allocator says: bytes of the storages behind all slabs."""
+        return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
+
+    def _empty_sparsest(self, pool: int, keep: int) -> bool:
+        slabs = self._store.slabs(pool)
+        if not slabs:
+            return False
+        index, pages, _ = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
+        if sum(free for _, _, free in slabs) - pages < keep:
+            return False
+        emptied = self._store.empty_out(pool, index)
+        assert emptied, "the other slabs have room for its pages"
+        self._return((pool, index))
+        return True
+
+    def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> int:
+        fault_point("slab.lend")
+        per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
+        pages = self._fit(max(short, self._grain() // per_page), short, per_page, needed)
+        pages = min(pages, MAX_PAGES_PER_SLAB)
+        tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+        payload = tensor.data_ptr()
+        index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
+        self._tensors[pool, index] = tensor
+        lent.append((pool, index))
+        self.held += tensor.untyped_storage().nbytes()
+        self.note_peak()
+        log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
+        return pages
+
+    def _fit(self, wanted: int, short: int, per_page: int, needed: list[int]) -> int:
+        """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
+        if self.limit is None:
+            return wanted
+        room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
+        if room < short:
+            self.trim(keep=needed)
+            room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
+        if room < short:
+            raise BudgetExceeded(
+                f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"
+            )
+        return min(wanted, room)
+
+    def nbytes(self) -> int:
+        """Slabs as lent, page tables and refcounts, kernel workspace."""
+        return self.held + self._store.metadata_bytes + self._store.workspace_bytes
+
+    def note_peak(self) -> int:
+        """Takes the present size into ``peak``, and returns it."""
+        self.peak = max(self.peak, self.nbytes())
+        return self.peak
+
+    def _grain(self) -> int:
+        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far an 8th."""
+        target = self._expected // 64 if self._expected else self.held // 8
+        return min(MAX_SLAB_BYTES, max(target, 0 if self._expected else MIN_SLAB_BYTES))
+
+    def _return(self, key: tuple[int, int]) -> None:
+        self._store.give_back(*key)
+        self.held -= self._tensors.pop(key).untyped_storage().nbytes()

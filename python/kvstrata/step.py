@@ -1,0 +1,289 @@
+"""A step: tokens of some sequences go through the layers, then all of it stands or none."""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvstrata import dense, ops
+from kvstrata.config import DTYPES, LayerSpec
+
+if TYPE_CHECKING:
+    from kvstrata.cache import Cache, Sequence
+
+DENSE_ABOVE = 64
+"""Steps that feed a sequence more tokens than this attend to their own keys and values densely, before they are stored."""
+
+CUT_ABOVE = 16
+"""Under a policy that drops tokens, steps that feed a sequence more than this are cut layer by layer."""
+
+_F32 = DTYPES[torch.float32]
+_NO_LSE = (0, 0, 0, 0)
+
+
+class Step:
+    """One forward pass. Made by :meth:`Cache.step`; leaving its ``with`` block commits, an exception rolls back.
+
+    Two layouts: packed, q [n_tokens, Hq, D] with each sequence's tokens side by side, and padded, q [B, T, Hq, D].
+    """
+
+    def __init__(
+        self, cache: Cache, seqs: list[Sequence], starts: list[int], tokens: list[int], columns: int | None
+    ) -> None:
+        self._cache = cache
+        self._store = cache._store
+        self._seqs = seqs
+        self._ids = [s.id for s in seqs]
+        self._starts = starts
+        self._tokens = tokens
+        self._columns = columns
+        self._lead = (len(tokens),) if columns is None else (len(seqs), columns)
+        self._padding = columns is not None and len(tokens) < len(seqs) * columns
+        self._is_open = False
+        self._attended: set[int] = set()
+        self.closed = False
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def open(self) -> Step:
+        """Reserves the step's pages. Raises BudgetExceeded or ValueError before a page is taken."""
+        if self.closed or self._is_open:
+            raise RuntimeError("step: it was opened before, a step is used once")
+        self._cache._enter(self)
+        try:
+            self._store.begin(self._ids, self._starts, self._tokens)
+        except BaseException:
+            self._cache._leave(self)
+            raise
+        try:
+            self._cache._admit(self._seqs, self._store.longest)
+            self._past = any(self._store.length(i) for i in self._ids)
+            self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
+            if not self._cut:
+                self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
+        except BaseException:
+            self._store.rollback()
+            self._cache._leave(self)
+            raise
+        self._is_open = True
+        return self
+
+    def commit(self) -> None:
+        """Makes the step's tokens part of their sequences, seals, plans. Every layer must have attended."""
+        self._check_open("commit")
+        if missing := sorted(set(range(len(self._cache.shape.layers))) - self._attended):
+            self.rollback()
+            raise ValueError(f"commit: layers {missing} did not attend in this step, expected all; it was rolled back")
+        longest = self._store.longest
+        before = [self._store.length(i) for i in self._ids]
+        try:
+            self._store.commit()
+        except BaseException:
+            self.rollback()
+            raise
+        self._close()
+        self._cache._after_commit(self._ids, before, longest)
+
+    def rollback(self) -> None:
+        """Withdraws the step's tokens. A layer that was cut inside the step keeps its older tokens as cut."""
+        self._check_open("rollback")
+        self._store.rollback()
+        self._close()
+
+    def __enter__(self) -> Step:
+        return self if self._is_open else self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.closed:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def _check_open(self, verb: str) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"{verb}: the step is {'closed' if self.closed else 'not open'}")
+
+    def _close(self) -> None:
+        self._is_open = False
+        self.closed = True
+        self._cache._leave(self)
+
+    # --- what a model reads ---------------------------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each token for RoPE: i64 [n_tokens], or [B, T] in the padded layout (padding: 0)."""
+        flat = [
+            self._store.length(i) + t
+            for i, first, last in zip(self._ids, self._starts, self._starts[1:], strict=False)
+            for t in range(last - first)
+        ]
+        positions = torch.tensor(flat, dtype=torch.int64)
+        if self._columns is None:
+            return positions
+        padded = torch.zeros(len(self._ids), self._columns, dtype=torch.int64)
+        padded[self._sequence_index(), torch.tensor(self._tokens)] = positions
+        return padded
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Stores the layer's keys and values, and attends with its queries over all that is stored.
+
+        q: [n_tokens, Hq, D] or [B, T, Hq, D]; k, v the same with H heads; the shape's dtype, last dimension contiguous.
+        scale: of q . k, D^-1/2 if None; softcap: of the scaled logits; sinks: f32-convertible [Hq] sink logits. Returns
+        the attention output in q's layout, contiguous; zeros for padding. ValueError on a wrong shape, dtype or device,
+        and if the layer was attended before in this step.
+        """
+        self._check_open("attend")
+        spec = self._check(layer, q, k, v, sinks)
+        scale = spec.head_dim**-0.5 if scale is None else float(scale)
+        cap = 0.0 if softcap is None else float(softcap)
+        if not isfinite(scale):
+            raise ValueError(f"attend: scale is {scale}, expected a finite number")
+        if not 0.0 <= cap < inf:
+            raise ValueError(f"attend: softcap is {cap}, expected None or a finite number >= 0")
+        self._attended.add(layer)
+        sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
+        if self._cut or self._store.longest > DENSE_ABOVE:
+            return self._attend_chunk(layer, spec, q, k, v, scale, cap, sink)
+        out = torch.zeros(q.shape, dtype=q.dtype) if self._padding else torch.empty(q.shape, dtype=q.dtype)
+        self._store.append_attend(
+            layer,
+            self._strides(q),
+            self._strides(k),
+            self._strides(v),
+            self._strides(out),
+            _NO_LSE,
+            0 if sink is None else sink.data_ptr(),
+            DTYPES[out.dtype],
+            scale,
+            cap,
+            torch.get_num_threads(),
+        )
+        return out
+
+    # --- prompt chunks --------------------------------------------------------------------------------------------------
+
+    def _attend_chunk(
+        self,
+        layer: int,
+        spec: LayerSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Dense attention of the chunk with itself, paged attention over what is stored, merged; then append and cut."""
+        out, lse = self._attend_own(spec, q, k, v, scale, softcap)
+        if self._past:
+            past, past_lse = self._attend_past(layer, q, scale, softcap)
+            out, lse = ops.merge([past, out], [past_lse, lse])
+        if sinks is not None:
+            out, lse = dense.join_sinks(out, lse, sinks)
+        self._append_chunk(layer, k, v)
+        return out.to(q.dtype)
+
+    def _attend_own(
+        self, spec: LayerSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._columns is not None and not self._padding:
+            return dense.attend(q, k, v, scale, softcap, spec.window)
+        out = torch.zeros(q.shape, dtype=torch.float32)
+        lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        for b, (first, last) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
+            if first == last:
+                continue
+            tokens = torch.tensor(self._tokens[first:last])
+            pick = (tokens,) if self._columns is None else (b, tokens)
+            own, own_lse = dense.attend(q[pick][None], k[pick][None], v[pick][None], scale, softcap, spec.window)
+            out[pick], lse[pick] = own[0], own_lse[0]
+        return out, lse
+
+    def _attend_past(
+        self, layer: int, q: torch.Tensor, scale: float, softcap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.zeros(q.shape, dtype=torch.float32)
+        lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        self._store.attend(
+            layer,
+            self._strides(q),
+            self._strides(out),
+            self._strides(lse.unsqueeze(-1)),
+            0,
+            _F32,
+            scale,
+            softcap,
+            torch.get_num_threads(),
+        )
+        return out, lse
+
+    def _append_chunk(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        longest = self._store.longest
+        piece = self._cache.policy.chunk if self._cut else longest
+        for first in range(0, longest, piece):
+            last = min(first + piece, longest)
+            if self._cut:
+                self._cache._slabs.reserve(layer, layer + 1, first, last)
+            self._store.append(layer, self._strides(k), self._strides(v), first, last, torch.get_num_threads())
+            if self._cut:
+                self._store.settle(layer)
+                self._cache._plan(layer, self._ids)
+
+    # --- checks -----------------------------------------------------------------------------------------------------------
+
+    def _strides(self, x: torch.Tensor) -> tuple[int, int, int, int]:
+        """(address, elements per sequence, token, head) of a [n, heads, D] or [B, T, heads, D] tensor."""
+        if self._columns is None:
+            return x.data_ptr(), 0, x.stride(0), x.stride(1)
+        return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+    def _sequence_index(self) -> torch.Tensor:
+        counts = torch.tensor(self._starts).diff()
+        return torch.repeat_interleave(torch.arange(len(self._ids)), counts)
+
+    def _check(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> LayerSpec:
+        layers = self._cache.shape.layers
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"attend: layer is {layer}, expected 0..{len(layers) - 1}")
+        if layer in self._attended:
+            raise ValueError(f"attend: layer {layer} was attended already in this step, expected once")
+        spec = layers[layer]
+        for name, x, heads in (("q", q, spec.q_heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads)):
+            good = x.shape == (*self._lead, heads, spec.head_dim) and x.dtype is self._cache.shape.dtype
+            if not (good and x.stride(-1) == 1 and x.device == self._cache.shape.device):
+                self._refuse(name, x, heads, spec.head_dim)
+        if sinks is not None and sinks.shape != (spec.q_heads,):
+            raise ValueError(f"attend: sinks is {list(sinks.shape)}, expected [{spec.q_heads}]")
+        return spec
+
+    def _refuse(self, name: str, x: torch.Tensor, heads: int, head_dim: int) -> None:
+        """Says what is wrong with a tensor."""
+        shape = self._cache.shape
+        if x.shape != (*self._lead, heads, head_dim):
+            raise ValueError(f"attend: {name} is {list(x.shape)}, expected {[*self._lead, heads, head_dim]}")
+        if x.dtype != shape.dtype:
+            raise ValueError(f"attend: {name} is {x.dtype}, expected {shape.dtype}")
+        if x.device != shape.device:
+            raise ValueError(f"attend: {name} is on {x.device}, expected {shape.device}")
+        if head_dim > 1:
+            raise ValueError(f"attend: {name} has stride {x.stride(-1)} in its last dimension, expected 1")

@@ -1,0 +1,50 @@
+"""Fault points for tests: ``with fault("append.after_take"): ...`` makes the named place fail at its nth visit.
+
+Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages taken, nothing written), ``plan.after_check``
+(a plan was checked, nothing moved).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from kvstrata import _C
+
+
+@dataclass
+class Fault:
+    """An armed point; ``visits`` counts how often it was reached."""
+
+    point: str
+    nth: int
+    visits: int = 0
+
+
+_armed: ContextVar[Fault | None] = ContextVar("kvstrata_fault", default=None)
+
+
+@contextmanager
+def fault(point: str, nth: int = 1) -> Iterator[Fault]:
+    """Makes ``point`` raise RuntimeError at its nth visit inside the block."""
+    armed = Fault(point, nth)
+    token = _armed.set(armed)
+    _C.arm_fault(point, nth)
+    try:
+        yield armed
+    finally:
+        armed.visits += _C.fault_visits()
+        _C.disarm_fault()
+        _armed.reset(token)
+
+
+def fault_point(point: str) -> None:
+    """A point on the Python side."""
+    armed = _armed.get()
+    if armed is None or armed.point != point:
+        return
+    armed.visits += 1
+    if armed.visits == armed.nth:
+        raise RuntimeError(f"fault injected at {point}")
