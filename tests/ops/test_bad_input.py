@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kvstrata import _C, ops
 from torch import Tensor
+
+from kvstrata import _C, ops
 
 NAN = float("nan")
 
@@ -51,7 +52,10 @@ ATTEND: list[tuple[Change, str]] = [
     ({"visible": zeros(8, 32, dtype=torch.int16)}, "attend: visible has dtype torch.int16, expected one of"),
     ({"visible": zeros(8, 32, dtype=torch.int32)}, "attend: visible has dtype i32, expected u16"),
     ({"q": zeros(8, 64)}, "attend: q is [8, 64], expected [R, G, D] or [R, T, G, D]"),
-    ({"q": zeros(8, 3, 4, 64, dtype=torch.float64)}, "attend: q has dtype torch.float64, expected one of torch.float32"),
+    (
+        {"q": zeros(8, 3, 4, 64, dtype=torch.float64)},
+        "attend: q has dtype torch.float64, expected one of torch.float32",
+    ),
     ({"q": zeros(8, 3, 4, 64, dtype=torch.int32)}, "attend: q has dtype i32, expected f32 or bf16 or f16"),
     ({"q": zeros(8, 3, 4, 128)[..., ::2]}, "attend: q has stride 2 in its last dimension, expected 1 (contiguous)"),
     ({"q": zeros(8, 3, 17, 64), "out": None}, "attend: group is 17 query heads per KV head, expected 1 to 16"),
@@ -89,7 +93,10 @@ ATTEND: list[tuple[Change, str]] = [
     ({"tree": zeros(8, 3, dtype=torch.int32)}, "attend: tree has dtype i32, expected u64 or i64"),
     ({"out": zeros(8, 3, 4, 32)}, "attend: out is [8, 3, 4, 32], expected [R=8, T=3, G=4, D=64] (as q)"),
     ({"out": zeros(8, 12, 64)}, "attend: out is [8, 12, 64], expected [8, 3, 4, 64] (as q)"),
-    ({"want_logits": zeros(8, 4, 3, 31, 16)}, "attend: logits is [8, 4, 3, 31, 16], expected [R=8, G=4, T=3, K=32, 16]"),
+    (
+        {"want_logits": zeros(8, 4, 3, 31, 16)},
+        "attend: logits is [8, 4, 3, 31, 16], expected [R=8, G=4, T=3, K=32, 16]",
+    ),
     ({"want_logits": zeros(8, 4, 3, 16, 32).transpose(3, 4)}, "attend: logits has stride"),
     ({"threads": 0}, "attend: threads is 0, expected at least 1"),
     ({"workspace": zeros(64, dtype=torch.uint8)}, "attend: workspace has 64 bytes, expected at least"),
@@ -150,23 +157,41 @@ OTHERS: list[tuple[Callable[[], object], str]] = [
     (append_call(k=zeros(2, 5, 600), v=zeros(2, 5, 600)), "append: pools[0] has head_dim 64, expected 600"),
     (append_call(slots=torch.full((2, 5), 16, dtype=torch.uint8)), "append: slots[0, 0] is 16, expected 0 to 15"),
     (append_call(slots=zeros(2, 5, dtype=I32)), "append: slots has dtype i32, expected u8"),
-    (append_call(pages=torch.full((2, 5), 10, dtype=I32)), "append: pages[0, 0] names page 10 of pool 0 slab 0, expected"),
+    (
+        append_call(pages=torch.full((2, 5), 10, dtype=I32)),
+        "append: pages[0, 0] names page 10 of pool 0 slab 0, expected",
+    ),
     (append_call(pages=torch.full((2, 5), -2, dtype=I32)), "append: pages[0, 0] is -2, expected a page or -1"),
     (append_call(position=zeros(3, dtype=I32)), "append: position is [3], expected [R=2] (set by k)"),
     (append_call(k=zeros(2, 64, 5).transpose(1, 2)), "append: k has stride 5 in its last dimension, expected 1"),
     (merge_call([], []), "merge: outs has 0 parts, expected at least 1"),
     (merge_call([zeros(3, 4)], []), "merge: lses has 0 parts, expected 1 (set by outs)"),
-    (merge_call([zeros(3, 4), zeros(4, 4)], [zeros(3)] * 2), "merge: outs[1] is [4, 4], expected [3, 4] (set by outs[0])"),
+    (
+        merge_call([zeros(3, 4), zeros(4, 4)], [zeros(3)] * 2),
+        "merge: outs[1] is [4, 4], expected [3, 4] (set by outs[0])",
+    ),
     (merge_call([zeros(3, 4)], [zeros(4)]), "merge: lses[0] is [4], expected [3] (set by outs[0])"),
     (merge_call([zeros(3, 4, dtype=BF16)], [zeros(3)]), "merge: outs[0] has dtype bf16, expected f32"),
     (merge_call([zeros(4, 3).t()], [zeros(3)]), "merge: outs[0] has strides [1, 3], expected contiguous"),
     (merge_call([zeros(3, 4)], [zeros(3)], out=zeros(3, 5)), "merge: out is [3, 5], expected [3, 4] (set by outs[0])"),
-    (merge_call([zeros(3, 4)], [zeros(3)], out=zeros(3, 4, dtype=I32)), "merge: out has dtype i32, expected f32 or bf16"),
+    (
+        merge_call([zeros(3, 4)], [zeros(3)], out=zeros(3, 4, dtype=I32)),
+        "merge: out has dtype i32, expected f32 or bf16",
+    ),
     (merge_call([zeros(3, 600)], [zeros(3)]), "merge: head_dim is 600, expected 1 to 512"),
     (mass_call(zeros(2, 3, 4, 5), zeros(2, 4, 3)), "mass: logits is [2, 3, 4, 5], expected [R, G, T, K, 16]"),
-    (mass_call(zeros(2, 3, 4, 5, 16), zeros(2, 3, 4)), "mass: lse is [2, 3, 4], expected [R=2, T=4, G=3] (set by logits)"),
-    (mass_call(zeros(2, 3, 4, 5, 8), zeros(2, 4, 3)), "mass: logits is [2, 3, 4, 5, 8], expected [R=2, G=3, T=4, K=5, 16]"),
-    (mass_call(zeros(2, 3, 4, 5, 16), zeros(2, 4, 3), "most"), "mass: reduce is 'most', expected one of sum, mean, max"),
+    (
+        mass_call(zeros(2, 3, 4, 5, 16), zeros(2, 3, 4)),
+        "mass: lse is [2, 3, 4], expected [R=2, T=4, G=3] (set by logits)",
+    ),
+    (
+        mass_call(zeros(2, 3, 4, 5, 8), zeros(2, 4, 3)),
+        "mass: logits is [2, 3, 4, 5, 8], expected [R=2, G=3, T=4, K=5, 16]",
+    ),
+    (
+        mass_call(zeros(2, 3, 4, 5, 16), zeros(2, 4, 3), "most"),
+        "mass: reduce is 'most', expected one of sum, mean, max",
+    ),
     (mass_call(zeros(2, 17, 1, 5, 16), zeros(2, 1, 17)), "mass: group is 17 query heads per KV head, expected 1 to 16"),
     (
         mass_call(zeros(2, 3, 4, 5, 16), zeros(2, 4, 3), out=zeros(2, 6, 16)),
@@ -176,7 +201,10 @@ OTHERS: list[tuple[Callable[[], object], str]] = [
     (pack_call(zeros(3, 15, 64, dtype=BF16), zeros(3, dtype=I32)), "pack: k is [3, 15, 64], expected [P=3, 16, D=64]"),
     (pack_call(zeros(2, 16, 64, dtype=BF16), zeros(3, dtype=I32)), "pack: k is [2, 16, 64], expected [P=3, 16, D=64]"),
     (pack_call(zeros(1, 16, 64, dtype=BF16), torch.tensor([-1]).int()), "pack: pages[0] is -1, expected a page"),
-    (pack_call(zeros(1, 16, 64, dtype=BF16), torch.tensor([10]).int()), "pack: pages[0] names page 10 of pool 0 slab 0"),
+    (
+        pack_call(zeros(1, 16, 64, dtype=BF16), torch.tensor([10]).int()),
+        "pack: pages[0] names page 10 of pool 0 slab 0",
+    ),
     (lambda: ops.unpack(torch.tensor([1 << 28]).int(), []), "unpack: pages[0] names pool 1, expected one of 0 pools"),
     (lambda: ops.page_bytes("int3", 64), "page_bytes: format is 'int3', expected one of f32, bf16, f16"),
     (lambda: ops.page_bytes("f32", 513), "page_bytes: head_dim is 513, expected 1 to 512"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import LEVELS
 from kvstrata import _C
 from kvstrata.backends import Absent, Backend, Cuda, _cuda, backends, set_isa

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import Case, make_case
-from kvstrata import _C, ops
 from torch import Tensor
+
+from kvstrata import _C
 
 
 @pytest.fixture
