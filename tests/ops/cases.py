@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvstrata import ops, reference
 from torch import Tensor
+
+from kvstrata import ops, reference
 
 SLOTS = 16
 POISON = 0xFF  # every byte of it: NaN in f32, bf16 and f16
@@ -44,7 +45,9 @@ class Case:
         """One row alone; the pools are shared."""
         one = {n: t[r : r + 1] if isinstance(t, Tensor) else t for n, t in self.extra.items()}
         parts = (t[r : r + 1] for t in (self.q, self.pages, self.visible))
-        return Case(*parts, self.pools, self.k[r : r + 1], self.v[r : r + 1], self.positions[r : r + 1], self.formats, one)
+        return Case(
+            *parts, self.pools, self.k[r : r + 1], self.v[r : r + 1], self.positions[r : r + 1], self.formats, one
+        )
 
     def read(self) -> Tensor:
         return reference.readable(

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kvstrata import _C  # noqa: E402
+from kvstrata import _C
 
 LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
 

@@ -7,8 +7,9 @@ import struct
 import pytest
 import torch
 from cases import POISON, SLOTS, poisoned_pools
-from kvstrata import _C, ops, reference
 from torch import Tensor
+
+from kvstrata import _C, ops, reference
 
 FORMATS = ["f32", "bf16", "f16"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,7 +23,9 @@ def places(rows: int, pages: int, first: int, tokens: int) -> tuple[Tensor, Tens
     return index.to(torch.int32), (at % SLOTS).to(torch.uint8).repeat(rows, 1)
 
 
-def expected(pool: ops.Pool, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def expected(
+    pool: ops.Pool, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """Payload and positions of a pool that was poisoned before these tokens came."""
     kind, dp = ops.FORMATS[pool.format], reference.padded(pool.head_dim)
     poison = torch.full((2, pool.pages[0], SLOTS, dp), 0).to(kind)
@@ -34,7 +37,9 @@ def expected(pool: ops.Pool, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor,
     return reference.pack(poison[0], poison[1], pool.format), positions
 
 
-def check(fmt: str, dtype: torch.dtype, dim: int, first: int, tokens: int, *, skip: bool = False, threads: int = 1) -> None:
+def check(
+    fmt: str, dtype: torch.dtype, dim: int, first: int, tokens: int, *, skip: bool = False, threads: int = 1
+) -> None:
     rows, pages = 2, (first + tokens) // SLOTS + 1
     pool = poisoned_pools((fmt,), dim, rows * pages, 1)[0]
     g = torch.Generator().manual_seed(dim + tokens)
@@ -124,7 +129,9 @@ def special_values(dtype: torch.dtype) -> Tensor:
     random = torch.randint(-(2**31), 2**31, (1 << 16,), generator=g).to(torch.int32).view(torch.float32)
     halves = bits(list(range(65536)), torch.float16).float()
     halves = halves[halves.isfinite()]
-    edges = halves.double().unsqueeze(1) * torch.tensor([1 - 2.0**-24, 1, 1 + 2.0**-12, 1 + 2.0**-11 * 0.5, 1 + 2.0**-11])
+    edges = halves.double().unsqueeze(1) * torch.tensor(
+        [1 - 2.0**-24, 1, 1 + 2.0**-12, 1 + 2.0**-11 * 0.5, 1 + 2.0**-11]
+    )
     ties = torch.cat([(halves[:-1].double() + halves[1:].double()) / 2, torch.arange(64).double() * 2.0**-26])
     return torch.cat([random, edges.flatten().float(), ties.float(), torch.tensor([65504.0, 65519.9, 65520.0, 1e38])])
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import make_case
-from kvstrata import _C, ops, reference
 from tolerances import LOGITS, LSE, MASS, assert_close, assert_close_rows, out_tolerance
+
+from kvstrata import _C, ops, reference
 
 FORMATS = [("f32",), ("bf16",), ("f16",)]
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, make_case, write_page
+from tolerances import LSE, OUT_F32, assert_close, assert_close_rows
+
 from conftest import LEVELS
 from kvstrata import _C, ops
-from tolerances import LSE, OUT_F32, assert_close, assert_close_rows
 
 INF = float("inf")
 SHAPES: list[dict[str, Any]] = [
@@ -95,7 +96,7 @@ def test_n_calls_of_one_query_are_one_call_of_n(isa: str) -> None:
     counts = torch.arange(case.pages.shape[1] * 16).view(1, -1, 16)
     for t in range(20):
         bits = []
-        for r, length in enumerate((9, 30)):
+        for _r, length in enumerate((9, 30)):
             seen = (counts[0, : case.pages.shape[1]] < length * 16 - 19 + t).long()
             bits.append((seen << torch.arange(16)).sum(1))
         visible = torch.stack(bits).to(torch.uint16)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvstrata import ops, reference
 from tolerances import EXP_RELATIVE, MASS, TANH_ABSOLUTE, assert_close
 from torch import Tensor
+
+from kvstrata import ops, reference
 
 INF, NAN = float("inf"), float("nan")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvstrata import ops, reference
 from tolerances import MERGE_ULP, OUT_BF16_OUTPUT, OUT_F16_OUTPUT, assert_close, assert_close_rows
 from torch import Tensor
+
+from kvstrata import ops, reference
 
 INF, NAN = float("inf"), float("nan")
 

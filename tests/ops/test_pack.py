@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import POISON, poisoned_pools
-from kvstrata import _C, ops, reference
 from torch import Tensor
+
+from kvstrata import _C, ops, reference
 
 FORMATS = ["f32", "bf16", "f16"]
 DIMS = [*_C.supported()["tuned_dims"], 1, 2, 8, 16, 17, 40, 333, 512]
@@ -29,7 +30,9 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 def test_round_trip(isa: str, fmt: str, dim: int) -> None:
     pool = poisoned_pools((fmt,), dim, 7, 2)[0]
     k, v = random_bits(fmt, 5, dim), random_bits(fmt, 5, dim).flip(0)
-    pages = torch.tensor([ops.make_page(0, s, i) for s, i in ((1, 6), (0, 0), (1, 2), (0, 5), (0, 3))], dtype=torch.int32)
+    pages = torch.tensor(
+        [ops.make_page(0, s, i) for s, i in ((1, 6), (0, 0), (1, 2), (0, 5), (0, 3))], dtype=torch.int32
+    )
     ops.pack(k, v, pages, [pool])
     want = reference.pack(k, v, fmt)
     got = torch.stack([pool.payload(int(p) >> 16)[int(p) & 0xFFFF] for p in pages])

@@ -52,7 +52,9 @@ def assert_close(out: Tensor, ref: Tensor, tolerance: float, floor: float = 1.0)
     assert out.shape == ref.shape
     out, ref = out.double(), ref.double()
     special = ~ref.isfinite()
-    assert torch.equal(torch.where(special, out, 0.0).nan_to_num(7e300), torch.where(special, ref, 0.0).nan_to_num(7e300))
+    assert torch.equal(
+        torch.where(special, out, 0.0).nan_to_num(7e300), torch.where(special, ref, 0.0).nan_to_num(7e300)
+    )
     error = (out - ref).masked_fill(special, 0).abs() / ref.masked_fill(special, 0).abs().clamp_min(floor)
     worst = error.max().item() if error.numel() else 0.0
     assert worst <= tolerance, f"error {worst:.3g} > {tolerance:.3g} at {divmod_index(error)}"
