@@ -35,7 +35,7 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
         const uint8_t* at = slots.row<uint8_t>(r);
         for (int64_t t = 0; t < T; ++t) {
             if (ids[t] == kNoPage) continue;
-            pools.check_id(ids[t], static_cast<int>(D), "pages", r, t);
+            pools.check_id(ids[t], static_cast<int>(D), {"pages", r, t});
             check(at[t] < kSlots, "append: slots[", r, ", ", t, "] is ", int{at[t]}, ", expected 0 to ", kSlots - 1);
         }
         rows[r] = {k.row<void>(r),
@@ -112,7 +112,7 @@ struct AttendArguments {
             const uint16_t* masks = visible.row<uint16_t>(r);
             for (int64_t e = 0; e < pages.shape(1); ++e) {  // what is not read may hold anything
                 if (ids[e] == kNoPage || (masks && !masks[e])) continue;
-                pools.check_id(ids[e], static_cast<int>(q.shape(3)), "pages", r, e);
+                pools.check_id(ids[e], static_cast<int>(q.shape(3)), {"pages", r, e});
             }
         }
     }
@@ -230,7 +230,7 @@ void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::han
     const Pools pools(op, pools_);
     const PageId* ids = pages.data<PageId>();
     for (int64_t i = 0; i < P.size; ++i) {
-        pools.check_id(ids[i], static_cast<int>(D.size), "pages", 0, i);
+        pools.check_id(ids[i], static_cast<int>(D.size), {"pages", i});
         const Format format = pools.views()[page_pool(ids[i])].format;
         check(static_cast<int>(format) == static_cast<int>(k.dtype()), op, ": k has dtype ", ops::name(k.dtype()),
               ", expected ", ops::name(format), " (the format of pages[", i, "])");

@@ -5,6 +5,13 @@
 #include "ops/supported.h"
 
 namespace kvstrata::bind {
+
+static std::ostream& operator<<(std::ostream& out, const Place& place) {
+    out << place.argument << "[" << place.i;
+    if (place.j >= 0) out << ", " << place.j;
+    return out << "]";
+}
+
 namespace {
 
 std::string shape_text(const TensorView& view) {
@@ -132,18 +139,15 @@ Pools::Pools(const char* op, const py::sequence& pools) : op_(op), count_(static
     }
 }
 
-void Pools::check_id(PageId id, int head_dim, const char* argument, int64_t i, int64_t j) const {
-    check(id >= 0, op_, ": ", argument, "[", i, ", ", j, "] is ", id, ", expected a page or -1");
-    const int pool = page_pool(id);
-    check(pool < count_, op_, ": ", argument, "[", i, ", ", j, "] names pool ", pool, ", expected one of ", count_,
-          " pools");
+void Pools::check_id(PageId id, int head_dim, Place place) const {
+    check(id >= 0, op_, ": ", place, " is ", id, ", expected a page", place.j < 0 ? "" : " or -1");
+    const int pool = page_pool(id), slab = page_slab(id), index = page_index(id);
+    check(pool < count_, op_, ": ", place, " names pool ", pool, ", expected one of ", count_, " pools");
     const Slabs& s = slabs_[pool];
-    const int slabs = views_[pool].n_slabs;
-    check(page_slab(id) < slabs, op_, ": ", argument, "[", i, ", ", j, "] names slab ", page_slab(id), " of pool ",
-          pool, ", expected one of ", slabs, " slabs");
-    check(page_index(id) < s.pages[page_slab(id)], op_, ": ", argument, "[", i, ", ", j, "] names page ",
-          page_index(id), " of pool ", pool, " slab ", page_slab(id), ", expected one of ", s.pages[page_slab(id)],
-          " pages");
+    check(slab < views_[pool].n_slabs, op_, ": ", place, " names slab ", slab, " of pool ", pool, ", expected one of ",
+          views_[pool].n_slabs, " slabs");
+    check(index < s.pages[slab], op_, ": ", place, " names page ", index, " of pool ", pool, " slab ", slab,
+          ", expected one of ", s.pages[slab], " pages");
     check(s.head_dim == head_dim, op_, ": pools[", pool, "] has head_dim ", s.head_dim, ", expected ", head_dim);
 }
 

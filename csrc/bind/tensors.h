@@ -56,6 +56,13 @@ class Argument {
     TensorView view_;
 };
 
+// Where an element stands, as messages show it: pages[2, 5], or pages[2] where j is -1.
+struct Place {
+    const char* argument;
+    int64_t i;
+    int64_t j = -1;
+};
+
 // The pools of a call, and what their page ids may be.
 class Pools {
   public:
@@ -63,8 +70,8 @@ class Pools {
 
     const PoolView* views() const { return views_; }
 
-    // Throws unless `id` is a page of a pool whose head_dim is D; `argument`[i, j] says where it stands.
-    void check_id(PageId id, int head_dim, const char* argument, int64_t i, int64_t j) const;
+    // Throws unless `id` is a page of a pool whose head_dim is D.
+    void check_id(PageId id, int head_dim, Place place) const;
     void check_positions() const;  // every pool has them
 
   private:

@@ -80,7 +80,8 @@ void Store::give_back(int pool, int slab) {
 bool Store::empty_out(int pool, int slab) {
     check(pool >= 0 && pool < n_pools(), "empty_out: pool is ", pool, ", expected 0..", n_pools() - 1);
     pages::Pool& p = pools_[pool];
-    const pages::Slab& s = p.slabs().at(slab);
+    check(slab >= 0 && slab < static_cast<int>(p.slabs().size()), "empty_out: slab ", slab, " is not lent");
+    const pages::Slab& s = p.slabs()[slab];
     check(s.n_pages > 0, "empty_out: slab ", slab, " is not lent");
     const int64_t live = s.n_pages - s.n_free;
     if (p.free() - s.n_free < live) return false;

@@ -37,11 +37,19 @@ def _expand(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    heads = q.shape[2]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), _expand(k, heads), _expand(v, heads), 0.0, True, scale=scale
-    )
-    return out.transpose(1, 2).float().contiguous(), lse.transpose(1, 2).float().contiguous()
+    """One call per KV head, so that no key is repeated in memory for its group."""
+    b, t, heads, d = q.shape
+    group = heads // k.shape[2]
+    out = torch.empty(b, t, heads, d, dtype=torch.float32, device=q.device)
+    lse = torch.empty(b, t, heads, dtype=torch.float32, device=q.device)
+    for h in range(k.shape[2]):
+        mine = slice(h * group, (h + 1) * group)
+        keys, values = (x[:, :, h : h + 1].transpose(1, 2).expand(b, group, t, d) for x in (k, v))
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, mine].transpose(1, 2), keys, values, 0.0, True, scale=scale
+        )
+        out[:, :, mine], lse[:, :, mine] = part.transpose(1, 2), part_lse.transpose(1, 2)
+    return out, lse
 
 
 def _blocks(

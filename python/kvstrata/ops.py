@@ -360,7 +360,7 @@ def unpack(
     if k is None or v is None:
         number = int(pages[0]) >> 28 if pages.numel() else 0
         if not 0 <= number < len(pools):
-            raise ValueError(f"unpack: pages[0, 0] names pool {number}, expected one of {len(pools)} pools")
+            raise ValueError(f"unpack: pages[0] names pool {number}, expected one of {len(pools)} pools")
         pool = pools[number]
         shape = (pages.numel(), SLOTS, pool.head_dim)
         k = torch.empty(shape, dtype=FORMATS[pool.format]) if k is None else k

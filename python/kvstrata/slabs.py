@@ -32,24 +32,33 @@ class Slabs:
         self.held = 0
         self.peak = 0
 
-    def reserve(self, missing: list[int]) -> None:
-        """Lends at least ``missing[pool]`` more pages of each pool, or raises BudgetExceeded with nothing changed."""
+    def reserve(self, first_layer: int, last_layer: int, first: int, last: int) -> None:
+        """Makes sure of free pages for tokens first..last of the open step in a range of layers.
+
+        BudgetExceeded with nothing changed if the limit does not allow them.
+        """
+        missing = self._store.missing(first_layer, last_layer, first, last)
+        if not any(missing):
+            return
+        needed = self._store.needed(first_layer, last_layer, first, last)
         lent: list[tuple[int, int]] = []
         try:
             for pool, short in enumerate(missing):
                 while short > 0:
-                    pages = self._lend(pool, short, lent)
-                    short -= pages
+                    short -= self._lend(pool, short, needed, lent)
         except BaseException:
             for key in lent:
                 self._return(key)
             raise
 
-    def trim(self) -> int:
-        """Moves pages out of sparse slabs and returns every slab that runs empty. Returns the bytes given back."""
+    def trim(self, keep: list[int] | None = None) -> int:
+        """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
+
+        keep: free pages that must remain, by pool.
+        """
         before = self.held
         for pool in range(self._store.n_pools):
-            while self._empty_sparsest(pool):
+            while self._empty_sparsest(pool, keep[pool] if keep else 0):
                 pass
         return before - self.held
 
@@ -57,20 +66,22 @@ class Slabs:
         """What the allocator says: bytes of the storages behind all slabs."""
         return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
 
-    def _empty_sparsest(self, pool: int) -> bool:
+    def _empty_sparsest(self, pool: int, keep: int) -> bool:
         slabs = self._store.slabs(pool)
         if not slabs:
             return False
-        index, pages, free = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
-        if free < pages and not self._store.empty_out(pool, index):
+        index, pages, _ = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
+        if sum(free for _, _, free in slabs) - pages < keep:
             return False
+        emptied = self._store.empty_out(pool, index)
+        assert emptied, "the other slabs have room for its pages"
         self._return((pool, index))
         return True
 
-    def _lend(self, pool: int, short: int, lent: list[tuple[int, int]]) -> int:
+    def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> int:
         fault_point("slab.lend")
         per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
-        pages = self._fit(max(short, self._grain() // per_page), short, per_page)
+        pages = self._fit(max(short, self._grain() // per_page), short, per_page, needed)
         pages = min(pages, MAX_PAGES_PER_SLAB)
         tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
         payload = tensor.data_ptr()
@@ -82,13 +93,13 @@ class Slabs:
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
         return pages
 
-    def _fit(self, wanted: int, short: int, per_page: int) -> int:
+    def _fit(self, wanted: int, short: int, per_page: int, needed: list[int]) -> int:
         """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
         if self.limit is None:
             return wanted
         room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
         if room < short:
-            self.trim()
+            self.trim(keep=needed)
             room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
         if room < short:
             raise BudgetExceeded(

@@ -40,6 +40,7 @@ class Step:
         self._starts = starts
         self._tokens = tokens
         self._columns = columns
+        self._lead = (len(tokens),) if columns is None else (len(seqs), columns)
         self._padding = columns is not None and len(tokens) < len(seqs) * columns
         self._is_open = False
         self._attended: set[int] = set()
@@ -62,9 +63,7 @@ class Step:
             self._past = any(self._store.length(i) for i in self._ids)
             self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
             if not self._cut:
-                self._cache._slabs.reserve(
-                    self._store.missing(0, len(self._cache.shape.layers), 0, self._store.longest)
-                )
+                self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
         except BaseException:
             self._store.rollback()
             self._cache._leave(self)
@@ -242,7 +241,7 @@ class Step:
         for first in range(0, longest, piece):
             last = min(first + piece, longest)
             if self._cut:
-                self._cache._slabs.reserve(self._store.missing(layer, layer + 1, first, last))
+                self._cache._slabs.reserve(layer, layer + 1, first, last)
             self._store.append(layer, self._strides(k), self._strides(v), first, last, torch.get_num_threads())
             if self._cut:
                 self._store.settle(layer)
@@ -269,16 +268,22 @@ class Step:
         if layer in self._attended:
             raise ValueError(f"attend: layer {layer} was attended already in this step, expected once")
         spec = layers[layer]
-        lead = (len(self._tokens),) if self._columns is None else (len(self._ids), self._columns)
         for name, x, heads in (("q", q, spec.q_heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads)):
-            if x.shape != (*lead, heads, spec.head_dim):
-                raise ValueError(f"attend: {name} is {list(x.shape)}, expected {[*lead, heads, spec.head_dim]}")
-            if x.dtype != self._cache.shape.dtype:
-                raise ValueError(f"attend: {name} is {x.dtype}, expected {self._cache.shape.dtype}")
-            if x.device != self._cache.shape.device:
-                raise ValueError(f"attend: {name} is on {x.device}, expected {self._cache.shape.device}")
-            if x.stride(-1) != 1 and spec.head_dim > 1:
-                raise ValueError(f"attend: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
+            good = x.shape == (*self._lead, heads, spec.head_dim) and x.dtype is self._cache.shape.dtype
+            if not (good and x.stride(-1) == 1 and x.device == self._cache.shape.device):
+                self._refuse(name, x, heads, spec.head_dim)
         if sinks is not None and sinks.shape != (spec.q_heads,):
             raise ValueError(f"attend: sinks is {list(sinks.shape)}, expected [{spec.q_heads}]")
         return spec
+
+    def _refuse(self, name: str, x: torch.Tensor, heads: int, head_dim: int) -> None:
+        """Says what is wrong with a tensor."""
+        shape = self._cache.shape
+        if x.shape != (*self._lead, heads, head_dim):
+            raise ValueError(f"attend: {name} is {list(x.shape)}, expected {[*self._lead, heads, head_dim]}")
+        if x.dtype != shape.dtype:
+            raise ValueError(f"attend: {name} is {x.dtype}, expected {shape.dtype}")
+        if x.device != shape.device:
+            raise ValueError(f"attend: {name} is on {x.device}, expected {shape.device}")
+        if head_dim > 1:
+            raise ValueError(f"attend: {name} has stride {x.stride(-1)} in its last dimension, expected 1")

@@ -160,6 +160,26 @@ class Pair:
                         assert torch.equal(k[h, :n], torch.stack(row.k))
                         assert torch.equal(v[h, :n], torch.stack(row.v))
 
+    def sealed_pages(self) -> dict[int, bytes]:
+        """Payload and positions of every sealed page, by page id."""
+        store, out = self.cache._store, {}
+        for s in self.model:
+            for layer, spec in enumerate(self.cache.shape.layers):
+                for h in range(spec.kv_heads):
+                    pages, _, _, sealed = store.row(s.id, layer, h)
+                    out |= {page: self._payload(page) for page in pages[:sealed]}
+        return out
+
+    def _payload(self, page: int) -> bytes:
+        pool, slab, index = page >> 28, page >> 16 & 0xFFF, page & 0xFFFF
+        block = self.cache._slabs._tensors[pool, slab].numpy()
+        size = self.cache._store.pool(pool)["page_bytes"]
+        n = len(block) // (size + 64)
+        return (
+            block[index * size : (index + 1) * size].tobytes()
+            + block[n * size :][index * 64 : (index + 1) * 64].tobytes()
+        )
+
     def check_pools(self) -> None:
         """free + used = total, and used is exactly the pages that tables hold."""
         store = self.cache._store

@@ -219,3 +219,19 @@ def test_bad_plan(planner: policy.Planner, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         cache.compress()
     assert snapshot(cache, seqs) == before
+
+
+def test_a_tight_limit_never_takes_back_what_a_step_needs() -> None:
+    """Two pools under one limit: making room in one for the other leaves both with the pages of the step."""
+    shape = Shape([LayerSpec(1, 1, 16), LayerSpec(1, 1, 128), LayerSpec(1, 1, 16)], torch.float32)
+    cache = Cache(shape, "200KiB")
+    seqs = cache.new(2)
+    with pytest.raises(BudgetExceeded):
+        for n in range(1, 400):
+            with cache.step(seqs, [n % 5, 1]) as step:
+                for layer, spec in enumerate(shape.layers):
+                    step.attend(layer, *(x(n % 5 + 1, 1, spec.head_dim) for _ in range(3)))
+            assert cache.nbytes() <= 200 << 10
+            if n % 40 == 0:
+                cache.crop([seqs[0]], [cache.logical_length(seqs[0]) // 2])
+    assert cache.nbytes() > 150 << 10

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from oracle import Dense, Pair
 
-from kvstrata import Cache, LayerSpec, Shape
+from kvstrata import Cache, LayerSpec, Policy, Shape
 from kvstrata.testing import fault
 
 SHAPE = Shape([LayerSpec(2, 4, 8), LayerSpec(1, 2, 24), LayerSpec(1, 1, 8)], torch.float32)
@@ -17,7 +17,9 @@ SHAPE = Shape([LayerSpec(2, 4, 8), LayerSpec(1, 2, 24), LayerSpec(1, 1, 8)], tor
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair(Cache(SHAPE, policy=None), torch.Generator().manual_seed(0))
+        # The least window, so that pages seal within a few steps.
+        self.pair = Pair(Cache(SHAPE, policy=Policy("full", window=16)), torch.Generator().manual_seed(0))
+        self.sealed: dict[int, bytes] = {}
 
     def pick(self, data: st.DataObject, most: int = 3) -> list:  # type: ignore[type-arg]
         live = sorted(self.pair.model, key=lambda s: s.id)
@@ -106,6 +108,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def trim(self) -> None:
         self.pair.cache.trim()
+        self.sealed.clear()  # pages moved: ids name other pages now
         for p in range(self.pair.cache._store.n_pools):
             state, slabs = self.pair.cache._store.pool(p), self.pair.cache._store.slabs(p)
             assert all(state["free"] < pages for _, pages, _ in slabs), "no slab's pages fit into the others"
@@ -113,6 +116,13 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def contents(self) -> None:
         self.pair.check_contents()
+
+    @invariant()
+    def sealed_pages_never_change(self) -> None:
+        now = self.pair.sealed_pages()
+        for page in now.keys() & self.sealed.keys():
+            assert now[page] == self.sealed[page]
+        self.sealed = now
 
     @invariant()
     def pools(self) -> None:

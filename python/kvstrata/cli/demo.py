@@ -17,8 +17,8 @@ from typing import Any
 from kvstrata.cli.measure import Run
 from kvstrata.cli.output import Output, bytes_text
 
-PROMPT_TOKENS = 6144
-NEW_TOKENS = 48
+PROMPT_TOKENS = 4096
+NEW_TOKENS = 32
 CHUNK = 512
 BUDGET = "512tok"
 SEED = 0
@@ -28,7 +28,7 @@ RANDOM = {
     "vocab_size": 256,
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
@@ -137,11 +137,15 @@ def _print(runs: list[Run], decode: Any, out: Output) -> None:
         for r in runs
     ]
     out.table(
-        "\nSide by side",
+        "Side by side",
         ["cache", ">tokens as dense", ">KV bytes", ">of dense", ">KV peak", ">prefill ms", ">ms/token p50", ">p99"],
         rows,
     )
-    out.table("\nAnswers", ["cache", "continuation"], [(r.name, readable(decode(r.tokens))) for r in runs])
+    if not TRAINED.is_dir():
+        out.line(
+            "Under a budget a model with random weights says something else at once: look at memory and time here."
+        )
+    out.table("Answers", ["cache", "continuation"], [(r.name, readable(decode(r.tokens))) for r in runs])
 
 
 def _plot(runs: list[Run], file: Path) -> None:

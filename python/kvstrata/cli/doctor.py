@@ -130,8 +130,8 @@ def _show(result: dict[str, Any], out: Output) -> None:
     seen = result["machine"]
     rows = [(k, seen[k]) for k in ("system", "processor", "cores", "torch_threads")] + [("load", f"{seen['load']:.2f}")]
     rows += list(seen["environment"].items())
-    out.table("\nMachine", ["what", "value"], rows)
-    out.table("\nBackends", ["backend", "what", "value"], _backend_rows(result["backends"]))
+    out.table("Machine", ["what", "value"], rows)
+    out.table("Backends", ["backend", "what", "value"], _backend_rows(result["backends"]))
     speed = result["bandwidth"]
     out.line(f"\nMemory: copy {speed['copy_gbps']} GB/s, read {speed['read_gbps']} GB/s ({speed['note']})")
     for sentence in result["advice"]:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         (r.name, r.agreement(runs[0]), bytes_text(r.kv_bytes), bytes_text(r.kv_peak_bytes), measure.ms_text(r.ms_p50))
         for r in runs
     ]
-    out.table("", ["cache", f">tokens as {runs[0].name}", ">KV bytes", ">KV peak", ">ms/token"], rows)
+    out.table("Side by side", ["cache", f">tokens as {runs[0].name}", ">KV bytes", ">KV peak", ">ms/token"], rows)
     result: dict[str, Any] = {"schema": 1, "model": args.model, "policy": args.policy, "budget": args.budget}
     result |= {"prompt_tokens": len(ids), "text": decode(ours.tokens), "run": ours.to_dict()}
     result |= {"dense": None if dense is None else dense.to_dict(), "report": report.to_dict()}

@@ -99,7 +99,7 @@ def show(found: dict[str, Any], out: Output) -> None:
         return
     columns = ["layers", ">KV heads", ">query heads", ">head dim", ">window", "dtype", "device"]
     out.table("Layers", columns, _grouped(found["layers"]))
-    out.table("\nBytes per token", ["format", ">bytes"], [(k, f"{n:,}") for k, n in found["bytes_per_token"].items()])
+    out.table("Bytes per token", ["format", ">bytes"], [(k, f"{n:,}") for k, n in found["bytes_per_token"].items()])
     seen = found["logits"]
     out.line(
         f"\nLargest logit difference to the dense cache over {seen['tokens']} tokens: "

@@ -31,7 +31,9 @@ class Output:
         """Columns whose header begins with ">" are set flush right."""
         if self.json:
             return
-        table = Table(title=title, title_justify="left", title_style="bold", box=self._box(), pad_edge=False)
+        self.line()
+        self.line(title, style="bold")
+        table = Table(box=self._box(), pad_edge=False)
         for column in columns:
             table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
         for row in rows:

@@ -1,0 +1,76 @@
+"""What can run here: the CPU's instruction-set levels, whose threads are used, and the CUDA library."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstrata import _C
+
+_CUDA_LIBRARY = "libkvstrata_cuda.so"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One instruction-set level of the CPU backend."""
+
+    name: str
+    available: bool
+    reason: str  # why it is not available, or empty
+    kernels: str  # the level whose kernels run at this one: its own, or the next lower one's that has them
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The CPU backend."""
+
+    isa: str  # the level in use
+    levels: list[Level]  # all levels, lowest first
+    threads: str  # whose threads do the work, such as "libgomp.so.1 (torch)" or "own pool"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The CUDA backend."""
+
+    devices: int
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A backend that cannot be used, and why."""
+
+    reason: str
+
+
+def backends() -> dict[str, Backend | Cuda | Absent]:
+    """The backends by name: {"cpu": Backend(...), "cuda": Cuda(...) or Absent(reason)}. Opens the CUDA library if it is here.
+
+    Raises ValueError if KVSTRATA_ISA names an instruction-set level that is unknown or not available on this machine.
+    """
+    levels = [Level(*level) for level in _C.isa_levels()]
+    return {"cpu": Backend(_C.isa(), levels, _C.threads_source()), "cuda": _cuda(Path(__file__).parent / _CUDA_LIBRARY)}
+
+
+def set_isa(level: str) -> None:
+    """Uses an instruction-set level from now on; "" goes back to the best one, or to KVSTRATA_ISA.
+
+    For tests and diagnosis: other threads see it too. Raises ValueError if the level is unknown or not available here.
+    """
+    _C.set_isa(level)
+
+
+def _cuda(path: Path) -> Cuda | Absent:
+    if not path.exists():
+        return Absent("not built")
+    try:
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+    except OSError as error:
+        return Absent(f"{path.name} cannot be opened: {error}")
+    count = ctypes.c_int(0)
+    code = library.kvstrata_cuda_device_count(ctypes.byref(count))
+    if code != 0:
+        library.kvstrata_cuda_error_string.restype = ctypes.c_char_p
+        return Absent(f"error {code}: {library.kvstrata_cuda_error_string(ctypes.c_int(code)).decode()}")
+    return Cuda(count.value) if count.value > 0 else Absent("no device")

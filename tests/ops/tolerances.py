@@ -1,0 +1,64 @@
+"""Every tolerance of the op tests, once, with its reason. ‖out − ref‖ / ‖ref‖ is taken per (row, query, head)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# f32 queries, outputs and pages: sums of up to 32k terms in f32, exp and tanh within 2^-20. Measured: below 2e-6.
+OUT_F32 = 1e-5
+# 16-bit pages, against a reference on the decoded pages: the house's gate for decoding. The output's own rounding to bf16
+# is up to 2^-9 per element, hence about 1.1e-3 in norm; measured below 1e-5 with an f32 output.
+OUT_16 = 1e-3
+OUT_BF16_OUTPUT = 4e-3
+OUT_F16_OUTPUT = 5e-4
+# log-sum-exp: absolute, for logits of a few units; half an ulp of the sum and of the maximum.
+LSE = 5e-6
+# Logits: relative to the largest; f32 dot products of up to 512 terms.
+LOGITS = 2e-6
+# Attention mass: exp within 2^-20 and up to G * T = 64 additions.
+MASS = 5e-6
+# Merging associates to 4 ulp of f32.
+MERGE_ULP = 4 * 2.0**-23
+# The elementary functions, as specified.
+EXP_RELATIVE = 2.0**-20
+TANH_ABSOLUTE = 2.0**-20
+
+
+def out_tolerance(formats: tuple[str, ...], out_dtype: torch.dtype) -> float:
+    if out_dtype == torch.bfloat16:
+        return OUT_BF16_OUTPUT
+    if out_dtype == torch.float16:
+        return OUT_F16_OUTPUT
+    return OUT_F32 if formats == ("f32",) else OUT_16
+
+
+def assert_close_rows(out: Tensor, ref: Tensor, tolerance: float) -> None:
+    """Relative error in norm over the last dimension; the same places of NaN and inf; the worst row is shown."""
+    assert out.shape == ref.shape
+    out, ref = out.double(), ref.double()
+    assert torch.equal(out.isfinite(), ref.isfinite()), "NaN or inf in other places"
+    out, ref = out.nan_to_num(), ref.nan_to_num()
+    error = (out - ref).norm(dim=-1) / ref.norm(dim=-1).clamp_min(1e-30)
+    zero = ref.norm(dim=-1) == 0
+    assert torch.all(out[zero] == 0), "an empty row is not zero"
+    error = error.masked_fill(zero, 0)
+    worst = error.max().item() if error.numel() else 0.0
+    assert worst <= tolerance, f"relative error {worst:.3g} > {tolerance:.3g} at {divmod_index(error)}"
+
+
+def assert_close(out: Tensor, ref: Tensor, tolerance: float, floor: float = 1.0) -> None:
+    """|out − ref| <= tolerance * max(|ref|, floor), the same infinities and NaNs; the worst element is shown."""
+    assert out.shape == ref.shape
+    out, ref = out.double(), ref.double()
+    special = ~ref.isfinite()
+    assert torch.equal(
+        torch.where(special, out, 0.0).nan_to_num(7e300), torch.where(special, ref, 0.0).nan_to_num(7e300)
+    )
+    error = (out - ref).masked_fill(special, 0).abs() / ref.masked_fill(special, 0).abs().clamp_min(floor)
+    worst = error.max().item() if error.numel() else 0.0
+    assert worst <= tolerance, f"error {worst:.3g} > {tolerance:.3g} at {divmod_index(error)}"
+
+
+def divmod_index(t: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(t.argmax(), t.shape)) if t.dim() else ()
