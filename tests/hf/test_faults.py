@@ -20,7 +20,7 @@ def state(cache):
     tables = [(x.tolist() for x in row) for layer in sorted(cache.attention_layers) for row in cache.materialize(layer)]
     kept = ("columns", "logical_tokens", "stored", "stored_tokens", "states", "lost_slots", "dense_bytes", "counts")
     used = {k: v for k, v in report["bytes_by_kind"].items() if k.startswith("pages")}
-    return {k: report[k] for k in kept}, used, [[x for x in row] for row in tables]
+    return {k: report[k] for k in kept}, used, [list(row) for row in tables]
 
 
 def forward(model, cache, ids, mask):
