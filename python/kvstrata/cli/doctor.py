@@ -142,8 +142,14 @@ def _backend_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for name, facts in found.items():
         for what, value in facts.items():
-            if isinstance(value, dict):
-                rows += [(name, f"{what}: {k}", str(v)) for k, v in value.items()]
+            if what == "levels":
+                rows += [(name, f"level {level['name']}", _level(level)) for level in value]
             else:
-                rows.append((name, what, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+                rows.append((name, what, str(value)))
     return rows
+
+
+def _level(level: dict[str, Any]) -> str:
+    if not level["available"]:
+        return f"no: {level['reason']}"
+    return "yes" if level["kernels"] == level["name"] else f"yes, with the kernels of {level['kernels']}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -41,9 +41,9 @@ class Output:
         self._out.print(table)
 
     def show(self, renderable: Any) -> None:
-        """Anything that rich can print."""
+        """Anything that rich can print; its tables without lines where this verb's own have none."""
         if not self.json:
-            self._out.print(renderable)
+            self._out.print(renderable if self._out.is_terminal else _unboxed(renderable))
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -71,6 +71,16 @@ class Output:
         from rich import box
 
         return box.SIMPLE_HEAD if self._out.is_terminal else None
+
+
+def _unboxed(renderable: Any) -> Any:
+    """The same without the lines of its tables."""
+    renderable = renderable.__rich__() if hasattr(renderable, "__rich__") else renderable
+    if isinstance(renderable, Group):
+        return Group(*map(_unboxed, renderable.renderables))
+    if isinstance(renderable, Table):
+        renderable.box = None
+    return renderable
 
 
 def _console(stderr: bool) -> Console:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 
 def load(name: str) -> tuple[Any, Any | None]:
@@ -14,6 +15,7 @@ def load(name: str) -> tuple[Any, Any | None]:
 
     A folder never needs a network. OSError if there is no such model.
     """
+    logging.disable_progress_bar()  # the command line shows its own
     local = os.path.isdir(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
     model.eval()
