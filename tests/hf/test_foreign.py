@@ -10,7 +10,6 @@ from transformers import DynamicCache, StaticCache
 
 from kvstrata.hf import patch
 
-
 NO_STATIC = {(name, "static") for name in HYBRID}
 
 

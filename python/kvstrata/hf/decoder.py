@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvstrata.config import Unsupported
-from kvstrata.hf.facts import Facts, weights_of
+from kvstrata.hf.facts import Facts, moved, weights_of
 from kvstrata.hf.feed import UNPATCHED
 
 ATTRIBUTE = "_kvstrata"
@@ -84,10 +84,9 @@ def facts_of(model: Any) -> tuple[Any, Facts]:
     record = record_of(decoder)
     if record is None or record.facts is None:
         raise RuntimeError(UNPATCHED)
-    now = weights_of(decoder)
-    if now != record.facts.weights:
+    if moved(record.facts, decoder):
         raise ValueError(
-            f"{record.facts.name}: expected {record.facts.weights}, the weights' dtype and device at patch, got {now}: "
-            "call kvstrata.patch(model) again"
+            f"{record.facts.name}: expected {record.facts.weights}, the weights' dtype and device at patch, got "
+            f"{weights_of(decoder)}: call kvstrata.patch(model) again"
         )
     return decoder, record.facts

@@ -152,6 +152,12 @@ def weights_of(decoder: Any) -> tuple[torch.dtype, torch.device]:
     return decoder.dtype, decoder.device
 
 
+def moved(facts: Facts, decoder: Any) -> bool:
+    """Whether the weights have another dtype or device than at the probe. Offloaded ones ("meta") may be anywhere."""
+    (dtype, device), (old_dtype, old_device) = weights_of(decoder), facts.weights
+    return dtype != old_dtype or (device != old_device and "meta" not in (device.type, old_device.type))
+
+
 def probe(decoder: Any) -> Facts:
     """Run two forwards (3 tokens, then 1) of a hooked decoder; Unsupported with class, layer and what was seen."""
     name = type(decoder).__name__

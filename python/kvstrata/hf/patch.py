@@ -13,7 +13,7 @@ from kvstrata.config import Unsupported
 from kvstrata.hf import attention, compat, hooks
 from kvstrata.hf.capability import reasons
 from kvstrata.hf.decoder import ATTRIBUTE, Record, decoder_of, record_of, unwrap
-from kvstrata.hf.facts import probe, weights_of
+from kvstrata.hf.facts import moved, probe
 
 M = TypeVar("M")
 
@@ -35,7 +35,7 @@ def patch(model: M) -> M:
     record = _remember(decoder) if record is None else record
     _name(decoder)
     _hook(base, decoder)
-    if record.facts is not None and record.facts.weights == weights_of(decoder):
+    if record.facts is not None and not moved(record.facts, decoder):
         return model
     try:
         record.facts = _probe(decoder)
