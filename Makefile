@@ -14,6 +14,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 LOGS := build/logs
+# Tests run on one torch thread each (tests/conftest.py), so two workers fill two cores. A file stays on one worker.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 # The oldest transformers we support runs from a folder put before site-packages.
 OLDEST_TRANSFORMERS := 5.17.0
 OVERLAY := $(VENV)/transformers-$(OLDEST_TRANSFORMERS)
@@ -53,7 +56,7 @@ $(STAMPS)/run: constraints.txt $(STAMPS)/torch
 	touch $@
 
 $(STAMPS)/dev: constraints.txt $(STAMPS)/run
-	$(PIP) install clang-format cmake hypothesis mypy ninja pybind11 pytest ruff scikit-build-core
+	$(PIP) install clang-format cmake hypothesis mypy ninja pybind11 pytest pytest-xdist ruff scikit-build-core
 	touch $@
 
 $(STAMPS)/oldest: constraints.txt $(STAMPS)/run
@@ -89,8 +92,8 @@ lint: $(STAMPS)/dev
 # The main suite runs last, so that its summary ends the output.
 test: lint $(STAMPS)/wheel-strict $(STAMPS)/oldest asan
 	mkdir -p $(LOGS)
-	if [ -d tests/hf ]; then PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest -q tests/hf 2>&1 | tee $(LOGS)/2-oldest.log; fi
-	$(BIN)/python -m pytest -q -rs 2>&1 | tee $(LOGS)/3-main.log
+	if [ -d tests/hf ]; then PYTHONPATH=$(OVERLAY) $(PYTEST) tests/hf 2>&1 | tee $(LOGS)/2-oldest.log; fi
+	$(PYTEST) -rs 2>&1 | tee $(LOGS)/3-main.log
 
 # The native-heavy tests again under AddressSanitizer and UndefinedBehaviorSanitizer. The package is laid out beside the
 # build, with the instrumented module in it. Leaks are not looked for: the interpreter itself frees little at exit.
@@ -109,7 +112,7 @@ asan: $(STAMPS)/dev
 	if [ -n "$(ASAN_TESTS)" ]; then \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/site \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider $(ASAN_TESTS) 2>&1 | tee $(LOGS)/1-asan.log; fi
+	  $(PYTEST) -p no:cacheprovider $(ASAN_TESTS) 2>&1 | tee $(LOGS)/1-asan.log; fi
 
 # --- Development ---------------------------------------------------------------------------------------------------------
 

@@ -117,8 +117,8 @@ class Slabs:
         return self.peak
 
     def _grain(self) -> int:
-        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far an 8th."""
-        target = self._expected // 64 if self._expected else self.held // 8
+        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far a 32nd."""
+        target = self._expected // 64 if self._expected else self.held // 32
         return min(MAX_SLAB_BYTES, max(target, 0 if self._expected else MIN_SLAB_BYTES))
 
     def _return(self, key: tuple[int, int]) -> None:

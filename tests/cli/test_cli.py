@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from kvstrata.cli import demo, main
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,9 +30,29 @@ SHAPE = {
 }
 
 
-def kvstrata(*arguments: str | Path, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvstrata.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def kvstrata(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, run in this process: importing torch once is enough."""
+
+    def run(*arguments: str | Path) -> Done:
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as usage:  # argparse's way
+            code = int(usage.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +88,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["doctor", "a", "b"],
     ],
 )
-def test_bad_usage_exits_2(arguments: list[str]) -> None:
+def test_bad_usage_exits_2(kvstrata: Run, arguments: list[str]) -> None:
     done = kvstrata(*arguments)
     assert done.returncode == 2
     assert "usage: kvstrata" in done.stderr + done.stdout
@@ -76,14 +100,14 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["generate", "--prompt", "x"]])
-def test_a_missing_model_exits_1_with_the_reason(arguments: list[str], tmp_path: Path) -> None:
+def test_a_missing_model_exits_1_with_the_reason(kvstrata: Run, arguments: list[str], tmp_path: Path) -> None:
     done = kvstrata(*arguments, tmp_path / "none", "--json")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("kvstrata: ")
     assert json.loads(done.stdout)["error"]
 
 
-def test_generate_compares_with_the_dense_cache(llama: Path) -> None:
+def test_generate_compares_with_the_dense_cache(kvstrata: Run, llama: Path) -> None:
     done = kvstrata(
         "generate", llama, "--prompt", "a long story " * 40, "--max-new-tokens", "12", "--compare", "--json"
     )
@@ -94,7 +118,7 @@ def test_generate_compares_with_the_dense_cache(llama: Path) -> None:
     assert said["report"]["nbytes"] == said["run"]["kv_bytes"] > 0
 
 
-def test_generate_within_a_budget_from_a_file(llama: Path, tmp_path: Path) -> None:
+def test_generate_within_a_budget_from_a_file(kvstrata: Run, llama: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("once upon a time " * 60)
     options = ["--policy", "streaming", "--budget", "256tok", "--max-new-tokens", "8"]
@@ -106,19 +130,30 @@ def test_generate_within_a_budget_from_a_file(llama: Path, tmp_path: Path) -> No
 
 
 def test_output_off_a_terminal_is_plain(llama: Path) -> None:
-    done = kvstrata("generate", llama, "--prompt", "hello there", "--max-new-tokens", "4")
+    command = [
+        sys.executable,
+        "-m",
+        "kvstrata.cli",
+        "generate",
+        str(llama),
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "4",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert not set("─│━┃╭╮") & set(done.stdout.split("KV peak")[-1])
 
 
-def test_a_budget_that_is_too_small_exits_1(llama: Path) -> None:
+def test_a_budget_that_is_too_small_exits_1(kvstrata: Run, llama: Path) -> None:
     done = kvstrata("generate", llama, "--prompt", "x" * 500, "--budget", "16tok", "--policy", "streaming")
     assert done.returncode == 1
     assert "16" in done.stderr
 
 
-def test_doctor_without_a_model() -> None:
+def test_doctor_without_a_model(kvstrata: Run) -> None:
     done = kvstrata("doctor", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -128,7 +163,7 @@ def test_doctor_without_a_model() -> None:
     assert "reason" not in said["backends"]["cuda"]  # absent: under that name; present: a backend
 
 
-def test_doctor_examines_a_model(llama: Path) -> None:
+def test_doctor_examines_a_model(kvstrata: Run, llama: Path) -> None:
     done = kvstrata("doctor", llama, "--json")
     assert done.returncode == 0, done.stderr
     model = json.loads(done.stdout)["model"]
@@ -140,16 +175,18 @@ def test_doctor_examines_a_model(llama: Path) -> None:
     assert plain.returncode == 0 and "Largest logit difference" in plain.stdout
 
 
-def test_doctor_on_a_refused_model_exits_1_with_the_reason(refused: Path) -> None:
+def test_doctor_on_a_refused_model_exits_1_with_the_reason(kvstrata: Run, refused: Path) -> None:
     done = kvstrata("doctor", refused, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["model"]["reasons"]
     assert "Refused: " in kvstrata("doctor", refused).stdout
 
 
-@pytest.mark.slow
-def test_demo() -> None:
-    done = kvstrata("demo", "--json", timeout=240)
+def test_demo(kvstrata: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PROMPT_TOKENS", 1024)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 8)
+    monkeypatch.setattr(demo, "BUDGET", "160tok")
+    done = kvstrata("demo", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     dense, full, streaming = said["runs"]

@@ -31,56 +31,88 @@ KV_INLINE void load_pair(const unsigned char* first, int64_t stride, V& even, V&
 template <Format F, int N>
 KV_INLINE void qk(const float* q, int stride, const unsigned char* k, int dim, float* z, const unsigned char* ahead) {
     constexpr int kBytes = F == Format::f32 ? 128 : 64;  // of one pair of dims
-    V even[N], odd[N], a, b;
-    for (int n = 0; n < N; ++n) even[n] = odd[n] = zero();
-    for (int p = 0; p < dim / 2; ++p) {
-        load_pair<F>(k + p * kBytes, 64, a, b);
-        if (ahead) {
-            prefetch(ahead + p * kBytes);
-            if constexpr (F == Format::f32) prefetch(ahead + p * kBytes + 64);
-        }
-        for (int n = 0; n < N; ++n) {
-            even[n] = fma(set1(q[n * stride + 2 * p]), a, even[n]);
-            odd[n] = fma(set1(q[n * stride + 2 * p + 1]), b, odd[n]);
-        }
+    constexpr int kPairs = kChains / 2;
+    V sum[N][kChains], a, b;
+    for (int n = 0; n < N; ++n) {
+        for (int c = 0; c < kChains; ++c) sum[n][c] = zero();
     }
-    if (dim % 2) {  // the other half of the last line is padding: it must not enter
-        load_pair<F>(k + dim / 2 * kBytes, 0, a, b);
-        for (int n = 0; n < N; ++n) even[n] = fma(set1(q[n * stride + dim - 1]), a, even[n]);
-    }
-    for (int n = 0; n < N; ++n) store(z + n * kSlots, add(even[n], odd[n]));
-}
-
-// acc[n] = acc[n] * rescale[n] + sum over slots of p[n, slot] * v[slot] for N rows that read the same slots.
-// `keep` zeroes the values of slots they may not read before any product: 0 * NaN is NaN.
-template <Format F, int N, bool Partial>
-KV_INLINE void pv(const AttendTile& t, int row, const unsigned char* v, const uint32_t* keep,
-                  const unsigned char* ahead) {
-    const int64_t pair = static_cast<int64_t>(t.stride) * (F == Format::f32 ? 8 : 4);  // bytes of two slots
-    for (int d = 0; d < t.stride; d += 16) {
-        V even[N], odd[N], a, b;
-        for (int n = 0; n < N; ++n) {
-            even[n] = mul(load(t.acc + (row + n) * t.stride + d), set1(t.rescale[row + n]));
-            odd[n] = zero();
-        }
-        for (int u = 0; u < kSlots / 2; ++u) {
-            const int64_t at = u * pair + d * 4;
-            load_pair<F>(v + at, pair / 2, a, b);
+    int d = 0;
+    for (; d + kChains <= dim; d += kChains) {
+        for (int c = 0; c < kPairs; ++c) {
+            const int64_t at = static_cast<int64_t>(d / 2 + c) * kBytes;
+            load_pair<F>(k + at, 64, a, b);
             if (ahead) {
                 prefetch(ahead + at);
-                if constexpr (F == Format::f32) prefetch(ahead + at + pair / 2);
+                if constexpr (F == Format::f32) prefetch(ahead + at + 64);
             }
+            for (int n = 0; n < N; ++n) {
+                sum[n][2 * c] = fma(set1(q[n * stride + d + 2 * c]), a, sum[n][2 * c]);
+                sum[n][2 * c + 1] = fma(set1(q[n * stride + d + 2 * c + 1]), b, sum[n][2 * c + 1]);
+            }
+        }
+    }
+    for (; d < dim; d += 2) {  // where dim is odd, the other half of the last pair is padding: it must not enter
+        load_pair<F>(k + static_cast<int64_t>(d / 2) * kBytes, 64, a, b);
+        for (int n = 0; n < N; ++n) {
+            sum[n][0] = fma(set1(q[n * stride + d]), a, sum[n][0]);
+            if (d + 1 < dim) sum[n][1] = fma(set1(q[n * stride + d + 1]), b, sum[n][1]);
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int c = kChains / 2; c > 0; c /= 2) {
+            for (int i = 0; i < c; ++i) sum[n][i] = add(sum[n][i], sum[n][i + c]);
+        }
+        store(z + n * kSlots, sum[n][0]);
+    }
+}
+
+// acc[n] = acc[n] * rescale[n] + sum over slots of p[n, slot] * v[slot], for N rows that read the same slots, in W groups
+// of sixteen dims from d on. `keep` zeroes the values of slots they may not read before any product: 0 * NaN is NaN.
+template <Format F, int N, int W, bool Partial>
+KV_INLINE void pv(const AttendTile& t, int row, int d, const unsigned char* v, const uint32_t* keep,
+                  const unsigned char* ahead) {
+    const int64_t pair = static_cast<int64_t>(t.stride) * (F == Format::f32 ? 8 : 4);  // bytes of two slots
+    const float* p = t.p + row * kSlots;
+    const unsigned char* line = v + d * 4;
+    const unsigned char* next = ahead ? ahead + d * 4 : nullptr;
+    V even[N][W], odd[N][W], a, b;
+    for (int n = 0; n < N; ++n) {
+        for (int w = 0; w < W; ++w) {
+            even[n][w] = mul(load(t.acc + (row + n) * t.stride + d + 16 * w), set1(t.rescale[row + n]));
+            odd[n][w] = zero();
+        }
+    }
+    for (int u = 0; u < kSlots / 2; ++u, line += pair, p += 2) {
+        if (next) {
+            for (int w = 0; w < W; ++w) prefetch(next + 64 * w);
+            if constexpr (F == Format::f32) {
+                for (int w = 0; w < W; ++w) prefetch(next + pair / 2 + 64 * w);
+            }
+            next += pair;
+        }
+        for (int w = 0; w < W; ++w) {
+            load_pair<F>(line + 64 * w, pair / 2, a, b);
             if constexpr (Partial) {
                 a = bits_and(a, keep[2 * u]);
                 b = bits_and(b, keep[2 * u + 1]);
             }
             for (int n = 0; n < N; ++n) {
-                even[n] = fma(set1(t.p[(row + n) * kSlots + 2 * u]), a, even[n]);
-                odd[n] = fma(set1(t.p[(row + n) * kSlots + 2 * u + 1]), b, odd[n]);
+                even[n][w] = fma(set1(p[n * kSlots]), a, even[n][w]);
+                odd[n][w] = fma(set1(p[n * kSlots + 1]), b, odd[n][w]);
             }
         }
-        for (int n = 0; n < N; ++n) store(t.acc + (row + n) * t.stride + d, add(even[n], odd[n]));
     }
+    for (int n = 0; n < N; ++n) {
+        for (int w = 0; w < W; ++w) store(t.acc + (row + n) * t.stride + d + 16 * w, add(even[n][w], odd[n][w]));
+    }
+}
+
+template <Format F, int N, bool Partial>
+KV_INLINE void pv_rows(const AttendTile& t, int row, const unsigned char* v, const uint32_t* keep,
+                      const unsigned char* ahead) {
+    int d = 0;
+    for (; d + 16 * kWide <= t.stride; d += 16 * kWide) pv<F, N, kWide, Partial>(t, row, d, v, keep, ahead);
+    for (; d < t.stride; d += 16) pv<F, N, 1, Partial>(t, row, d, v, keep, ahead);
 }
 
 // The softmax step of one row: z finished and masked, p and rescale for PV, running maximum and sum brought up to date.
@@ -144,9 +176,9 @@ void all_pv(const AttendTile& t, const unsigned char* v, const unsigned char* ah
         for (int i = 0; i < kSlots; ++i) keep[i] = mask >> i & 1 ? ~0u : 0u;
         with_rows(n, [&](auto rows) {
             if (mask == kAllSlots) {
-                pv<F, rows.n, false>(t, row, v, keep, ahead);
+                pv_rows<F, rows.n, false>(t, row, v, keep, ahead);
             } else {
-                pv<F, rows.n, true>(t, row, v, keep, ahead);
+                pv_rows<F, rows.n, true>(t, row, v, keep, ahead);
             }
         });
         ahead = nullptr;

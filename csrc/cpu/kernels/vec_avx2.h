@@ -11,7 +11,9 @@ namespace {
 struct V {
     __m256 a, b;
 };
-constexpr int kTile = 2;  // query rows in registers: 2 x (even, odd) x 2 registers of 16
+// Accumulators in registers: kTile query rows x kChains independent sums in QK, x (even, odd) x kWide in PV; two registers
+// each: 8 of 16.
+constexpr int kTile = 2, kChains = 2, kWide = 1;
 
 KV_INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 KV_INLINE V set1(float s) { return {_mm256_set1_ps(s), _mm256_set1_ps(s)}; }

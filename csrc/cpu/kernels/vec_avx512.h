@@ -16,7 +16,8 @@ namespace {
 struct V {
     __m512 x;
 };
-constexpr int kTile = 4;  // query rows in registers: 4 x (even, odd) accumulators leave room for lines and constants
+// Accumulators in registers: kTile query rows x kChains independent sums in QK, x (even, odd) x kWide in PV: 16 of 32.
+constexpr int kTile = 4, kChains = 4, kWide = 2;
 
 KV_INLINE V zero() { return {_mm512_setzero_ps()}; }
 KV_INLINE V set1(float s) { return {_mm512_set1_ps(s)}; }

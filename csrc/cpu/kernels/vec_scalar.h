@@ -9,7 +9,7 @@ namespace {
 struct V {
     float x[16];
 };
-constexpr int kTile = 1;
+constexpr int kTile = 1, kChains = 2, kWide = 1;
 
 KV_INLINE uint32_t bits_of(float f) { return __builtin_bit_cast(uint32_t, f); }
 KV_INLINE float float_of(uint32_t b) { return __builtin_bit_cast(float, b); }

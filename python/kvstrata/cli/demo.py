@@ -12,10 +12,12 @@ import argparse
 import importlib
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvstrata.cli.measure import Run
 from kvstrata.cli.output import Output, bytes_text
+
+if TYPE_CHECKING:
+    from kvstrata.cli.measure import Run
 
 PROMPT_TOKENS = 4096
 NEW_TOKENS = 32

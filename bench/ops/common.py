@@ -1,0 +1,166 @@
+"""What the op benches share: arguments, timing, the machine's own bandwidth, and how results are printed.
+
+A bench measures and never asserts. Inputs are random, never zeros; buffers rotate so that no call finds its data in the
+last-level cache; ours and the baseline alternate; the share of bandwidth is of the bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvstrata import _C, ops
+
+SLOTS = 16
+Call = Callable[[int], object]  # given the number of the repetition, to choose a buffer by
+
+
+def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Arguments that every op bench takes; `defaults` override theirs."""
+    p = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--isa", default="", help="instruction-set level; empty: the best")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads())
+    p.add_argument("--tokens", type=int, default=32768, help="stored tokens of each row")
+    p.add_argument("--kv-rows", type=int, default=8, help="sequences x KV heads")
+    p.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    p.add_argument("--dim", type=int, default=128)
+    p.add_argument("--format", default="f32,bf16,f16", help="page formats, joined by commas")
+    p.add_argument("--reps", type=int, default=15)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    p.set_defaults(**defaults)
+    return p
+
+
+def begin(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    _C.set_isa(args.isa)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call."""
+
+    p10: float
+    p50: float
+    p90: float
+
+    def row(self) -> dict[str, float]:
+        return {"ms_p10": self.p10, "ms_p50": self.p50, "ms_p90": self.p90}
+
+
+def measure(calls: Sequence[Call], reps: int) -> list[Times]:
+    """Times of each call; they alternate, so that all meet the same machine."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for rep in range(-2, reps):  # two rounds of warming up
+        for call, taken in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call(rep)
+            if rep >= 0:
+                taken.append(time.perf_counter() - start)
+    result = []
+    for taken in seconds:
+        at = sorted(taken)
+        result.append(Times(*(1e3 * at[min(len(at) - 1, int(share * len(at)))] for share in (0.1, 0.5, 0.9))))
+    return result
+
+
+def last_level_cache() -> int:
+    """Bytes; 32 MiB where the system does not say."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * {"K": 1024, "M": 1 << 20}[s[-1]] for s in sizes), default=32 << 20)
+
+
+def buffers(bytes_each: int) -> int:
+    """How many buffers of this size make four times the last-level cache."""
+    return max(2, math.ceil(4 * last_level_cache() / max(bytes_each, 1)))
+
+
+def bandwidth(reps: int = 9) -> dict[str, float]:
+    """GB/s of reading (torch's maximum of int64) and of copying (read plus written), medians."""
+    size = max(64 << 20, 2 * last_level_cache())
+    source = [torch.randint(0, 1 << 30, (size // 8,)) for _ in range(2)]
+    target = torch.empty_like(source[0])
+    read, copy = measure([lambda i: source[i % 2].max(), lambda i: target.copy_(source[i % 2])], reps)
+    return {"read_gbps": size / read.p50 / 1e6, "copy_gbps": 2 * size / copy.p50 / 1e6}
+
+
+def run_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """The `run` part of the JSON output."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "backend": "cpu",
+        "isa": _C.isa(),
+        "device": "cpu",
+        "threads": args.threads,
+        "threads_source": _C.threads_source(),
+        **bandwidth(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+        "seed": args.seed,
+    }
+
+
+def digest(*tensors: Tensor) -> str:
+    """Of the bytes of results: equal digests are equal bits."""
+    state = hashlib.sha256()
+    for t in tensors:
+        state.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A pool full of random pages, and each row's list of them."""
+
+    pool: ops.Pool
+    pages: Tensor  # i32 [R, K]
+    k: Tensor  # [R, N, D], what the pages hold
+    v: Tensor
+
+
+def filled(fmt: str, rows: int, tokens: int, dim: int, order: str = "random") -> Filled:
+    """Rows of whole pages; their places in the slab are shuffled, or in order."""
+    entries = tokens // SLOTS
+    count = rows * entries
+    per_slab = min(count, 65536)
+    slabs = -(-count // per_slab)
+    pool = ops.Pool.allocate(fmt, dim, per_slab, slabs)
+    places = torch.randperm(count) if order == "random" else torch.arange(count)
+    pages = (places // per_slab << 16 | places % per_slab).to(torch.int32).view(rows, entries)
+    k, v = (torch.randn(rows, tokens, dim).to(ops.FORMATS[fmt]) for _ in range(2))
+    ops.pack(k.view(-1, SLOTS, dim), v.view(-1, SLOTS, dim), pages.view(-1), [pool])
+    return Filled(pool, pages, k, v)
+
+
+def show(title: str, run: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A table of the rows' plain columns, or the whole as JSON."""
+    if as_json:
+        print(json.dumps({"schema": 1, "run": run, "rows": rows}))
+        return
+    facts = f"isa {run['isa']}, {run['threads']} threads of {run['threads_source']}"
+    print(f"{title}: {facts}, read {run['read_gbps']:.1f} GB/s, copy {run['copy_gbps']:.1f} GB/s")
+    flat = [{k: v for k, v in row.items() if not isinstance(v, dict) and v is not None} for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    lines = [names, *[[_text(row.get(name, "")) for name in names] for row in flat]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,67 @@
+"""pack and unpack beside a torch copy of the same bytes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import begin, buffers, digest, filled, measure, parser, run_facts, show
+
+from kvstrata import ops
+
+
+def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str, Any]]:
+    size = 2 * args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim)  # read and written
+    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(buffers(size))]
+    shape = (-1, 16, args.dim)
+    k, v = (torch.empty_like(t).view(shape) for t in (data[0].k, data[0].v))
+    k.zero_(), v.zero_()
+
+    def pack(i: int) -> object:
+        d = data[i % len(data)]
+        return ops.pack(d.k.view(shape), d.v.view(shape), d.pages.view(-1), [d.pool])
+
+    def unpack(i: int) -> object:
+        d = data[i % len(data)]
+        return ops.unpack(d.pages.view(-1), [d.pool], k=k, v=v)
+
+    def copy(i: int) -> object:
+        d = data[i % len(data)]
+        return k.copy_(d.k.view(shape)), v.copy_(d.v.view(shape))
+
+    *ours, base = measure([pack, unpack, copy], args.reps)
+    unpack(0)
+    rows = []
+    for kind, times in zip(("pack", "unpack"), ours, strict=True):
+        gbps = size / times.p50 / 1e6
+        rows.append(
+            {
+                "kind": kind,
+                "format": fmt,
+                "kv_rows": args.kv_rows,
+                "head_dim": args.dim,
+                "tokens": args.tokens,
+                "bytes_in_and_out": size,
+                "reps": args.reps,
+                **times.row(),
+                "gbps": gbps,
+                "share_copy": gbps / copy_gbps,
+                "digest": digest(k, v),
+                "baseline": {"name": "torch copy", "ms_p50": base.p50},
+                "speedup_vs_copy": base.p50 / times.p50,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    args = parser(__doc__ or "", tokens=8192).parse_args()
+    begin(args)
+    run = run_facts(args)
+    rows = [row for fmt in args.format.split(",") for row in case(args, fmt, run["copy_gbps"])]
+    show("pack", run, rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
