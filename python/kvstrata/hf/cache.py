@@ -200,6 +200,9 @@ class KVCache(StockCache):  # type: ignore[misc]
                 other.layers[i] = layer.clone(other._batch.feed)
         return other
 
+    def __copy__(self) -> KVCache:
+        return self.fork()  # two caches over one set of rows would end them twice
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         memo[id(self)] = other = self.fork()
         return other
