@@ -109,7 +109,7 @@ KV_INLINE void pv(const AttendTile& t, int row, int d, const unsigned char* v, c
 
 template <Format F, int N, bool Partial>
 KV_INLINE void pv_rows(const AttendTile& t, int row, const unsigned char* v, const uint32_t* keep,
-                      const unsigned char* ahead) {
+                       const unsigned char* ahead) {
     int d = 0;
     for (; d + 16 * kWide <= t.stride; d += 16 * kWide) pv<F, N, kWide, Partial>(t, row, d, v, keep, ahead);
     for (; d < t.stride; d += 16) pv<F, N, 1, Partial>(t, row, d, v, keep, ahead);
