@@ -100,7 +100,7 @@ def test_only_dispatch_branches_on_device() -> None:
 
 # A unit may import units of a lower rank and itself. Two units of one rank do not see each other.
 RANK = {
-    "_C": 0, "testing": 1, "config": 2, "backends": 3, "dense": 3, "ops": 4, "policy.base": 5, "budget": 6,
+    "_C": 0, "testing": 1, "config": 2, "backend": 3, "dense": 3, "ops": 4, "policy.base": 5, "budget": 6,
     "recall": 7, "policy": 8, "report": 8, "cache": 9, "episodes": 10, "branch": 10, "hf": 11, "__init__": 12,
     "recipes": 13, "cli": 14,
 }  # fmt: skip

@@ -22,14 +22,14 @@ _HOME = {
     "Shape": "config",
     "Step": "step",
     "Unsupported": "config",
-    "backends": "backends",
+    "backends": "backend",
     "patch": "hf",
     "patched": "hf",
     "unpatch": "hf",
 }
 
 if TYPE_CHECKING:
-    from kvstrata.backends import backends as backends
+    from kvstrata.backend import backends as backends
     from kvstrata.budget import Budget as Budget
     from kvstrata.cache import Cache as Cache
     from kvstrata.cache import Sequence as Sequence

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import LEVELS
 from kvstrata import _C
-from kvstrata.backends import Absent, Backend, Cuda, _cuda, backends, set_isa
+from kvstrata.backend import Absent, Backend, Cuda, _cuda, backends, set_isa
 
 ORDER = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
@@ -106,3 +106,9 @@ def test_cuda_library_that_is_not_there_or_not_one(tmp_path: Path) -> None:
     broken.write_text("not a library")
     found = _cuda(broken)
     assert isinstance(found, Absent) and "libkvstrata_cuda.so cannot be opened" in found.reason
+
+
+def test_backends_is_a_function_whoever_imported_its_module_first() -> None:
+    code = "import kvstrata.backend, kvstrata; print(sorted(kvstrata.backends()))"
+    done = run(code)
+    assert done.stdout.strip() == "['cpu', 'cuda']", done.stderr
