@@ -49,7 +49,7 @@ def cells():
             yield pytest.param(name, mode, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "mode"), cells())
+@pytest.mark.parametrize(("name", "mode"), list(cells()))
 def test_tokens_equal_dynamic_cache(name, mode):
     check(name, 16, mode)
 
