@@ -78,8 +78,9 @@ $(STAMPS)/wheel-strict: $(SOURCES) $(STAMPS)/run
 demo: $(STAMPS)/wheel
 	$(BIN)/kvstrata demo
 
+BENCHES := $(filter-out bench/ops/common.py,$(wildcard bench/ops/*.py bench/*.py))
 bench: $(STAMPS)/wheel
-	@for file in bench/ops/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
 
 # --- Checks --------------------------------------------------------------------------------------------------------------
 
