@@ -23,15 +23,4 @@ constexpr int64_t half_bytes(Format f, int head_dim) {
 constexpr int64_t page_bytes(Format f, int head_dim) { return 2 * half_bytes(f, head_dim); }
 inline constexpr int64_t kPositionBytes = kSlots * static_cast<int64_t>(sizeof(int32_t));
 
-// Element index of (slot, dim) inside the K half and the V half of a page of a full format.
-constexpr int64_t k_index(Format f, int head_dim, int slot, int dim) {
-    (void)head_dim;
-    return f == Format::f32 ? static_cast<int64_t>(dim) * kSlots + slot
-                            : (static_cast<int64_t>(dim / 2) * kSlots + slot) * 2 + dim % 2;
-}
-constexpr int64_t v_index(Format f, int head_dim, int slot, int dim) {
-    const int64_t dp = padded_dim(head_dim);
-    return f == Format::f32 ? slot * dp + dim : ((slot / 2) * dp + dim) * 2 + slot % 2;
-}
-
 }  // namespace kvstrata

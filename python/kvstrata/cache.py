@@ -10,7 +10,7 @@ import torch
 from kvstrata._C import Store
 from kvstrata.budget import Budget
 from kvstrata.budget.protect import concretise, page_bytes, pages
-from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
+from kvstrata.config import DTYPES, SLOTS, BudgetExceeded, Shape, Unsupported
 from kvstrata.policy import Policy, Seen, resolve
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
@@ -56,6 +56,7 @@ class Cache:
         self.hold = hold
         self._asked = resolve(policy)
         self.policy = concretise(self._asked, shape, self.budget, batch=1)
+        self._fitted = 1  # sequences that the policy's window was last set for
         assert self.policy.window is not None
         self._store = Store(
             [(s.kv_heads, s.q_heads, s.head_dim, s.window or 0) for s in shape.layers],
@@ -214,11 +215,16 @@ class Cache:
 
     def _fit_batch(self) -> None:
         """A byte budget is shared by all sequences: with their number known, and none begun, the window is set anew."""
+        if self._fitted == len(self._live):
+            return
         policy = concretise(self._asked, self.shape, self.budget, batch=len(self._live))
-        if policy.window != self.policy.window and not any(self._store.length(i) for i in self._live):
+        if policy.window != self.policy.window:
+            if any(self._store.length(i) for i in self._live):
+                return
             assert policy.window is not None
             self._store.set_tail(policy.window)
             self.policy = policy
+        self._fitted = len(self._live)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
@@ -281,7 +287,8 @@ class Cache:
             )
         stored = positions >= 0
         self._counts["evicted"] += int(((plan.state == 0) & stored).sum())
-        self._store.apply_plan(layer, ids, plan.state.contiguous().data_ptr(), columns, True)
+        state = plan.state.contiguous()  # held by a name: a copy must outlive the call that reads it
+        self._store.apply_plan(layer, ids, state.data_ptr(), columns, True)
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -308,17 +315,15 @@ class Cache:
 
     def report(self) -> Report:
         """What is held now."""
-        stored = [
-            tuple(max((self._store.stored(i, layer, h) for i in self._live), default=0) for h in range(spec.kv_heads))
-            for layer, spec in enumerate(self.shape.layers)
-        ]
+        rows = [
+            [
+                [(self._store.stored(i, layer, h), len(self._store.row(i, layer, h)[0])) for i in self._live]
+                for h in heads
+            ]
+            for layer, heads in enumerate(range(spec.kv_heads) for spec in self.shape.layers)
+        ]  # (slots, entries) by layer, head and sequence
+        slots, entries = (sum(row[n] for layer in rows for head in layer for row in head) for n in (0, 1))
         logical = tuple(self._store.length(i) for i in self._live)
-        slots = sum(
-            self._store.stored(i, layer, h)
-            for i in self._live
-            for layer, spec in enumerate(self.shape.layers)
-            for h in range(spec.kv_heads)
-        )
         pools = [self._store.pool(p) for p in range(self._store.n_pools)]
         used = sum(p["used"] * p["page_bytes"] for p in pools)
         free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
@@ -329,12 +334,6 @@ class Cache:
             "tables": self._store.metadata_bytes,
             "workspace": self._store.workspace_bytes,
         }
-        entries = sum(
-            len(self._store.row(i, layer, h)[0])
-            for i in self._live
-            for layer, spec in enumerate(self.shape.layers)
-            for h in range(spec.kv_heads)
-        )
         assert self.policy.window is not None
         return Report(
             policy=self.policy.name,
@@ -344,14 +343,14 @@ class Cache:
             logical_tokens=logical,
             stored_tokens=slots,
             states={"full": slots, "evicted": sum(logical) * self.shape.rows - slots},
-            stored=tuple(stored),
+            stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
             bytes_by_kind=kinds,
             nbytes=self.nbytes(),
             allocator_bytes=self._slabs.allocator_bytes(),
             peak_bytes=self._slabs.note_peak(),
             dense_bytes=sum(logical) * self.shape.token_bytes(),
             limit_bytes=self._slabs.limit,
-            lost_slots=entries * 16 - slots,
+            lost_slots=entries * SLOTS - slots,
             counts=dict(self._counts),
         )
 

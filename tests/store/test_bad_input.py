@@ -235,3 +235,22 @@ def test_a_tight_limit_never_takes_back_what_a_step_needs() -> None:
             if n % 40 == 0:
                 cache.crop([seqs[0]], [cache.logical_length(seqs[0]) // 2])
     assert cache.nbytes() > 150 << 10
+
+
+class Transposed:
+    """The right plan in a layout that the store must copy first."""
+
+    def plan(self, seen: policy.Seen) -> policy.Plan:
+        kept = (seen.open | (seen.positions < 4)).to(torch.uint8)
+        return policy.Plan(state=kept.T.contiguous().T)
+
+
+def test_a_plan_may_have_any_strides() -> None:
+    cache = Cache(SHAPE, policy=Policy("strided", Transposed(), sinks=4, window=16))
+    seqs = cache.new(2)
+    with cache.step(seqs, [100, 60]) as step:
+        for layer in range(2):
+            step.attend(layer, x(160, 4, 16), x(160, 2, 16), x(160, 2, 16))
+    for seq, first, last in zip(seqs, (80, 32), (100, 60), strict=True):
+        _, _, positions = cache.materialize(0, seq)
+        assert positions[0].tolist() == [*range(4), *range(first, last)]
