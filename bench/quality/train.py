@@ -1,9 +1,10 @@
-"""Trains the small model that really retrieves. One file, seeded, resumable, CPU or CUDA.
+"""Trains the small model that really retrieves. One file, plain PyTorch, seeded, resumable, CPU or CUDA.
 
-    python bench/quality/train.py --minutes 60 --out bench/quality/model
+    python bench/quality/train.py --minutes 90 --out bench/quality/model
 
-The curriculum (stage: context, share of samples) follows what is known to work: facts asked back in their own words and
-copies first, filler, paraphrased questions and longer contexts later. Logs one JSON line per 50 steps.
+The curriculum follows what is known to work: facts asked back in their own words and copies first; filler, paraphrased
+questions and longer contexts later. Every context is asked as much as fits, so that most tokens carry a signal, and
+positions skip (PoSE, arXiv 2309.10400), so that short contexts teach long distances. One JSON line per 100 steps.
 """
 
 from __future__ import annotations
@@ -17,37 +18,77 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tasks import TASKS, World, ask, digits, fact, keys
-from text import Source, train_tokenizer
-from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-TOKENS_PER_STEP = 8192
+from kvstrata.quality.tasks import Part, World, chains, codes, count, digits, keys, marks, talk, values, weave, words
+from kvstrata.quality.text import lines
+
 PEAK_RATE = 2e-3
-TEXT_WEIGHT = 0.3
+WARMUP = 100
+TEXT_WEIGHT = 0.1
 """Weight of the loss on real text beside the loss on answers."""
+SKIPS = 6144
+"""Positions of a context may reach so far beyond its length."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """steps at a context length; shares of copy samples, of verbatim facts, of plain text; the rest are tasks."""
+    """Steps of ``tokens`` tokens at a context length; shares of copies and verbatim facts, the rest are tasks."""
 
     steps: int
+    tokens: int
     context: int
     copy: float
     verbatim: float
-    text: float
+    skip: float
 
 
 CURRICULUM = (
-    Stage(500, 128, 0.30, 0.70, 0.0),
-    Stage(400, 256, 0.25, 0.45, 0.05),
-    Stage(600, 256, 0.15, 0.10, 0.10),
-    Stage(500, 512, 0.08, 0.02, 0.12),
-    Stage(400, 1024, 0.05, 0.0, 0.15),
-    Stage(400, 2048, 0.03, 0.0, 0.15),
+    Stage(700, 4096, 128, 0.30, 0.70, 0.0),
+    Stage(600, 4096, 256, 0.20, 0.30, 0.2),
+    Stage(900, 4096, 256, 0.10, 0.05, 0.5),
+    Stage(350, 8192, 512, 0.05, 0.02, 0.5),
+    Stage(200, 8192, 1024, 0.03, 0.0, 0.4),
+    Stage(200, 8192, 2048, 0.02, 0.0, 0.3),
 )
+CONFIG = LlamaConfig(
+    vocab_size=1536,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE, digits single, on real text and the words of the tasks."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d|\n| ?[A-Za-z]+| +|[^\sA-Za-z\d]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*lines("train"), *(words().splitlines(keepends=True) * 20)], trainer)
+    return tokenizer
 
 
 def rex(t: float) -> float:
@@ -57,27 +98,27 @@ def rex(t: float) -> float:
 
 
 class Sampler:
-    """Token sequences with a weight per token: 1 where an answer (or a copy) is predicted, TEXT_WEIGHT on text."""
+    """Token sequences with a kind per token: 2 where an answer or a copy is predicted, 1 on text, 0 elsewhere."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
-        self.world = World(tokenizer, Source.of(tokenizer, "train"))
+        self.world = World(lines("train"), lambda text: len(tokenizer.encode(text).ids))
         self.rng = random.Random(seed)
-        self.bos = tokenizer.token_to_id("<s>")
 
-    def batch(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ids i64 [B, T], answer mask bool [B, T], text mask bool [B, T] (of the token that is predicted)."""
-        n = TOKENS_PER_STEP // stage.context
-        ids = torch.full((n, stage.context), self.bos)
-        answer, text = torch.zeros(2, n, stage.context, dtype=torch.bool)
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """ids i64 [B, T], kinds i64 [B, T], positions i64 [B, T]."""
+        n, context = stage.tokens // stage.context, stage.context
+        ids, kinds = torch.zeros(2, n, context, dtype=torch.int64)
+        positions = torch.arange(context).repeat(n, 1)
         for b in range(n):
-            tokens, kinds = self.sample(stage)
-            tokens, kinds = tokens[: stage.context - 1], kinds[: stage.context - 1]
-            ids[b, 1 : 1 + len(tokens)] = torch.tensor(tokens)
-            kind = torch.tensor(kinds)
-            answer[b, 1 : 1 + len(tokens)] = kind == 2
-            text[b, 1 : 1 + len(tokens)] = kind == 1
-        return ids, answer, text
+            tokens, kind = self.sample(stage)
+            used = min(len(tokens), context - 1)
+            ids[b, 1 : 1 + used] = torch.tensor(tokens[:used])
+            kinds[b, 1 : 1 + used] = torch.tensor(kind[:used])
+            if self.rng.random() < stage.skip:
+                for _ in range(self.rng.randint(1, 3)):
+                    positions[b, self.rng.randrange(context) :] += self.rng.randrange(SKIPS // 3)
+        return ids, kinds, positions
 
     def sample(self, stage: Stage) -> tuple[list[int], list[int]]:
         u = self.rng.random()
@@ -85,8 +126,6 @@ class Sampler:
             return self.copy(stage.context)
         if u < stage.copy + stage.verbatim:
             return self.verbatim(stage.context)
-        if u < stage.copy + stage.verbatim + stage.text:
-            return self.text(stage.context)
         return self.task(stage.context)
 
     def encode(self, text: str) -> list[int]:
@@ -95,75 +134,139 @@ class Sampler:
 
     def copy(self, context: int) -> tuple[list[int], list[int]]:
         n = self.rng.randint(8, (context - 1) // 2)
-        first = [self.rng.randrange(1, self.tokenizer.get_vocab_size()) for _ in range(n)]
+        first = [self.rng.randrange(1, CONFIG.vocab_size) for _ in range(n)]
         return first + first, [0] * n + [2] * n
 
     def verbatim(self, context: int) -> tuple[list[int], list[int]]:
         """Facts, then some of them again, word for word."""
         names = keys(self.rng, max(2, context // 48))
-        facts = [(f"The code of the {k} is", f" {digits(self.rng)}") for k in names]
-        ids, kinds = self.encode("".join(a + b + ".\n" for a, b in facts)), []
+        facts = [(f"The code of the {k} is", f" {digits(self.rng)}.\n") for k in names]
+        ids = self.encode("".join(a + b for a, b in facts))
         kinds = [0] * len(ids)
-        while True:
+        while len(ids) < context - 1:
             stem, value = self.rng.choice(facts)
-            a, b = self.encode(stem), self.encode(value + ".\n")
-            if len(ids) + len(a) + len(b) > context - 1:
-                return ids, kinds
+            a, b = self.encode(stem), self.encode(value)
             ids, kinds = ids + a + b, kinds + [0] * len(a) + [2] * len(b)
-
-    def text(self, context: int) -> tuple[list[int], list[int]]:
-        source = self.world.source
-        start = self.rng.randrange(len(source.lines))
-        ids = self.encode("".join(source.lines[start : start + context // 4]))[: context - 1]
-        return ids, [1] * len(ids)
-
-    def task(self, context: int) -> tuple[list[int], list[int]]:
-        """A task; those with codes go on asking about other keys while there is room."""
-        name = self.rng.choices(list(TASKS), weights=[1, 2, 1.5, 3, 2, 1, 2, 1])[0]
-        seed = self.rng.randrange(1 << 39)
-        tail = 40 if name not in ("multi_query", "tracking") else 0
-        room = context - 1 - max(tail, min(context // 3, 220 if name == "multi_query" else 56))
-        example = TASKS[name](room, seed, self.world)
-        ids = self.encode(example.context)
-        kinds = [1] * len(ids)
-        for question, answer in zip(example.questions, example.answers, strict=True):
-            q, a = self.encode(question), self.encode(f" {answer}\n")
-            if len(ids) + len(q) + len(a) > context - 1:
-                break
-            ids, kinds = ids + q + a, kinds + [0] * len(q) + [2] * len(a)
         return ids, kinds
 
+    def task(self, context: int) -> tuple[list[int], list[int]]:
+        """Contexts, each with its questions, until ``context`` tokens are full; mostly one."""
+        ids, kinds = self.asked(context)
+        while context - len(ids) > 96:
+            more, more_kinds = self.asked(context - len(ids))
+            ids, kinds = ids + more, kinds + more_kinds
+        return ids, kinds
 
-def build(vocab: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rope_theta=50_000.0,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    def asked(self, context: int) -> tuple[list[int], list[int]]:
+        """A talk, or facts of several tasks in filler; then each question once, while there is room."""
+        room = int(context * self.rng.choice((0.5, 0.65, 0.8)))
+        if self.rng.random() < 0.25:
+            part = talk(self.rng, room, self.world)
+            text = "".join(part.facts)
+        else:
+            part = self.mixed(room)
+            text = weave(self.rng, room, part.facts, self.world)
+        ids = self.encode(text)
+        kinds = [1] * len(ids)
+        self.rng.shuffle(part.asks)
+        for question, answer in part.asks:
+            q, a = self.encode(question), self.encode(f" {answer}\n")
+            ids, kinds = ids + q + a, kinds + [0] * len(q) + [2] * len(a)
+            if len(ids) >= context - 1:
+                break
+        return ids, kinds
+
+    def mixed(self, room: int) -> Part:
+        """Facts of one to three tasks under different names; never more than two thirds of ``room``."""
+        facts: list[str] = []
+        asks: list[tuple[str, str]] = []
+        n = max(2, min(2 * count(room), int(count(room) * self.rng.uniform(0.5, 3.0))))
+        names = keys(self.rng, 2 * n + 8)
+        makers = [
+            lambda: codes(self.rng, names[:n]),
+            lambda: codes(self.rng, names[:n]),
+            lambda: values(self.rng, names[n : n + max(1, n // 3)]),
+            lambda: chains(self.rng, names[-4 * max(1, n // 4) :]),
+            lambda: marks(self.rng, min(96, 4 * n)),
+        ]
+        for make in self.rng.sample(makers, self.rng.randint(1, 2)):
+            part = make()
+            if sum(map(self.world.tokens, facts + part.facts)) <= 2 * room // 3 or not facts:
+                facts, asks = facts + part.facts, asks + part.asks
+        self.rng.shuffle(facts)
+        return Part(facts, asks)
 
 
-def loss_of(
-    model: LlamaForCausalLM, ids: torch.Tensor, answer: torch.Tensor, text: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    each = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
-    on_answer, on_text = answer[:, 1:], text[:, 1:]
-    right = (logits.argmax(-1) == ids[:, 1:]) & on_answer
-    return {
-        "answer": (each * on_answer).sum() / on_answer.sum().clamp_min(1),
-        "text": (each * on_text).sum() / on_text.sum().clamp_min(1),
-        "accuracy": right.sum() / on_answer.sum().clamp_min(1),
+class Layer(nn.Module):
+    """A Llama layer; parameters carry transformers' names. Keys and values are repeated for their query heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, d = CONFIG.hidden_size, CONFIG.head_dim
+        q, kv = CONFIG.num_attention_heads * d, CONFIG.num_key_value_heads * d
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, 1e-6), nn.RMSNorm(width, 1e-6)
+        self.self_attn = nn.ModuleDict(
+            {n: nn.Linear(width, m, bias=False) for n, m in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))}
+        )
+        self.self_attn["o_proj"] = nn.Linear(q, width, bias=False)
+        inner = CONFIG.intermediate_size
+        self.mlp = nn.ModuleDict({n: nn.Linear(width, inner, bias=False) for n in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, T, width]; cos, sin [B, 1, T, d]."""
+        y = self.input_layernorm(x)
+        q, k, v = (
+            self.self_attn[n](y).unflatten(-1, (-1, CONFIG.head_dim)).transpose(1, 2)
+            for n in ("q_proj", "k_proj", "v_proj")
+        )
+        group = q.shape[1] // k.shape[1]
+        q, k = (t * cos + torch.cat((-t[..., 32:], t[..., :32]), -1) * sin for t in (q, k))
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        x = x + self.self_attn["o_proj"](
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
+        y = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+
+class Model(nn.Module):
+    """Llama with tied embeddings, its logits computed only where they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
+        self.layers = nn.ModuleList(Layer() for _ in range(CONFIG.num_hidden_layers))
+        self.norm = nn.RMSNorm(CONFIG.hidden_size, 1e-6)
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, ids: Tensor, positions: Tensor, where: Tensor) -> Tensor:
+        """ids, positions i64 [B, T]; where bool [B, T]. Logits f32 [where.sum(), vocab]."""
+        half = torch.arange(0, CONFIG.head_dim, 2, device=ids.device) / CONFIG.head_dim
+        angles = positions[:, None, :, None] * CONFIG.rope_parameters["rope_theta"] ** -half
+        cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return F.linear(self.norm(x[where]), self.embed_tokens.weight).float()
+
+
+def loss_of(model: Model, ids: Tensor, kinds: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The weighted loss, and what is logged: losses on answers and text, accuracy of answer tokens."""
+    target, kind = ids[:, 1:], kinds[:, 1:]
+    where = F.pad(kind > 0, (0, 1))
+    logits = model(ids, positions, where)
+    target, kind = target[kind > 0], kind[kind > 0]
+    each = F.cross_entropy(logits, target, reduction="none")
+    answer, text = kind == 2, kind == 1
+    on_answer, on_text = (each[m].sum() / m.sum().clamp_min(1) for m in (answer, text))
+    right = (logits[answer].argmax(-1) == target[answer]).float().mean()
+    return on_answer + TEXT_WEIGHT * on_text, {
+        "answer": on_answer.item(),
+        "text": on_text.item(),
+        "accuracy": right.item(),
     }
 
 
@@ -171,59 +274,48 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    words = "".join(fact(k, "0") + ask(k) + "\n" for k in keys(random.Random(0), 900))
-    tokenizer = train_tokenizer(
-        words + "User correction. follow follows all codes of the two most frequent marks mark\n" * 50
-    )
+    tokenizer = train_tokenizer()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>").save_pretrained(out)
-    model = build(tokenizer.get_vocab_size()).to(args.device)
+    model = Model().to(args.device)
     sampler = Sampler(tokenizer, args.seed)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=PEAK_RATE,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     schedule = [stage for stage in CURRICULUM for _ in range(int(stage.steps * args.scale))]
-    first, began = resume(out, model, optimizer), time.monotonic()
+    step, began = resume(out, model, optimizer), time.monotonic()
     logged: list[dict[str, float]] = []
-    for step in range(first, len(schedule)):
+    while step < len(schedule) and (spent := (time.monotonic() - began) / 60) < args.minutes:
         sampler.rng.seed(args.seed * 1_000_003 + step)
-        spent = (time.monotonic() - began) / 60
-        if spent > args.minutes:
-            break
+        stage = schedule[step]
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, (step + 1) / 100) * max(0.02, rex(step / len(schedule)))
-        ids, answer, text = (x.to(args.device) for x in sampler.batch(schedule[step]))
+            group["lr"] = PEAK_RATE * min(1.0, (step + 1) / WARMUP) * max(0.02, rex(step / len(schedule)))
+            group["lr"] *= math.sqrt(stage.tokens / 8192)
+        ids, kinds, positions = (x.to(args.device) for x in sampler.batch(stage))
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            parts = loss_of(model, ids, answer, text)
-        loss = parts["answer"] + TEXT_WEIGHT * parts["text"]
+            loss, parts = loss_of(model, ids, kinds, positions)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        logged.append({k: v.item() for k, v in parts.items()})
-        if (step + 1) % 50 == 0:
-            means = {k: round(math.fsum(x[k] for x in logged) / len(logged), 4) for k in logged[0]}
-            line = {"step": step + 1, "context": schedule[step].context, "minutes": round(spent, 1), **means}
-            print(json.dumps(line), flush=True)
+        logged.append(parts)
+        step += 1
+        if step % 100 == 0:
+            means = {k: round(math.fsum(x[k] for x in logged) / len(logged), 4) for k in parts}
+            print(json.dumps({"step": step, "context": stage.context, "minutes": round(spent, 1), **means}), flush=True)
             logged.clear()
-        if (step + 1) % 200 == 0:
-            save(out, model, optimizer, step + 1)
-    save(out, model, optimizer, step + 1)
+            save(out, model, optimizer, step)
+    save(out, model, optimizer, step)
 
 
-def save(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(out: Path, model: Model, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The checkpoint to resume from, and the model as transformers loads it (bf16)."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, out / "checkpoint.pt.tmp")
     (out / "checkpoint.pt.tmp").replace(out / "checkpoint.pt")
-    copy = build(model.config.vocab_size)
-    copy.load_state_dict(model.state_dict())
+    copy = LlamaForCausalLM(CONFIG)
+    copy.model.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out)
 
 
-def resume(out: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
+def resume(out: Path, model: Model, optimizer: torch.optim.Optimizer) -> int:
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0
@@ -237,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bench/quality/model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--scale", type=float, default=1.0, help="stretches every stage's steps")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
