@@ -102,7 +102,7 @@ def test_only_dispatch_branches_on_device() -> None:
 RANK = {
     "_C": 0, "testing": 1, "config": 2, "backend": 3, "dense": 3, "ops": 4, "policy.base": 5, "budget": 6,
     "recall": 7, "policy": 8, "report": 8, "cache": 9, "episodes": 10, "branch": 10, "hf": 11, "__init__": 12,
-    "recipes": 13, "cli": 14,
+    "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 PARTS = {"step": "cache", "slabs": "cache"}  # files that are one unit with another
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use

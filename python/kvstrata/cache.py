@@ -218,7 +218,7 @@ class Cache:
         if self._fitted == len(self._live):
             return
         policy = concretise(self._asked, self.shape, self.budget, batch=len(self._live))
-        if policy.window != self.policy.window:
+        if policy != self.policy:
             if any(self._store.length(i) for i in self._live):
                 return
             assert policy.window is not None

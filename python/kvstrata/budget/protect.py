@@ -12,6 +12,9 @@ _METADATA_PER_PAGE = 64 + 40
 """Bytes beside a page's payload: its slots' positions, its refcount and free bit, its table entry with growth room."""
 
 
+LEAST_CHUNK = 64
+
+
 def pages(tokens: int) -> int:
     return -(-tokens // SLOTS)
 
@@ -56,13 +59,15 @@ def _window_from_tokens(policy: Policy, tokens: int) -> Policy:
 
 
 def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
-    """Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk."""
+    """Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk, which
+    is shortened, to 64 tokens at the least, where it would take more than an eighth of the limit."""
     row = batch * sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
-    scratch = (
-        batch
-        * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
-        * (policy.chunk // SLOTS)
-    )
+    widest = batch * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+    chunk = policy.chunk
+    while chunk >= 2 * LEAST_CHUNK and widest * (chunk // SLOTS) > limit // 8:
+        chunk = chunk // 2 // SLOTS * SLOTS
+    policy = replace(policy, chunk=chunk)
+    scratch = widest * (chunk // SLOTS)
     slack = limit // 64
     room = (limit - slack - scratch) // row - pages(policy.sinks) - 2
     wanted = (policy.window or SLOTS) // SLOTS

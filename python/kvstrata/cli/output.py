@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as codec
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 PLAIN_WIDTH = 160
@@ -55,6 +56,27 @@ class Output:
             if not self.json:
                 self._err.print(escape(what), highlight=False, soft_wrap=True)
             yield
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar on a terminal, a line at every tenth elsewhere. Gives a function to call after each step, with a word
+        on what was done."""
+        bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self._err, transient=True)
+        shown = self._err.is_terminal
+        task = bar.add_task(escape(what), total=total)
+        tenths = 0
+
+        def advance(said: str) -> None:
+            nonlocal tenths
+            bar.advance(task)
+            bar.update(task, description=escape(said))
+            done = int(bar.tasks[0].completed)
+            if not shown and not self.json and 10 * done // max(1, total) > tenths:
+                tenths = 10 * done // max(1, total)
+                self._err.print(escape(f"{done} of {total} {what}, {said}"), highlight=False, soft_wrap=True)
+
+        with bar if shown else nullcontext():
+            yield advance
 
     def result(self, value: dict[str, Any]) -> None:
         """The JSON object; nothing without --json."""

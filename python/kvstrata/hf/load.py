@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from transformers.utils import logging
 
 
-def load(name: str) -> tuple[Any, Any | None]:
+def load(name: str, dtype: str = "auto") -> tuple[Any, Any | None]:
     """(model in eval mode, its tokenizer or None) of a folder, else of a hub id.
 
-    A folder never needs a network. OSError if there is no such model.
+    dtype: "auto" as it was saved, or "float32", "bfloat16", "float16". A folder never needs a network. OSError if there
+    is no such model.
     """
     logging.disable_progress_bar()  # the command line shows its own
     local = os.path.isdir(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local)
     model.eval()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)

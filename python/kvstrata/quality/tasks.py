@@ -35,6 +35,7 @@ TOPICS = {
 }
 TOKENS_PER_FACT = 64
 """A context holds one fact per so many tokens: a quarter of it is facts."""
+CONTINUATION = 256
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Example:
     """questions[i] ends where its answer begins; answers[i] is what must follow, one space before it.
 
     ``depth``: where in the context the first question's answer lies (0 start, 1 end), where the task controls it.
+    ``continuation``: text that follows the context and is scored instead of asked about.
     """
 
     context: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     depth: float | None = None
+    continuation: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,17 @@ def conversation(length: int, seed: int, world: World) -> Example:
     return Example("".join(part.facts), (question,), (answer,))
 
 
+def text(length: int, seed: int, world: World) -> Example:
+    """Filler alone; its last CONTINUATION tokens are what is scored."""
+    rng = random.Random(f"text {seed}")
+    whole = weave(rng, length - 1, [], world).splitlines(keepends=True)
+    tail, size = len(whole), 0
+    while tail > 1 and size < min(CONTINUATION, length // 2):
+        tail -= 1
+        size += world.tokens(whole[tail])
+    return Example("".join(whole[:tail]), (), (), continuation="".join(whole[tail:]))
+
+
 TASKS: dict[str, Task] = {
     "needle": needle,
     "multi_key": multi_key,
@@ -269,6 +283,7 @@ TASKS: dict[str, Task] = {
     "frequent": frequent,
     "conversation": conversation,
     "recent": recent,
+    "text": text,
 }
 RETRIEVAL = ("needle", "multi_key", "multi_value", "multi_query", "tracking", "conversation")
 

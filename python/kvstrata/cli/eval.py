@@ -1,0 +1,105 @@
+"""Measure answers against bytes: tasks, policies and peers on the same prompts, in one run that can be resumed.
+
+    kvstrata eval --model bench/quality/model --tasks all --policies all --budgets 25%,12.5% --out results/run1
+    kvstrata eval report results/run1
+
+A run is a folder: manifest.json, records.jsonl, metrics.json, timings.json, predictions.csv, report.md, plots. The same
+command again goes on where it was stopped. A task is a name, or a JSONL file with one object per line:
+{"context": "...", "questions": ["..."], "answers": ["..."]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kvstrata.cli.generate import positive
+from kvstrata.cli.output import Output
+
+MODEL = "bench/quality/model"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="report RUN", help="write the report of a run again, run nothing")
+    parser.add_argument("--model", metavar="M", default=MODEL, help=f"a folder or a hub id; default: {MODEL}")
+    parser.add_argument("--tasks", metavar="T,..", default="all", help="names, JSONL files, or all (default)")
+    parser.add_argument("--policies", metavar="P,..", default="all", help="names, all (default), or none")
+    parser.add_argument("--peers", metavar="P,..", default="DynamicCache", help="names, all, or none")
+    parser.add_argument("--budgets", metavar="B,..", default="50%,25%,12.5%,6.25%", help="default: %(default)s")
+    parser.add_argument("--length", metavar="N,..", default="2048", help="tokens of an example; default: %(default)s")
+    parser.add_argument("--n", metavar="N", type=positive, default=200, help="examples per cell; default: %(default)s")
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--mode", choices=("query-agnostic", "query-aware"), default="query-agnostic")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes; threads are shared out")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("results/eval"), help="default: %(default)s")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from kvstrata.quality import report
+
+    if args.words:
+        if len(args.words) != 2 or args.words[0] != "report":
+            return out.fail(f"eval: {' '.join(args.words)!r} is not understood, expected: report RUN")
+        folder = Path(args.words[1])
+        return _finish(folder, report.make(folder), out)
+    from kvstrata.quality.run import Run
+
+    run = Run(args.out, _config(args))
+    left, whole = run.total()
+    out.line(f"{args.out}: {whole - left} of {whole} examples measured, {left} to go")
+    with out.progress("examples", left) as advance:
+        run.work(lambda unit: advance(f"{unit.task} {unit.length or ''}"))
+    for complaint in run.complaints:
+        out.line(f"left out: {complaint}", style="yellow")
+    return _finish(args.out, report.make(args.out, run.complaints), out)
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from kvstrata.quality.contenders import PEERS, POLICIES
+    from kvstrata.quality.run import Config
+    from kvstrata.quality.tasks import TASKS
+
+    return Config(
+        model=args.model,
+        tasks=_names(args.tasks, list(TASKS)),
+        policies=_names(args.policies, list(POLICIES)),
+        peers=_names(args.peers, list(PEERS)),
+        budgets=_names(args.budgets, []),
+        lengths=tuple(positive(n) for n in _names(args.length, [])),
+        n=args.n,
+        seed=args.seed,
+        mode=args.mode,
+        dtype=args.dtype,
+        jobs=args.jobs,
+    )
+
+
+def _names(text: str, known: list[str]) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(known)
+    return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _finish(folder: Path, written: list[str], out: Output) -> int:
+    import json
+
+    numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    rows = [
+        (s["contender"], s["budget"] or "-", s["length"], *(_percent(s, f) for f in FIELDS)) for s in numbers["summary"]
+    ]
+    columns = ["cache", "budget", ">tokens", ">accuracy %", ">relative %", ">KV bytes %", ">peak %"]
+    out.table("Mean over the retrieval tasks of the run", columns, rows)
+    out.line(f"\n{folder}: {', '.join(written)}")
+    if not any(name.startswith("plots/") for name in written):
+        out.line("No plots: matplotlib is not installed (pip install matplotlib).")
+    out.result({"schema": 1, "folder": str(folder), "files": written} | numbers)
+    return 0
+
+
+FIELDS = ("accuracy", "relative", "bytes_share", "peak_bytes_share")
+
+
+def _percent(row: dict[str, Any], field: str) -> str:
+    return "refused" if "refused" in row else f"{100 * row[field]:.1f}" if field in row else "-"

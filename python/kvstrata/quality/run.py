@@ -1,0 +1,237 @@
+"""A run: a folder with what was asked, one line per measurement, and what was made of them. Resumes where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstrata import __version__
+from kvstrata.hf.load import load
+from kvstrata.hf.patch import patch
+from kvstrata.quality import jsonl
+from kvstrata.quality.contenders import Contender, line_up
+from kvstrata.quality.measure import Record, Subject, measure
+from kvstrata.quality.tasks import EVAL_SEEDS, TASKS, Example, World
+from kvstrata.quality.text import lines
+
+MODES = ("query-agnostic", "query-aware")
+RECORDS, MANIFEST = "records.jsonl", "manifest.json"
+Key = tuple[str, int, int, str, str]
+"""(task, length, index, contender, budget or "")."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is about: two runs of one configuration on one machine give the same records.
+
+    tasks: names of the registry, or paths of JSONL files. lengths: tokens; 0 for a file's own. n: examples per task and
+    length. dtype: of the model, "auto" as it was saved.
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    policies: tuple[str, ...]
+    peers: tuple[str, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    n: int
+    seed: int = 0
+    mode: str = "query-agnostic"
+    dtype: str = "auto"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: {self.mode!r} is unknown, expected one of {', '.join(MODES)}")
+        for task in self.tasks:
+            if task not in TASKS and not Path(task).is_file():
+                raise ValueError(f"tasks: {task!r} is neither a file nor one of {', '.join(TASKS)}")
+        if min(self.n, self.jobs) < 1 or min(self.lengths) < 128:
+            raise ValueError(f"expected n >= 1, jobs >= 1, lengths >= 128, got {self.n}, {self.jobs}, {self.lengths}")
+        self.contenders()
+
+    def contenders(self) -> list[Contender]:
+        return line_up(list(self.policies), list(self.peers), list(self.budgets))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One example, and the contenders that have still to meet it."""
+
+    task: str
+    length: int
+    index: int
+    contenders: tuple[Contender, ...]
+
+
+class Run:
+    """The folder of a run.
+
+    Records are appended line by line, each flushed; a line cut short by a kill is dropped and measured again.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        """ValueError if the folder holds a run of another configuration."""
+        self.folder, self.config = folder, config
+        self.complaints: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = json.loads(json.dumps(asdict(config)))
+        path = folder / MANIFEST
+        if path.exists():
+            held = json.loads(path.read_text())["config"]
+            other = [k for k in asked if held.get(k) != asked[k]]
+            if other:
+                said = ", ".join(f"{k}: {held.get(k)!r}, not {asked[k]!r}" for k in other)
+                raise ValueError(f"{folder} holds a run of another configuration ({said}): name another folder")
+        else:
+            write(path, json.dumps(manifest(asked), indent=2) + "\n")
+        self.records = load_records(folder)
+
+    def units(self) -> Iterator[Unit]:
+        """What is left to do, example by example, so that contenders stay comparable wherever a run stops."""
+        contenders = self.config.contenders()
+        for task in self.config.tasks:
+            sizes = self.config.lengths if task in TASKS else (0,)
+            count = self.config.n if task in TASKS else min(self.config.n, len(self._file(task)))
+            for length in sizes:
+                for i in range(count):
+                    left = [c for c in contenders if key(task, length, i, c) not in self.records]
+                    if left:
+                        yield Unit(task, length, i, tuple(left))
+
+    def total(self) -> tuple[int, int]:
+        """(units left, units of the whole run)."""
+        whole = sum(
+            (self.config.n * len(self.config.lengths) if t in TASKS else min(self.config.n, len(self._file(t))))
+            for t in self.config.tasks
+        )
+        return sum(1 for _ in self.units()), whole
+
+    def work(self, done: Callable[[Unit], None]) -> None:
+        """Measures everything that is left. ``done`` is called after each example."""
+        with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
+            for unit, found in _measured(self.config, list(self.units())):
+                for contender, record in zip(unit.contenders, found, strict=True):
+                    at = key(unit.task, unit.length, unit.index, contender)
+                    self.records[at] = record
+                    file.write(json.dumps({"key": at, **record}) + "\n")
+                file.flush()
+                done(unit)
+
+    def _file(self, task: str) -> list[Example]:
+        examples, complaints = jsonl.read(Path(task))
+        self.complaints = sorted({*self.complaints, *complaints})
+        return examples
+
+
+def key(task: str, length: int, index: int, contender: Contender) -> Key:
+    return task, length, index, contender.name, contender.budget or ""
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    draft = path.with_suffix(path.suffix + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def load_records(folder: Path) -> dict[Key, Record]:
+    """The records of a folder by key; a line that a kill cut short is cut off the file."""
+    path = folder / RECORDS
+    found: dict[Key, Record] = {}
+    if not path.exists():
+        return found
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write(path, whole)
+    for line in whole.splitlines():
+        record = json.loads(line)
+        task, length, index, name, budget = record.pop("key")
+        found[task, length, index, name, budget] = record
+    return found
+
+
+def manifest(config: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, machine, configuration."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"kvstrata": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"schema": 1, "config": config, "versions": versions, "machine": machine, "commit": _commit()}
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package runs from, if it is one."""
+    import subprocess
+
+    here = Path(__file__).parent
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------------
+
+
+def _measured(config: Config, units: list[Unit]) -> Iterator[tuple[Unit, list[Record]]]:
+    """In this process, or in ``jobs`` of their own with the threads shared out; the order is that of the units."""
+    one = partial(measured, config)
+    if config.jobs == 1:
+        yield from ((unit, one(unit)) for unit in units)
+        return
+    threads = max(1, torch.get_num_threads() // config.jobs)
+    with ProcessPoolExecutor(
+        config.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        yield from zip(units, pool.map(one, units), strict=True)
+
+
+def measured(config: Config, unit: Unit) -> list[Record]:
+    """The records of one example, one per contender."""
+    subject, world = _subject(config.model, config.dtype)
+    if unit.task in TASKS:
+        example = TASKS[unit.task](unit.length, EVAL_SEEDS + config.seed * 1_000_003 + unit.index, world)
+    else:
+        example = jsonl.read(Path(unit.task))[0][unit.index]
+    found = [measure(subject, example, contender, config.mode) for contender in unit.contenders]
+    return [record | ({} if example.depth is None else {"depth": example.depth}) for record in found]
+
+
+@cache
+def _subject(model: str, dtype: str) -> tuple[Subject, World]:
+    """Loaded once per process. ValueError for a model without a tokenizer."""
+    loaded, tokenizer = load(model, dtype)
+    if tokenizer is None:
+        raise ValueError(f"model: {model} has no tokenizer, which the tasks need")
+    patch(loaded)
+    subject = Subject(loaded, tokenizer)
+    return subject, World(lines("held-out"), lambda text: len(subject.encode(text)))
