@@ -52,7 +52,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 $(STAMPS)/run: constraints.txt $(STAMPS)/torch
-	$(PIP) install numpy rich transformers accelerate
+	$(PIP) install numpy rich transformers accelerate matplotlib
 	touch $@
 
 $(STAMPS)/dev: constraints.txt $(STAMPS)/run

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstrata.cli import demo, main
 
@@ -58,10 +59,9 @@ def kvstrata(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama and no tokenizer."""
-    from kvstrata.hf.load import random_llama
-
     folder = tmp_path_factory.mktemp("llama")
-    random_llama(1, **SHAPE).save_pretrained(folder)
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(folder)
     return folder
 
 
@@ -182,16 +182,23 @@ def test_doctor_on_a_refused_model_exits_1_with_the_reason(kvstrata: Run, refuse
     assert "Refused: " in kvstrata("doctor", refused).stdout
 
 
-def test_demo(kvstrata: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PROMPT_TOKENS", 1024)
-    monkeypatch.setattr(demo, "NEW_TOKENS", 8)
-    monkeypatch.setattr(demo, "BUDGET", "160tok")
-    done = kvstrata("demo", "--json")
+def test_demo(kvstrata: Run, model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "LENGTH", 512)
+    monkeypatch.setattr(demo, "CACHES", (("DynamicCache", None), ("full", None), ("streaming", "50%")))
+    done = kvstrata("demo", "--model", model_folder, "--json", "--plot", tmp_path / "demo.png")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     dense, full, streaming = said["runs"]
-    assert said["full_agrees"] and full["tokens"] == dense["tokens"]
-    assert streaming["kv_bytes"] < dense["kv_bytes"] / 4
+    assert said["full_agrees"] and full["answers"] == dense["answers"] and len(said["questions"]) == 8
+    assert streaming["bytes"] <= streaming["peak_bytes"] <= 0.5 * streaming["dense_bytes"]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_without_a_model_says_what_to_do(kvstrata: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = kvstrata("demo")
+    assert done.returncode == 1 and "--model" in done.stderr
 
 
 def test_demo_plot_without_matplotlib_fails_before_the_work(tmp_path: Path) -> None:
@@ -199,3 +206,29 @@ def test_demo_plot_without_matplotlib_fails_before_the_work(tmp_path: Path) -> N
     command = [sys.executable, "-c", code, "demo", "--plot", str(tmp_path / "p.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "matplotlib" in done.stderr
+
+
+def test_eval_and_its_report(kvstrata: Run, model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = ("--tasks", "needle", "--policies", "full,streaming", "--budgets", "50%", "--length", "512", "--n", "2")
+    done = kvstrata("eval", "--model", model_folder, *asked, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert {c["contender"] for c in said["cells"]} == {"DynamicCache", "full", "streaming"}
+    before = (out / "report.md").read_bytes()
+    (out / "report.md").unlink()
+    again = kvstrata("eval", "report", out)
+    assert again.returncode == 0 and (out / "report.md").read_bytes() == before
+    assert "Mean over the retrieval tasks" in again.stdout
+
+
+def test_eval_refuses_what_it_does_not_know(kvstrata: Run, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("--tasks", "needles"), "tasks: 'needles'"),
+        (("--policies", "best"), "policies: 'best'"),
+        (("--length", "12"), "lengths >= 128"),
+        (("report",), "expected: report RUN"),
+        (("report", str(tmp_path)), "manifest.json"),
+    ):
+        done = kvstrata("eval", *arguments, "--out", tmp_path / "out")
+        assert done.returncode == 1 and reason in done.stderr, done.stderr

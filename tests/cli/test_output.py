@@ -6,7 +6,7 @@ import pytest
 
 from kvstrata.cli.measure import Run
 from kvstrata.cli.output import bytes_text
-from kvstrata.cli.text import ByteTokenizer, long_text, readable
+from kvstrata.cli.text import ByteTokenizer, readable
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,6 @@ def test_byte_tokenizer_round_trip() -> None:
 
 def test_readable_is_one_line() -> None:
     assert readable("a\nb\x07ü") == "a\\nb\\x07ü"
-
-
-def test_long_text_is_real_and_of_the_asked_length() -> None:
-    text = long_text(5000)
-    assert 4990 <= len(text.encode()) <= 5000 and "import" in text
-    assert text == long_text(5000)
 
 
 def test_agreement_counts_leading_tokens() -> None:

@@ -1,9 +1,8 @@
-"""Show on this machine what a policy saves: one long text, a dense cache and kvstrata's, side by side.
+"""Show on this machine what a policy saves and what it costs: one long document, several questions, caches side by side.
 
-Reads some thousand bytes of Python's own standard library, asks for a continuation with transformers' DynamicCache, with
-policy full and with policy streaming under a budget, and prints answers, memory and time. Takes less than a minute on
-two cores and needs no network. Uses the model in bench/quality/model if there is one, else a small one with random
-weights: its text means nothing, but its cache is stored and read like any other.
+The document is source text of Python's own standard library with facts spread over it. The model reads it once through
+each cache, then answers the questions: transformers' DynamicCache, policy full, and policies under a budget. Answers,
+memory and time are printed side by side. Needs no network; takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -11,156 +10,133 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvstrata.cli.output import Output, bytes_text
 
-if TYPE_CHECKING:
-    from kvstrata.cli.measure import Run
-
-PROMPT_TOKENS = 4096
-NEW_TOKENS = 32
-CHUNK = 512
-BUDGET = "512tok"
-SEED = 0
-TRAINED = Path("bench/quality/model")
-# Grouped-query attention in the proportions of larger models; weights drawn wide, so that attention is not uniform.
-RANDOM = {
-    "vocab_size": 256,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "max_position_embeddings": 16384,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+MODEL = Path("bench/quality/model")
+LENGTH = 2048
+SEED = 3
+CACHES = (("DynamicCache", None), ("full", None), ("streaming", "25%"))
+COLOURS = ("#888888", "#4477aa", "#228833", "#ee6677", "#aa3377", "#ccbb44")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", default=str(MODEL), help="default: %(default)s")
     parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="also draw memory and time as bars (needs matplotlib)"
+        "--plot", metavar="FILE", type=Path, help="also draw answers, memory and time as bars (needs matplotlib)"
     )
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    import torch
-
     if args.plot is not None:
         importlib.import_module("matplotlib")  # fail before the work, not after it
-    with out.busy("loading the model"):
-        model, tokenizer, what = _model()
-    ids, decode = _prompt(model, tokenizer)
-    out.line(f"{what}", style="bold")
-    out.line(
-        f"Prompt: {len(ids)} tokens of Python's standard library; {NEW_TOKENS} new tokens, greedy; {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {model.dtype}."
-    )
-    runs, reports = _runs(model, ids, out)
-    _print(runs, decode, out)
-    full_agrees = runs[1].tokens == runs[0].tokens
+    if args.model == str(MODEL) and not MODEL.is_dir():
+        return out.fail(f"demo: no {MODEL} here; run it in a checkout of kvstrata, or name a model with --model")
+    from kvstrata.quality.measure import Subject
+    from kvstrata.quality.run import subject
+
+    with out.busy(f"loading {args.model}"):
+        asked: Subject
+        asked, world = subject(args.model, "auto")
+    example = _document(world)
+    found = _measured(asked, example, out)
+    first = found["DynamicCache"]
+    _print(args.model, asked, example, found, out)
+    agrees = found["full"]["answers"] == first["answers"]
     if args.plot is not None:
-        _plot(runs, args.plot)
+        _plot(found, args.plot)
         out.line(f"Plot: {args.plot}")
-    result = {"schema": 1, "model": what, "prompt_tokens": len(ids), "new_tokens": NEW_TOKENS, "chunk": CHUNK}
-    result |= {"full_agrees": full_agrees, "runs": [r.to_dict() for r in runs], "reports": reports}
-    out.result(result)
-    if not full_agrees:
-        at = runs[1].agreement(runs[0])
-        return out.fail(f"policy full parted from the dense cache at token {at}: please report it with kvstrata doctor")
+    runs = [{"name": name} | {k: v for k, v in record.items() if k != "ms"} for name, record in found.items()]
+    for result, record in zip(runs, found.values(), strict=True):
+        result["ms_p50"] = _median(record)
+    pairs = [{"question": q, "answer": a} for q, a in zip(example.questions, example.answers, strict=True)]
+    out.result({"schema": 2, "model": args.model, "questions": pairs, "full_agrees": agrees, "runs": runs})
+    if not agrees:
+        return out.fail("policy full answers otherwise than the dense cache: please report it with kvstrata doctor")
     return 0
 
 
-def _model() -> tuple[Any, Any, str]:
-    """(model, tokenizer or None, what it is)."""
-    from kvstrata.hf import load as loading
+def _document(world: Any) -> Any:
+    """Facts in real text that the model was not trained on, and questions about some of them."""
+    from kvstrata.quality.tasks import EVAL_SEEDS, TASKS
 
-    if TRAINED.is_dir():
-        model, tokenizer = loading.load(str(TRAINED))
-        return model, tokenizer, f"Model: {TRAINED}."
-    size = f"{RANDOM['num_hidden_layers']} layers, {RANDOM['num_key_value_heads']} KV heads of {RANDOM['head_dim']}"
-    return (
-        loading.random_llama(SEED, **RANDOM),
-        None,
-        f"Model: a Llama of {size}, with RANDOM weights (seed {SEED}) until a trained one ships: its text means nothing.",
-    )
+    return TASKS["multi_query"](LENGTH, EVAL_SEEDS + 25 * SEED, world)
 
 
-def _prompt(model: Any, tokenizer: Any) -> tuple[list[int], Any]:
-    from kvstrata.cli.generate import tokens_of
-    from kvstrata.cli.text import long_text
+def _measured(asked: Any, example: Any, out: Output) -> dict[str, Any]:
+    """Label -> record. Each cache answers once unmeasured first, so that no timing holds a first call."""
+    from kvstrata.quality.contenders import Contender
+    from kvstrata.quality.measure import measure
 
-    ids, decode = tokens_of(long_text(PROMPT_TOKENS), model, tokenizer)
-    limit = getattr(model.config, "max_position_embeddings", PROMPT_TOKENS + NEW_TOKENS)
-    return ids[: min(PROMPT_TOKENS, limit - NEW_TOKENS)], decode
-
-
-def _runs(model: Any, ids: list[int], out: Output) -> tuple[list[Run], dict[str, Any]]:
-    """Dense first, on the model as it came; then patched, one run per policy."""
-    from kvstrata.cli import measure
-    from kvstrata.hf import load as loading
-    from kvstrata.hf.cache import KVCache
-    from kvstrata.hf.patch import patch
-
-    measure.generate("warm-up", model, loading.dense_cache(model), ids[:64], 4)
-    with out.busy("DynamicCache"):
-        runs = [measure.generate("DynamicCache", model, loading.dense_cache(model), ids, NEW_TOKENS, CHUNK)]
-    patch(model)
-    reports = {}
-    for policy, budget in (("full", None), ("streaming", BUDGET)):
-        name = policy if budget is None else f"{policy}, {budget}"
-        cache = KVCache.for_model(model, policy=policy, budget=budget)
-        with out.busy(f"kvstrata: {name}"):
-            runs.append(measure.generate(name, model, cache, ids, NEW_TOKENS, CHUNK))
-        reports[name] = cache.report().to_dict()
-    return runs, reports
+    found = {}
+    for name, budget in CACHES:
+        contender = Contender(name, budget)
+        with out.busy(contender.label):
+            measure(asked, example, contender, "query-agnostic")
+            record = measure(asked, example, contender, "query-agnostic")
+        if "refused" in record:
+            raise ValueError(f"{contender.label}: {record['refused']}")
+        found[contender.label] = record
+    return found
 
 
-def _print(runs: list[Run], decode: Any, out: Output) -> None:
+def _median(record: Any) -> float | None:
+    return statistics.median(record["ms"]) if record["ms"] else None
+
+
+def _print(model: str, asked: Any, example: Any, found: dict[str, Any], out: Output) -> None:
+    import torch
+
     from kvstrata.cli.measure import ms_text
     from kvstrata.cli.text import readable
 
+    first = found["DynamicCache"]
+    out.line(f"Model: {model}, {asked.model.dtype}; {platform.machine()}, {torch.get_num_threads()} threads.", "bold")
+    out.line(
+        f"Document: {first['context']} tokens of Python's standard library with facts in it. Begins: "
+        f"{readable(example.context[:80])} ..."
+    )
     rows = [
         (
-            r.name,
-            f"{r.agreement(runs[0])} of {len(runs[0].tokens)}",
-            bytes_text(r.kv_bytes),
-            f"{r.kv_bytes / runs[0].kv_bytes:.0%}",
-            bytes_text(r.kv_peak_bytes),
-            f"{r.prefill_ms:.0f}",
-            ms_text(r.ms_p50),
-            ms_text(r.ms_p99),
+            name,
+            f"{sum(r['scores'])} of {len(r['scores'])}",
+            bytes_text(r["bytes"]),
+            f"{r['bytes'] / r['dense_bytes']:.0%}",
+            bytes_text(r["peak_bytes"]),
+            f"{r['prefill_ms']:.0f}",
+            ms_text(_median(r)),
         )
-        for r in runs
+        for name, r in found.items()
     ]
-    out.table(
-        "Side by side",
-        ["cache", ">tokens as dense", ">KV bytes", ">of dense", ">KV peak", ">prefill ms", ">ms/token p50", ">p99"],
-        rows,
-    )
-    if not TRAINED.is_dir():
-        out.line(
-            "Under a budget a model with random weights says something else at once: look at memory and time here."
+    columns = ["cache", ">right", ">KV bytes", ">of dense", ">KV peak", ">read, ms", ">ms/token p50"]
+    out.table("Side by side", columns, rows)
+    answers = [
+        (
+            question.removeprefix("Q: ").removesuffix(" A:"),
+            expected,
+            *(readable(r["answers"][i]) for r in found.values()),
         )
-    out.table("Answers", ["cache", "continuation"], [(r.name, readable(decode(r.tokens))) for r in runs])
+        for i, (question, expected) in enumerate(zip(example.questions, example.answers, strict=True))
+    ]
+    out.table("Answers", ["question", "expected", *found], answers)
 
 
-def _plot(runs: list[Run], file: Path) -> None:
+def _plot(found: dict[str, Any], file: Path) -> None:
     plt: Any = importlib.import_module("matplotlib.figure")
-    figure = plt.Figure(figsize=(9, 3), layout="constrained")
-    names = [r.name for r in runs]
+    figure = plt.Figure(figsize=(10, 3.2), layout="constrained")
+    names = list(found)
     series = (
-        ("KV bytes, MiB", [r.kv_bytes / 2**20 for r in runs]),
-        ("KV peak, MiB", [r.kv_peak_bytes / 2**20 for r in runs]),
-        ("ms per token", [r.ms_p50 or 0.0 for r in runs]),
+        ("right answers, %", [100 * statistics.fmean(r["scores"]) for r in found.values()]),
+        ("KV bytes, % of dense", [100 * r["bytes"] / r["dense_bytes"] for r in found.values()]),
+        ("ms per token, median", [_median(r) or 0.0 for r in found.values()]),
     )
     for axes, (title, values) in zip(figure.subplots(1, len(series)), series, strict=True):
-        axes.bar(names, values, color=["#888888", "#4477aa", "#228833"])
+        bars = axes.bar(names, values, color=COLOURS[: len(names)])
+        axes.bar_label(bars, fmt="%.3g", fontsize=8)
         axes.set_title(title)
-        axes.tick_params(axis="x", labelrotation=15)
+        axes.margins(y=0.12)
+        axes.tick_params(axis="x", labelrotation=20)
     figure.savefig(file, dpi=120)

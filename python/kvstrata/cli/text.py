@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -24,19 +22,3 @@ class ByteTokenizer:
 def readable(text: str) -> str:
     """On one line, everything that does not print as an escape."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def long_text(n_bytes: int) -> str:
-    """The first n_bytes bytes of real text that every machine with Python has: the standard library's own sources."""
-    root = Path(sysconfig.get_path("stdlib"))
-    parts: list[str] = []
-    size = 0
-    for name in ("argparse.py", "typing.py", "inspect.py", "tarfile.py"):
-        if size >= n_bytes or not (root / name).exists():
-            continue
-        parts.append((root / name).read_text(encoding="utf-8"))
-        size += len(parts[-1].encode("utf-8"))
-    text = "".join(parts).encode("utf-8")[:n_bytes].decode("utf-8", errors="ignore")
-    if not text:
-        raise OSError(f"no standard library sources in {root}")
-    return text

@@ -1,4 +1,4 @@
-"""Models and dense caches for the command line: from a folder, from the hub, or made on the spot."""
+"""Models and dense caches for the command line and the quality harness."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 
@@ -25,15 +25,6 @@ def load(name: str, dtype: str = "auto") -> tuple[Any, Any | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return model, None  # each tokenizer class has its own way to say that its files are missing
     return model, tokenizer
-
-
-def random_llama(seed: int, **config: Any) -> Any:
-    """A Llama with random weights, the same for the same seed: it stores and reads a cache like any other model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(LlamaConfig(**config))
-    model.eval()
-    return model
 
 
 class WatchedDynamicCache(DynamicCache):  # type: ignore[misc]

@@ -97,6 +97,7 @@ def _asked(subject: Subject, reader: Reader, example: Example, mode: str) -> Rec
         "decoded": reader.decoded,
         "context": len(context),
         "ms": [round(x, 3) for x in reader.ms],
+        "prefill_ms": reader.prefill_ms,
     }
 
 

@@ -14,12 +14,14 @@ END = "\n"
 class Reader:
     """One text read through one cache, batch 1. What was generated stays in the cache, as in a dialogue.
 
-    stops: token ids that end an answer. ms: of every decoded token; decoded: their number.
+    stops: token ids that end an answer. ms: of every decoded token; decoded: their
+    number; prefill_ms: of the first read.
     """
 
     def __init__(self, model: Any, cache: Any, stops: frozenset[int]) -> None:
         self.model, self.cache, self.stops = model, cache, stops
         self.ms: list[float] = []
+        self.prefill_ms: float | None = None
         self._unread: list[int] = []
 
     @property
@@ -30,8 +32,11 @@ class Reader:
         """Feeds tokens, after those generated but not fed yet. Returns the last ``logits`` rows of logits, [n, V]."""
         fed = torch.tensor([self._unread + ids], device=self.model.device)
         self._unread = []
+        began = time.perf_counter()
         with torch.inference_mode():
             out = self.model(fed, past_key_values=self.cache, use_cache=True, logits_to_keep=logits)
+        if self.prefill_ms is None:
+            self.prefill_ms = 1e3 * (time.perf_counter() - began)
         return out.logits[0]  # type: ignore[no-any-return]
 
     def compress(self) -> None:

@@ -217,21 +217,21 @@ def _measured(config: Config, units: list[Unit]) -> Iterator[tuple[Unit, list[Re
 
 def measured(config: Config, unit: Unit) -> list[Record]:
     """The records of one example, one per contender."""
-    subject, world = _subject(config.model, config.dtype)
+    asked, world = subject(config.model, config.dtype)
     if unit.task in TASKS:
         example = TASKS[unit.task](unit.length, EVAL_SEEDS + config.seed * 1_000_003 + unit.index, world)
     else:
         example = jsonl.read(Path(unit.task))[0][unit.index]
-    found = [measure(subject, example, contender, config.mode) for contender in unit.contenders]
+    found = [measure(asked, example, contender, config.mode) for contender in unit.contenders]
     return [record | ({} if example.depth is None else {"depth": example.depth}) for record in found]
 
 
 @cache
-def _subject(model: str, dtype: str) -> tuple[Subject, World]:
-    """Loaded once per process. ValueError for a model without a tokenizer."""
+def subject(model: str, dtype: str) -> tuple[Subject, World]:
+    """A patched model and the world of its tasks, loaded once per process. ValueError without a tokenizer."""
     loaded, tokenizer = load(model, dtype)
     if tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer, which the tasks need")
     patch(loaded)
-    subject = Subject(loaded, tokenizer)
-    return subject, World(lines("held-out"), lambda text: len(subject.encode(text)))
+    asked = Subject(loaded, tokenizer)
+    return asked, World(lines("held-out"), lambda text: len(asked.encode(text)))
