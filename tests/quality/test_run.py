@@ -87,7 +87,7 @@ def test_a_cut_line_is_measured_again(whole: Path, tmp_path: Path, config: Confi
     text = (whole / RECORDS).read_text()
     (cut / RECORDS).write_text(text[: len(text) // 2])
     run = Run(cut, config)
-    assert 0 < run.total()[0] < run.total()[1]
+    assert 0 < len(run.units()) < len(run.examples())
     same(whole, finished(cut, config))
 
 
@@ -103,8 +103,6 @@ def test_killed_and_started_again(whole: Path, tmp_path: Path, config: Config) -
         time.sleep(0.02)
     work.send_signal(signal.SIGKILL)
     work.wait()
-    left = Run(folder, config).total()
-    assert left[0] <= left[1]
     assert not (folder / "metrics.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=os.environ | THREADS)
     same(whole, folder)

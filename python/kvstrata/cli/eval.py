@@ -47,10 +47,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from kvstrata.quality.run import Run
 
     run = Run(args.out, _config(args))
-    left, whole = run.total()
+    left, whole = len(run.units()), len(run.examples())
     out.line(f"{args.out}: {whole - left} of {whole} examples measured, {left} to go")
     with out.progress("examples", left) as advance:
         run.work(lambda unit: advance(f"{unit.task} {unit.length or ''}"))
+    for contender in run.outside():
+        with out.busy(contender.label):
+            run.work_outside(contender)
     for complaint in run.complaints:
         out.line(f"left out: {complaint}", style="yellow")
     return _finish(args.out, report.make(args.out, run.complaints), out)

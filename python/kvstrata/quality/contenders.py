@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from kvstrata.budget import Budget
@@ -12,6 +13,7 @@ from kvstrata.config import LayerSpec, Shape
 from kvstrata.hf.cache import KVCache
 from kvstrata.hf.decoder import facts_of
 from kvstrata.hf.load import dense_cache
+from kvstrata.hf.peers import PACKAGES, quantized_cache
 from kvstrata.policy import NAMED
 from kvstrata.quality import control
 
@@ -35,10 +37,32 @@ def _dense(model: Any, budget: Budget | None, tokens: int) -> Any:
     return dense_cache(model)
 
 
+def _quantized(backend: str, bits: int, model: Any, budget: Budget | None, tokens: int) -> Any:
+    del budget, tokens
+    return quantized_cache(model, backend, bits)
+
+
+QUANTIZED = {f"QuantizedCache-{backend}-{bits}": (backend, bits) for backend in PACKAGES for bits in (4, 2)}
+PREFIX = "kvpress:"
+PRESSES = ("SnapKV", "ExpectedAttention", "AdaKV", "KeyDiff", "TOVA", "StreamingLLM", "Knorm", "KVzip")
+"""Peers that run in an environment of their own (outside.py)."""
+
 POLICIES: dict[str, Make] = {name: partial(_named, name) for name in NAMED} | {"random": _random}
-PEERS: dict[str, Make] = {"DynamicCache": _dense}
-UNLIMITED = frozenset({"full", "DynamicCache"})
+PEERS: dict[str, Make | None] = (
+    {"DynamicCache": _dense}
+    | {name: partial(_quantized, *how) for name, how in QUANTIZED.items()}
+    | dict.fromkeys(PREFIX + press for press in PRESSES)
+)
+UNLIMITED = frozenset({"full", "DynamicCache", *QUANTIZED})
 """Contenders that take no budget: they run once."""
+
+
+def missing(name: str) -> str | None:
+    """Why a peer of this process cannot run here; None if it can."""
+    module = {"hqq": "hqq", "quanto": "optimum.quanto"}.get(QUANTIZED.get(name, ("",))[0])
+    if module is None or all(find_spec(part) for part in (module.split(".")[0], module)):
+        return None
+    return f"pip install {PACKAGES[QUANTIZED[name][0]]}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,13 @@ class Contender:
     def make(self, model: Any, tokens: int) -> Any:
         """An empty cache. ValueError or Unsupported, with the reason, where this contender cannot keep its budget."""
         build = POLICIES.get(self.name) or PEERS[self.name]
+        assert build is not None, "a peer of another environment"
         return build(model, Budget.parse(self.budget), tokens)
+
+    @property
+    def outside(self) -> bool:
+        """Whether it runs in an environment of its own."""
+        return self.name.startswith(PREFIX)
 
     @property
     def label(self) -> str:

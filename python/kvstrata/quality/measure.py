@@ -84,21 +84,28 @@ def _asked(subject: Subject, reader: Reader, example: Example, mode: str) -> Rec
         reader.read(context)
         reader.compress()
         logits = reader.read(questions[0])
-    answers = []
+    answers: list[list[int]] = []
     for i, expected in enumerate(example.answers):
         logits = reader.read(questions[i]) if i else logits
-        most = len(subject.encode(f" {expected}")) + SPARE
-        answers.append(str(subject.tokenizer.decode(reader.answer(logits, most))).strip())
-    scores = [int(a == e.strip()) for a, e in zip(answers, example.answers, strict=True)]
-    return {
-        "answers": answers,
-        "expected": list(example.answers),
-        "scores": scores,
+        answers.append(reader.answer(logits, allowance(subject, expected)))
+    return judged(subject, answers, example) | {
         "decoded": reader.decoded,
         "context": len(context),
         "ms": [round(x, 3) for x in reader.ms],
         "prefill_ms": reader.prefill_ms,
     }
+
+
+def allowance(subject: Subject, expected: str) -> int:
+    """Tokens that an answer may take."""
+    return len(subject.encode(f" {expected}")) + SPARE
+
+
+def judged(subject: Subject, answers: list[list[int]], example: Example) -> Record:
+    """Answers in token ids as text, beside what was expected: 1 where they are the same."""
+    said = [str(subject.tokenizer.decode(answer)).strip() for answer in answers]
+    scores = [int(a == e.strip()) for a, e in zip(said, example.answers, strict=True)]
+    return {"answers": said, "expected": list(example.answers), "scores": scores}
 
 
 def _text(subject: Subject, reader: Reader, example: Example) -> Record:

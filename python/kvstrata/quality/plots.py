@@ -31,7 +31,7 @@ def draw(folder: Path, numbers: dict[str, Any], timings: list[Cell]) -> list[str
     return drawn
 
 
-def _styles(names: list[str]) -> dict[str, dict[str, str]]:
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     return {n: {"color": COLOURS[i % 10], "marker": MARKERS[i % 10]} for i, n in enumerate(dict.fromkeys(names))}
 
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kvstrata import __version__
 from kvstrata.hf.load import load
 from kvstrata.hf.patch import patch
-from kvstrata.quality import jsonl
-from kvstrata.quality.contenders import Contender, line_up
+from kvstrata.quality import jsonl, manifest, outside
+from kvstrata.quality.contenders import Contender, line_up, missing
 from kvstrata.quality.measure import Record, Subject, measure
 from kvstrata.quality.tasks import EVAL_SEEDS, TASKS, Example, World
 from kvstrata.quality.text import lines
@@ -94,39 +90,76 @@ class Run:
                 said = ", ".join(f"{k}: {held.get(k)!r}, not {asked[k]!r}" for k in other)
                 raise ValueError(f"{folder} holds a run of another configuration ({said}): name another folder")
         else:
-            write(path, json.dumps(manifest(asked), indent=2) + "\n")
+            write(path, json.dumps(manifest.of(asked), indent=2) + "\n")
         self.records = load_records(folder)
 
-    def units(self) -> Iterator[Unit]:
-        """What is left to do, example by example, so that contenders stay comparable wherever a run stops."""
-        contenders = self.config.contenders()
+    def examples(self) -> list[tuple[str, int, int]]:
+        """(task, length, index) of every example of the run."""
+        found = []
         for task in self.config.tasks:
             sizes = self.config.lengths if task in TASKS else (0,)
             count = self.config.n if task in TASKS else min(self.config.n, len(self._file(task)))
-            for length in sizes:
-                for i in range(count):
-                    left = [c for c in contenders if key(task, length, i, c) not in self.records]
-                    if left:
-                        yield Unit(task, length, i, tuple(left))
+            found += [(task, length, i) for length in sizes for i in range(count)]
+        return found
 
-    def total(self) -> tuple[int, int]:
-        """(units left, units of the whole run)."""
-        whole = sum(
-            (self.config.n * len(self.config.lengths) if t in TASKS else min(self.config.n, len(self._file(t))))
-            for t in self.config.tasks
-        )
-        return sum(1 for _ in self.units()), whole
+    def units(self) -> list[Unit]:
+        """What is left to do, example by example, so that contenders stay comparable wherever a run stops."""
+        inside = [c for c in self._present() if not c.outside]
+        units = [Unit(*at, tuple(c for c in inside if key(*at, c) not in self.records)) for at in self.examples()]
+        return [unit for unit in units if unit.contenders]
+
+    def outside(self) -> list[Contender]:
+        """Peers of other environments with something left to do."""
+        at = self.examples()
+        return [c for c in self._present() if c.outside and any(key(*a, c) not in self.records for a in at)]
 
     def work(self, done: Callable[[Unit], None]) -> None:
-        """Measures everything that is left. ``done`` is called after each example."""
+        """Measures what is left in this environment. ``done`` is called after each example."""
+        for unit, found in _measured(self.config, self.units()):
+            at = (unit.task, unit.length, unit.index)
+            self._keep([(key(*at, c), record) for c, record in zip(unit.contenders, found, strict=True)])
+            done(unit)
+
+    def work_outside(self, contender: Contender) -> None:
+        """Measures what is left of one peer of another environment; a complaint if it fails there."""
+        asked, _ = subject(self.config.model, self.config.dtype)
+        refused, prompts, examples = [], [], {}
+        for at in self.examples():
+            if key(*at, contender) in self.records:
+                continue
+            made = made_example(self.config, *at)
+            if reason := outside.refusal(contender, made):
+                refused.append((key(*at, contender), {"refused": reason}))
+            else:
+                name = json.dumps(at)
+                examples[name] = made
+                prompts.append(outside.prompt(asked, name, made, self.config.mode))
+        self._keep(refused)
+        dtype = str(asked.model.dtype).removeprefix("torch.")
+        rows = outside.answered(contender, self.config.model, dtype, prompts, self.folder / "outside")
+        try:
+            for name, row in rows:
+                task, length, index = json.loads(name)
+                self._keep([(key(task, length, index, contender), outside.record(asked, examples[name], row))])
+        except RuntimeError as error:
+            self.complaints = sorted({*self.complaints, str(error)})
+
+    def _keep(self, found: Iterable[tuple[Key, Record]]) -> None:
         with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
-            for unit, found in _measured(self.config, list(self.units())):
-                for contender, record in zip(unit.contenders, found, strict=True):
-                    at = key(unit.task, unit.length, unit.index, contender)
-                    self.records[at] = record
-                    file.write(json.dumps({"key": at, **record}) + "\n")
-                file.flush()
-                done(unit)
+            for at, record in found:
+                self.records[at] = record
+                file.write(json.dumps({"key": at, **record}) + "\n")
+
+    def _present(self) -> list[Contender]:
+        """The contenders that can run here; a complaint for each other."""
+        present = []
+        for c in self.config.contenders():
+            reason = outside.missing() if c.outside else missing(c.name)
+            if reason is None:
+                present.append(c)
+            else:
+                self.complaints = sorted({*self.complaints, f"{c.name}: {reason}"})
+        return present
 
     def _file(self, task: str) -> list[Example]:
         examples, complaints = jsonl.read(Path(task))
@@ -162,43 +195,6 @@ def load_records(folder: Path) -> dict[Key, Record]:
     return found
 
 
-def manifest(config: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to repeat the run: versions, machine, configuration."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"kvstrata": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"schema": 1, "config": config, "versions": versions, "machine": machine, "commit": _commit()}
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package runs from, if it is one."""
-    import subprocess
-
-    here = Path(__file__).parent
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return said.stdout.strip() or None if said.returncode == 0 else None
-
-
 # --- Workers ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,13 +213,18 @@ def _measured(config: Config, units: list[Unit]) -> Iterator[tuple[Unit, list[Re
 
 def measured(config: Config, unit: Unit) -> list[Record]:
     """The records of one example, one per contender."""
-    asked, world = subject(config.model, config.dtype)
-    if unit.task in TASKS:
-        example = TASKS[unit.task](unit.length, EVAL_SEEDS + config.seed * 1_000_003 + unit.index, world)
-    else:
-        example = jsonl.read(Path(unit.task))[0][unit.index]
+    asked, _ = subject(config.model, config.dtype)
+    example = made_example(config, unit.task, unit.length, unit.index)
     found = [measure(asked, example, contender, config.mode) for contender in unit.contenders]
     return [record | ({} if example.depth is None else {"depth": example.depth}) for record in found]
+
+
+def made_example(config: Config, task: str, length: int, index: int) -> Example:
+    """One example of the run."""
+    if task not in TASKS:
+        return jsonl.read(Path(task))[0][index]
+    _, world = subject(config.model, config.dtype)
+    return TASKS[task](length, EVAL_SEEDS + config.seed * 1_000_003 + index, world)
 
 
 @cache
