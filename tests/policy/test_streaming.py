@@ -110,6 +110,16 @@ def test_byte_budget_holds_at_every_step(batch: int) -> None:
     assert cache.nbytes() > limit // 2, "the budget is used"
 
 
+@pytest.mark.parametrize("kib", [380, 450, 700, 1000, 1500])
+def test_a_small_byte_budget_takes_turns_that_begin_inside_a_page(kib: int) -> None:
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget=f"{kib}KiB", policy="streaming")
+    (seq,) = cache.new()
+    generator = torch.Generator().manual_seed(7)
+    for n in (1003, 270, 1, 1, 300, 7, 600):
+        feed(cache, [seq], n, generator)
+        assert cache.report().peak_bytes <= kib << 10
+
+
 def test_crop_below_what_was_dropped() -> None:
     cache = Cache(Shape([LayerSpec(1, 1, 16)], torch.float32), policy=policy.streaming(sinks=4, window=32))
     (seq,) = cache.new(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ def config(model_folder: Path) -> Config:
         policies=("full", "streaming", "random"),
         peers=("DynamicCache",),
         budgets=("50%",),
-        lengths=(512,),
+        lengths=(1024,),
         n=3,
     )
 
@@ -57,11 +58,12 @@ def test_a_run_writes_every_file(whole: Path, config: Config) -> None:
     assert {(c["task"], c["contender"]) for c in cells} == {
         (t, c) for t in config.tasks for c in ("DynamicCache", "full", "streaming", "random")
     }
-    assert all(c["n"] == config.n and "refused" not in c for c in cells)
+    assert all(c["n"] == config.n and "refused" not in c for c in cells), cells
 
 
 def test_full_is_the_dense_cache_token_for_token(whole: Path, config: Config) -> None:
-    lines = [line.split(",") for line in (whole / "predictions.csv").read_text().splitlines()[1:]]
+    with (whole / "predictions.csv").open(newline="") as file:
+        lines = list(csv.reader(file))[1:]
     full, dense = ([(*x[:3], *x[5:]) for x in lines if x[3] == contender] for contender in ("full", "DynamicCache"))
     assert full == dense and len(full) > 2 * config.n
     cells = {(c["task"], c["contender"]): c for c in json.loads((whole / "metrics.json").read_text())["cells"]}
@@ -96,7 +98,7 @@ def test_killed_and_started_again(whole: Path, tmp_path: Path, config: Config) -
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "kvstrata.cli", "eval", "--model", config.model, "--out", str(folder)]
     command += ["--tasks", ",".join(config.tasks), "--policies", ",".join(config.policies), "--budgets", "50%"]
-    command += ["--length", "512", "--n", "3"]
+    command += ["--length", "1024", "--n", "3"]
     work = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | THREADS)
     deadline = time.monotonic() + 120
     while not ((folder / RECORDS).exists() and (folder / RECORDS).stat().st_size) and time.monotonic() < deadline:

@@ -67,7 +67,7 @@ def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> 
     while chunk >= 2 * LEAST_CHUNK and widest * (chunk // SLOTS) > limit // 8:
         chunk = chunk // 2 // SLOTS * SLOTS
     policy = replace(policy, chunk=chunk)
-    scratch = widest * (chunk // SLOTS)
+    scratch = widest * (chunk // SLOTS + 1)  # a chunk that begins inside a page ends inside one more
     slack = limit // 64
     room = (limit - slack - scratch) // row - pages(policy.sinks) - 2
     wanted = (policy.window or SLOTS) // SLOTS

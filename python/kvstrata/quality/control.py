@@ -53,6 +53,7 @@ def random(shape: Shape, budget: Budget, sinks: int = 4, seed: int = 0) -> Polic
     open_ended = Policy("random", RandomPages(0, sinks), sinks=sinks, window=None, interval=16, chunk=128)
     window = concretise(open_ended, shape, budget, batch=1).window
     assert window is not None
+    window -= 2 * SLOTS  # drawn pages are cut where the sinks end and where the count does
     if window < WINDOW:
         raise ValueError(f"budget: {budget} holds {window} tokens per row beside {sinks} sinks, expected >= {WINDOW}")
     planner = RandomPages(window - WINDOW, sinks, seed)
