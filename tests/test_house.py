@@ -239,7 +239,8 @@ def all_files() -> list[Path]:
 
 
 def test_files_stay_short() -> None:
-    long = {str(p.relative_to(ROOT)): n for p in all_files() if (n := len(p.read_text().splitlines())) > MAX_LINES}
+    written = [p for p in all_files() if p.suffix != ".json"]  # a tokenizer is data
+    long = {str(p.relative_to(ROOT)): n for p in written if (n := len(p.read_text().splitlines())) > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, split by noun: {long}"
 
 
