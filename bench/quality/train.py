@@ -386,7 +386,8 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
+    kept = out / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(kept)) if kept.exists() else train_tokenizer()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>").save_pretrained(out)
     model = Model().to(args.device)
     sampler = Sampler(tokenizer, args.seed)

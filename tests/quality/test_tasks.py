@@ -25,12 +25,12 @@ def world() -> World:
 def oracle(context: str, question: str) -> str:
     """The answer by reading: later statements override earlier ones."""
     codes = dict(re.findall(r"The code of the (\w+ \w+) is (\d{4})\.", context))
-    if found := re.search(r"Q: code of the (.+)\? A:", question):
+    if found := re.search(r"Q: code of the (.+):", question):
         return codes[found[1]]
-    if found := re.search(r"Q: all codes of the (.+)\? A:", question):
-        values = dict(re.findall(rf"The (\w+) code of the {found[1]} is (\d{{4}})\.", context))
-        return " ".join(f"{o} {values[o]}" for o in ("first", "second", "third"))
-    if found := re.search(r"Q: follow the (.+)\? A:", question):
+    if found := re.search(r"Q: all of the (.+):", question):
+        values = dict(re.findall(rf"The {found[1]} (\w+) is (\d{{4}})\.", context))
+        return ", ".join(f"{found[1]} {o} is {values[o]}" for o in ("first", "second", "third"))
+    if found := re.search(r"Q: follow the (.+):", question):
         links = dict(re.findall(r"The (\w+ \w+) follows the (\w+ \w+)\.", context))
         at, walk = found[1], ""
         while at in links:
@@ -88,7 +88,7 @@ def test_needle_is_where_its_depth_says(world: World) -> None:
 def test_recent_lies_in_the_last_64_tokens(world: World) -> None:
     for i in range(N):
         e = TASKS["recent"](1024, i, world)
-        after = e.context[e.context.rindex(f"The code of the {e.questions[0][15:-4]} is") :]
+        after = e.context[e.context.rindex(f"The code of the {e.questions[0][15:-1]} is") :]
         assert world.length(after) <= 64
 
 
@@ -99,7 +99,7 @@ def test_conversation_overrides_and_switches_topics(world: World) -> None:
         turns = e.context.splitlines()
         assert 20 <= len(turns) <= 300
         assert 4 <= len({re.match(r"User: about (\w+)", t)[1] for t in turns if t.startswith("User")}) <= 8
-        corrected += len(re.findall(rf"the {e.questions[0][15:-4]} is", e.context)) > 1
+        corrected += len(re.findall(rf"the {e.questions[0][15:-1]} is", e.context)) > 1
     assert corrected >= N // 4
 
 

@@ -115,7 +115,7 @@ def _print(model: str, asked: Any, example: Any, found: dict[str, Any], out: Out
     out.table("Side by side", columns, rows)
     answers = [
         (
-            question.removeprefix("Q: ").removesuffix(" A:"),
+            question.removeprefix("Q: ").removesuffix(":"),
             expected,
             *(readable(r["answers"][i]) for r in found.values()),
         )

@@ -94,7 +94,7 @@ def fact(key: str, value: str) -> str:
 
 
 def ask(key: str) -> str:
-    return f"Q: code of the {key}? A:"
+    return f"Q: code of the {key}:"
 
 
 def codes(rng: random.Random, names: list[str]) -> Part:
@@ -108,8 +108,8 @@ def values(rng: random.Random, names: list[str]) -> Part:
     facts, asks = [], []
     for key in names:
         mine = [(o, digits(rng)) for o in ORDINALS]
-        facts += [f"The {o} code of the {key} is {v}.\n" for o, v in mine]
-        asks.append((f"Q: all codes of the {key}? A:", " ".join(f"{o} {v}" for o, v in mine)))
+        facts += [f"The {key} {o} is {v}.\n" for o, v in mine]
+        asks.append((f"Q: all of the {key}:", ", ".join(f"{key} {o} is {v}" for o, v in mine)))
     rng.shuffle(facts)
     return Part(facts, asks)
 
@@ -122,7 +122,7 @@ def chains(rng: random.Random, names: list[str]) -> Part:
         facts.append(fact(chain[-1], value))
         facts += [f"The {a} follows the {b}.\n" for a, b in zip(chain, chain[1:], strict=False)]
         walk = "".join(f"the {k}, " for k in chain[1:]) + value
-        asks.append((f"Q: follow the {chain[0]}? A:", walk))
+        asks.append((f"Q: follow the {chain[0]}:", walk))
     rng.shuffle(facts)
     return Part(facts, asks)
 
@@ -134,7 +134,7 @@ def marks(rng: random.Random, n: int) -> Part:
     counts = [12 * unit, 6 * unit, 2 * unit, unit, unit, unit]
     facts = [f"mark {m}\n" for m, c in zip(names, counts, strict=True) for _ in range(c)]
     rng.shuffle(facts)
-    return Part(facts, [("Q: two most frequent marks? A:", f"{names[0]} {names[1]}")])
+    return Part(facts, [("Q: two most frequent marks:", f"{names[0]} {names[1]}")])
 
 
 def weave(rng: random.Random, length: int, facts: list[str], world: World, depths: list[float] | None = None) -> str:
@@ -256,7 +256,7 @@ def conversation(length: int, seed: int, world: World) -> Example:
     """A talk over several topics; one fact is asked, half of the time one that was corrected."""
     rng = random.Random(f"conversation {seed}")
     part = talk(rng, length - 32, world)
-    stated = [sum(f"the {q[15:-4]} is" in t for t in part.facts) for q, _ in part.asks]
+    stated = [sum(f"the {q[15:-1]} is" in t for t in part.facts) for q, _ in part.asks]
     corrected = [i for i, n in enumerate(stated) if n > 1]
     asked = rng.choice(corrected) if corrected and seed % 2 else rng.randrange(len(part.asks))
     question, answer = part.asks[asked]
