@@ -233,7 +233,8 @@ def test_cuda_files_mirror_the_headers() -> None:
 def all_files() -> list[Path]:
     folders = ["csrc", "python", "tests", "bench", "examples"]
     suffixes = {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi", ".sh", ".txt", ".md", ".toml", ".json", ".yaml"}
-    inside = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes and "results" not in p.parts]
+    found = (p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes)
+    inside = [p for p in found if not {"results", ".venv"} & set(p.parts)]  # neither is in the repository
     top = [p for p in ROOT.iterdir() if p.is_file() and (p.suffix in suffixes or p.name == "Makefile")]
     return sorted(inside + top)
 
