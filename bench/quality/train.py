@@ -1,10 +1,10 @@
-"""Trains the small model that really retrieves. One file, plain PyTorch, seeded, resumable, CPU or CUDA.
+"""Trains the small model that really retrieves (network.py). Plain PyTorch, seeded, resumable, CPU or CUDA.
 
     python bench/quality/train.py --minutes 90 --out bench/quality/model
 
-The curriculum follows what is known to work: facts asked back in their own words and copies first; filler, paraphrased
+The curriculum follows what is known to work: facts asked back in their own words and copies first; filler, shorter
 questions and longer contexts later. Every context is asked as much as fits, so that most tokens carry a signal, and
-positions skip (PoSE, arXiv 2309.10400), so that short contexts teach long distances. One JSON line per 100 steps.
+positions skip (PoSE, arXiv 2309.10400), so that short contexts teach long distances. One JSON line per 50 steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from network import CONFIG, Model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvstrata.quality.tasks import (
     ADJECTIVES,
@@ -44,9 +45,6 @@ from kvstrata.quality.text import lines
 PEAK_RATE = 2e-3
 MUON_RATE = 4e-3
 WARMUP = 100
-COMMON = 0.16
-"""One dimension that all tokens' embeddings share at the start."""
-LOOK_BACK_LOGIT = 12.0
 TEXT_WEIGHT = 0.1
 """Weight of the loss on real text beside the loss on answers."""
 SKIPS = 6144
@@ -75,21 +73,6 @@ CURRICULUM = (
     Stage(300, 8192, 512, 0.03, 0.02, 0.5, until=0.985),
     Stage(200, 8192, 1024, 0.02, 0.0, 0.4, until=0.99),
     Stage(250, 8192, 2048, 0.02, 0.0, 0.3),
-)
-CONFIG = LlamaConfig(
-    vocab_size=1536,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=8192,
-    rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=None,
-    pad_token_id=0,
 )
 
 
@@ -222,99 +205,6 @@ class Sampler:
                 facts, asks = facts + part.facts, asks + part.asks
         self.rng.shuffle(facts)
         return Part(facts, asks)
-
-
-class Layer(nn.Module):
-    """A Llama layer; parameters carry transformers' names. Keys and values are repeated for their query heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width, d = CONFIG.hidden_size, CONFIG.head_dim
-        q, kv = CONFIG.num_attention_heads * d, CONFIG.num_key_value_heads * d
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, 1e-6), nn.RMSNorm(width, 1e-6)
-        self.self_attn = nn.ModuleDict(
-            {n: nn.Linear(width, m, bias=False) for n, m in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))}
-        )
-        self.self_attn["o_proj"] = nn.Linear(q, width, bias=False)
-        inner = CONFIG.intermediate_size
-        self.mlp = nn.ModuleDict({n: nn.Linear(width, inner, bias=False) for n in ("gate_proj", "up_proj")})
-        self.mlp["down_proj"] = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, width]; cos, sin [B, 1, T, d]."""
-        y = self.input_layernorm(x)
-        q, k, v = (
-            self.self_attn[n](y).unflatten(-1, (-1, CONFIG.head_dim)).transpose(1, 2)
-            for n in ("q_proj", "k_proj", "v_proj")
-        )
-        group = q.shape[1] // k.shape[1]
-        q, k = (t * cos + torch.cat((-t[..., 32:], t[..., :32]), -1) * sin for t in (q, k))
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        x = x + self.self_attn["o_proj"](
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
-        y = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
-
-
-def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin f32 [B, 1, T, d] of positions i64 [B, T]."""
-    half = torch.arange(0, CONFIG.head_dim, 2, device=positions.device) / CONFIG.head_dim
-    angles = positions[:, None, :, None] * CONFIG.rope_parameters["rope_theta"] ** -half
-    return torch.cos(torch.cat((angles, angles), -1)), torch.sin(torch.cat((angles, angles), -1))
-
-
-class Model(nn.Module):
-    """Llama with tied embeddings, its logits computed only where they are asked for.
-
-    Weights start wide enough that attention is not uniform, and the first layer's heads start on the tokens 1, 2, 3 and
-    4 places back, from which the layers above build their lookups; from a plain start the small model sat for a
-    thousand steps on guessing one of the stated values.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
-        self.layers = nn.ModuleList(Layer() for _ in range(CONFIG.num_hidden_layers))
-        self.norm = nn.RMSNorm(CONFIG.hidden_size, 1e-6)
-        for name, p in self.named_parameters():
-            if p.dim() > 1:
-                narrow = "o_proj" in name or "down_proj" in name
-                std = 0.04 if "embed" in name else CONFIG.hidden_size**-0.5 / (8**0.5 if narrow else 1)
-                nn.init.normal_(p, std=std)
-        with torch.no_grad():
-            self._look_back()
-
-    def _look_back(self) -> None:
-        """Head h of layer 0 to offset h + 1: a dimension that is the same for all tokens, seen by queries as u and by
-        keys as u turned back by the offset, on the fast half of the rotary pairs."""
-        d, width = CONFIG.head_dim, CONFIG.hidden_size
-        self.embed_tokens.weight[:, 0] = COMMON
-        seen = COMMON / (0.04**2 + COMMON**2 / width) ** 0.5  # what the norm makes of it
-        pairs = d // 4
-        u = torch.zeros(d)
-        u[:pairs] = torch.linspace(1.0, 0.1, pairs)
-        gain = (LOOK_BACK_LOGIT * d**0.5 / (seen**2 * float(u @ u))) ** 0.5
-        attention = self.layers[0].self_attn
-        group = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
-        for head in range(CONFIG.num_attention_heads):
-            cos, sin = (f[0, 0, 0] for f in rotary(torch.tensor([[head + 1]])))
-            turned = u * cos - torch.cat((-u[d // 2 :], u[: d // 2])) * sin  # by -offset, moved to the query's side
-            rows = slice(head * d, (head + 1) * d)
-            attention["q_proj"].weight[rows] *= 0.1
-            attention["q_proj"].weight[rows, 0] = gain * turned
-            if head % group == 0:
-                rows = slice(head // group * d, (head // group + 1) * d)
-                attention["k_proj"].weight[rows] *= 0.1
-                attention["k_proj"].weight[rows, 0] = gain * u
-
-    def forward(self, ids: Tensor, positions: Tensor, where: Tensor) -> Tensor:
-        """ids, positions i64 [B, T]; where bool [B, T]. Logits f32 [where.sum(), vocab]."""
-        cos, sin = rotary(positions)
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return F.linear(self.norm(x[where]), self.embed_tokens.weight).float()
 
 
 class Muon(torch.optim.Optimizer):

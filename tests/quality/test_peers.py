@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
 from kvstrata.hf import peers
-from kvstrata.hf.load import dense_cache, random_llama
+from kvstrata.hf.load import dense_cache
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "quality" / "peers" / "kvpress_run.py"
 MODULES = {"hqq": "hqq", "quanto": "optimum.quanto"}
@@ -30,7 +30,9 @@ MODULES = {"hqq": "hqq", "quanto": "optimum.quanto"}
 def llama():
     """2 layers, 2 KV heads of 64, bf16."""
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
-    return random_llama(3, num_attention_heads=4, num_key_value_heads=2, **sizes).to(torch.bfloat16)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
