@@ -140,9 +140,14 @@ class Sampler:
         return ids
 
     def copy(self, context: int) -> tuple[list[int], list[int]]:
-        """A random segment of the tasks' own words and digits, then the same again and again."""
+        """A random segment of the tasks' own words and digits, then the same again and again.
+
+        Often of few different tokens, so that the token before does not tell the next one, only several do: without
+        that, the lookup stops at one token, and never tells the facts' keys apart.
+        """
         n = self.rng.randint(6, min(128, (context - 1) // 2))
-        first = [self.rng.choice(self.copied) for _ in range(n)]
+        alphabet = self.rng.sample(self.copied, round(math.exp(self.rng.uniform(math.log(3), math.log(64)))))
+        first = [self.rng.choice(alphabet) for _ in range(n)]
         times = -(-(context - 1) // n)
         return first * times, [0] * n + [2] * n * (times - 1)
 

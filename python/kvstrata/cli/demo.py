@@ -2,7 +2,9 @@
 
 The document is source text of Python's own standard library with facts spread over it. The model reads it once through
 each cache, then answers the questions: transformers' DynamicCache, policy full, and policies under a budget. Answers,
-memory and time are printed side by side. Needs no network; takes about a minute on two cores.
+memory and time are printed side by side. Needs no network; takes about a minute on two cores. Uses the model in
+bench/quality/model if it is there, else a small one with random weights: its answers mean nothing, but its cache is
+stored and read like any other.
 """
 
 from __future__ import annotations
@@ -20,6 +22,21 @@ MODEL = Path("bench/quality/model")
 LENGTH = 2048
 SEED = 3
 CACHES = (("DynamicCache", None), ("full", None), ("streaming", "25%"))
+# Grouped-query attention in the proportions of larger models; weights drawn wide, so that attention is not uniform.
+RANDOM = {
+    "vocab_size": 256,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 16384,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 COLOURS = ("#888888", "#4477aa", "#228833", "#ee6677", "#aa3377", "#ccbb44")
 
 
@@ -33,18 +50,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     if args.plot is not None:
         importlib.import_module("matplotlib")  # fail before the work, not after it
-    if args.model == str(MODEL) and not MODEL.is_dir():
-        return out.fail(f"demo: no {MODEL} here; run it in a checkout of kvstrata, or name a model with --model")
-    from kvstrata.quality.measure import Subject
-    from kvstrata.quality.run import subject
-
-    with out.busy(f"loading {args.model}"):
-        asked: Subject
-        asked, world = subject(args.model, "auto")
+    name, asked, world = _model(args.model, out)
     example = _document(world)
     found = _measured(asked, example, out)
     first = found["DynamicCache"]
-    _print(args.model, asked, example, found, out)
+    _print(name, asked, example, found, out)
     agrees = found["full"]["answers"] == first["answers"]
     if args.plot is not None:
         _plot(found, args.plot)
@@ -53,10 +63,23 @@ def run(args: argparse.Namespace, out: Output) -> int:
     for result, record in zip(runs, found.values(), strict=True):
         result["ms_p50"] = _median(record)
     pairs = [{"question": q, "answer": a} for q, a in zip(example.questions, example.answers, strict=True)]
-    out.result({"schema": 2, "model": args.model, "questions": pairs, "full_agrees": agrees, "runs": runs})
+    out.result({"schema": 2, "model": name, "questions": pairs, "full_agrees": agrees, "runs": runs})
     if not agrees:
         return out.fail("policy full answers otherwise than the dense cache: please report it with kvstrata doctor")
     return 0
+
+
+def _model(wanted: str, out: Output) -> tuple[str, Any, Any]:
+    """(what it is, the model with its tokenizer, the world of its tasks)."""
+    from kvstrata.quality.run import prepared, subject
+
+    if wanted != str(MODEL) or MODEL.is_dir():
+        with out.busy(f"loading {wanted}"):
+            return wanted, *subject(wanted, "auto")
+    from kvstrata.cli.text import ByteTokenizer
+    from kvstrata.hf.load import random_llama
+
+    return "a Llama with RANDOM weights", *prepared(random_llama(SEED, **RANDOM), ByteTokenizer())
 
 
 def _document(world: Any) -> Any:
@@ -103,6 +126,7 @@ def _print(model: str, asked: Any, example: Any, found: dict[str, Any], out: Out
         (
             name,
             f"{sum(r['scores'])} of {len(r['scores'])}",
+            str(sum(a == b for a, b in zip(r["answers"], first["answers"], strict=True))),
             bytes_text(r["bytes"]),
             f"{r['bytes'] / r['dense_bytes']:.0%}",
             bytes_text(r["peak_bytes"]),
@@ -111,8 +135,13 @@ def _print(model: str, asked: Any, example: Any, found: dict[str, Any], out: Out
         )
         for name, r in found.items()
     ]
-    columns = ["cache", ">right", ">KV bytes", ">of dense", ">KV peak", ">read, ms", ">ms/token p50"]
+    columns = ["cache", ">right", ">as dense", ">KV bytes", ">of dense", ">KV peak", ">read, ms", ">ms/token p50"]
     out.table("Side by side", columns, rows)
+    if "RANDOM" in model:
+        out.line(
+            "With random weights no answer is right: look at memory, time, and who answers as the dense cache does."
+        )
+        return
     answers = [
         (
             question.removeprefix("Q: ").removesuffix(":"),

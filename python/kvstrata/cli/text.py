@@ -10,8 +10,10 @@ class ByteTokenizer:
     """Token i is byte i."""
 
     vocab_size = 256
+    bos_token_id = None
+    eos_token_id = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, **_: Any) -> list[int]:
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:

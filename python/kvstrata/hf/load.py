@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 
@@ -25,6 +25,15 @@ def load(name: str, dtype: str = "auto") -> tuple[Any, Any | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return model, None  # each tokenizer class has its own way to say that its files are missing
     return model, tokenizer
+
+
+def random_llama(seed: int, **config: Any) -> Any:
+    """A Llama with random weights, the same for the same seed: it stores and reads a cache like any other model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model.eval()
+    return model
 
 
 class WatchedDynamicCache(DynamicCache):  # type: ignore[misc]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -233,6 +234,11 @@ def subject(model: str, dtype: str) -> tuple[Subject, World]:
     loaded, tokenizer = load(model, dtype)
     if tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer, which the tasks need")
-    patch(loaded)
-    asked = Subject(loaded, tokenizer)
+    return prepared(loaded, tokenizer)
+
+
+def prepared(model: Any, tokenizer: Any) -> tuple[Subject, World]:
+    """The model, patched, and tasks whose lengths are in its tokens."""
+    patch(model)
+    asked = Subject(model, tokenizer)
     return asked, World(lines("held-out"), lambda text: len(asked.encode(text)))
