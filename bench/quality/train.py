@@ -51,6 +51,10 @@ SKIPS = 6144
 """Positions of a context may reach so far beyond its length."""
 
 
+FORMS = (("{n}", 8), ("{n} is", 9), ("The {n} is", 10), ("{k}", 9), ("{k} is", 10), ("The code of the {k} is", 14))
+"""Verbatim facts, and their tokens."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """At most so many steps of ``tokens`` tokens at a context length; shares of copies and verbatim facts, the rest are
@@ -152,9 +156,11 @@ class Sampler:
         return first * times, [0] * n + [2] * n * (times - 1)
 
     def verbatim(self, context: int) -> tuple[list[int], list[int]]:
-        """Facts, then some of them again, word for word."""
-        names = keys(self.rng, max(2, context // 32))
-        facts = [(f"The code of the {k} is", f" {digits(self.rng)}.\n") for k in names]
+        """Facts, then some of them again, word for word; the shorter the form, the nearer the key to its value."""
+        form, size = self.rng.choice(FORMS)
+        nouns = self.rng.sample(NOUNS, max(2, min(len(NOUNS), context // (2 * size + 4))))
+        names = keys(self.rng, len(nouns)) if "{k}" in form else nouns
+        facts = [(form.format(k=k, n=k), f" {digits(self.rng)}.\n") for k in names]
         ids = self.encode("".join(a + b for a, b in facts))
         kinds = [0] * len(ids)
         while len(ids) < context - 1:
