@@ -104,7 +104,7 @@ RANK = {
     "recall": 7, "policy": 8, "report": 8, "cache": 9, "episodes": 10, "branch": 10, "hf": 11, "__init__": 12,
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
-PARTS = {"step": "cache", "slabs": "cache"}  # files that are one unit with another
+PARTS = {"pools": "ops", "step": "cache", "slabs": "cache"}  # files that are one unit with another
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
 
@@ -186,7 +186,15 @@ def test_only_compat_compares_versions() -> None:
 
 # --- The mirror rule ------------------------------------------------------------------------------------------------
 
-NOT_ON_CUDA = {"append", "attend", "mass", "pack"}  # ops whose CUDA file is still to come
+NOT_ON_CUDA = {
+    "append",
+    "attend",
+    "compact",
+    "mass",
+    "pack",
+    "quantize",
+    "rotate",
+}  # ops whose CUDA file is still to come
 NOT_CUDA_OPS = {"api", "copier"}  # .cu files that are no op
 
 

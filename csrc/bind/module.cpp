@@ -9,5 +9,6 @@ PYBIND11_MODULE(_C, m) {
     py::register_exception<kvstrata::Invalid>(m, "Invalid", PyExc_ValueError);
     kvstrata::bind::bind_isa(m);
     kvstrata::bind::bind_ops(m);
+    kvstrata::bind::bind_formats(m);
     kvstrata::bind::bind_store(m);
 }

@@ -219,51 +219,89 @@ void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int
     ops::mass(params);
 }
 
-void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::handle pages_, py::handle k_,
-                   py::handle v_, const py::sequence& pools_, int threads) {
-    const Argument pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_);
-    pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}});
-    k.expect_rank({"P", "16", "D"});
-    const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
-    k.expect(kFloats, {P, S, D}, "P set by pages").expect_contiguous();
-    v.expect({k.dtype()}, {P, S, D}, "as k").expect_contiguous();
-    const Pools pools(op, pools_);
-    const PageId* ids = pages.data<PageId>();
-    for (int64_t i = 0; i < P.size; ++i) {
-        pools.check_id(ids[i], static_cast<int>(D.size), {"pages", i});
-        const Format format = pools.views()[page_pool(ids[i])].format;
-        check(static_cast<int>(format) == static_cast<int>(k.dtype()), op, ": k has dtype ", ops::name(k.dtype()),
-              ", expected ", ops::name(format), " (the format of pages[", i, "])");
+// Elements are of the pages' own type, codes are i8; all pages of a call that holds codes have one format.
+struct CanonicalPages {
+    Argument pages, k, v, scales;
+
+    CanonicalPages(const char* op, py::handle pages_, py::handle k_, py::handle v_, py::handle scales_)
+        : pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_), scales(op, "scales", scales_) {
+        pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}}).expect_contiguous();
+        k.expect_rank({"P", "16", "D"});
+        const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
+        k.expect({DType::f32, DType::bf16, DType::f16, DType::i8}, {P, S, D}, "P set by pages").expect_contiguous();
+        v.expect({k.dtype()}, {P, S, D}, "as k").expect_contiguous();
     }
-    const ops::PackParams params{ids,
-                                 static_cast<int32_t>(P.size),
-                                 static_cast<int32_t>(D.size),
-                                 k.data<void>(),
-                                 v.data<void>(),
+
+    void check_formats(const char* op, const Pools& pools) const {
+        const PageId* ids = pages.data<PageId>();
+        const int dim = static_cast<int>(k.shape(2));
+        Format first = Format::f32;
+        for (int64_t i = 0; i < pages.shape(0); ++i) {
+            pools.check_id(ids[i], dim, {"pages", i});
+            const Format format = pools.views()[page_pool(ids[i])].format;
+            const DType wanted = is_full(format) ? static_cast<DType>(format) : DType::i8;
+            check(wanted == k.dtype(), op, ": k has dtype ", ops::name(k.dtype()), ", expected ", ops::name(wanted),
+                  " (the format of pages[", i, is_full(format) ? "])" : "] is quantized)");
+            if (i == 0) first = format;
+            check(format == first || is_full(format), op, ": pages[", i, "] has format ", ops::name(format),
+                  ", expected ", ops::name(first), " (the format of pages[0])");
+        }
+        if (k.dtype() != DType::i8 || !pages.shape(0)) return;
+        const Dim P{"P", pages.shape(0)}, G{"groups", groups(first, dim)}, S{"16", kSlots};
+        scales.expect_rank({"P", "2", "groups", "16"});
+        scales.expect({DType::bf16}, {P, {"2", 2}, G, S}, "set by pages").expect_contiguous();
+    }
+};
+
+void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::handle pages, py::handle k, py::handle v,
+                   py::handle scales, const py::sequence& pools_, int threads) {
+    const CanonicalPages a(op, pages, k, v, scales);
+    const Pools pools(op, pools_, true);
+    a.check_formats(op, pools);
+    const ops::PackParams params{a.pages.data<PageId>(),
+                                 static_cast<int32_t>(a.pages.shape(0)),
+                                 static_cast<int32_t>(a.k.shape(2)),
+                                 a.k.data<void>(),
+                                 a.v.data<void>(),
                                  pools.views(),
-                                 threads};
+                                 threads,
+                                 a.scales.data<uint16_t>()};
     py::gil_scoped_release release;
     work(params);
 }
 
 py::dict supported() {
     py::dict d;
-    py::list dims, formats;
+    py::list dims, formats, quantized;
     for (int tuned : ops::kTunedDims) dims.append(tuned);
     for (Format f : ops::kFormats) formats.append(ops::name(f));
     d["tuned_dims"] = dims;
     d["max_head_dim"] = kMaxHeadDim;
     d["max_group"] = ops::kMaxGroup;
     d["formats"] = formats;
+    for (Format f : ops::kQuantized) quantized.append(ops::name(f));
+    d["quantized"] = quantized;
+    d["min_quantized_dim"] = kMinQuantizedDim;
     return d;
 }
 
+Format known_format(const char* op, int format, int head_dim) {
+    const bool known = format >= 0 && format <= static_cast<int>(Format::int2);
+    if (!known) throw Unsupported(message(op, ": format is ", format, ", expected 0 (f32) to 5 (int2)"));
+    const Format f = static_cast<Format>(format);
+    check(head_dim >= 1 && head_dim <= kMaxHeadDim, op, ": head_dim is ", head_dim, ", expected 1 to ", kMaxHeadDim);
+    if (!is_full(f) && !quantizable(head_dim)) {
+        throw Unsupported(message(op, ": head_dim is ", head_dim, ", expected a multiple of 16 in ", kMinQuantizedDim,
+                                  " to ", kMaxHeadDim, " (format ", ops::name(f), ")"));
+    }
+    return f;
+}
+
 int64_t bytes_of_page(int format, int head_dim) {
-    const bool known = format >= 0 && is_full(static_cast<Format>(format));
-    if (!known) throw Unsupported(message("page_bytes: format is ", format, ", expected 0 (f32), 1 (bf16) or 2 (f16)"));
-    check(head_dim >= 1 && head_dim <= kMaxHeadDim, "page_bytes: head_dim is ", head_dim, ", expected 1 to ",
-          kMaxHeadDim);
-    return page_bytes(static_cast<Format>(format), head_dim);
+    return page_bytes(known_format("page_bytes", format, head_dim), head_dim);
+}
+int groups_of_vector(int format, int head_dim) {
+    return groups(known_format("scale_groups", format, head_dim), head_dim);
 }
 
 }  // namespace
@@ -277,19 +315,17 @@ void bind_ops(py::module_& m) {
           py::arg("window"), py::arg("threads"));
     m.def("merge", &merge, py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"), py::arg("threads"));
     m.def("mass", &mass, py::arg("logits"), py::arg("lse"), py::arg("out"), py::arg("reduce"), py::arg("threads"));
-    m.def(
-        "pack",
-        [](py::handle pages, py::handle k, py::handle v, const py::sequence& pools, int threads) {
-            convert_pages("pack", &ops::pack, pages, k, v, pools, threads);
-        },
-        py::arg("pages"), py::arg("k"), py::arg("v"), py::arg("pools"), py::arg("threads"));
-    m.def(
-        "unpack",
-        [](py::handle pages, py::handle k, py::handle v, const py::sequence& pools, int threads) {
-            convert_pages("unpack", &ops::unpack, pages, k, v, pools, threads);
-        },
-        py::arg("pages"), py::arg("k"), py::arg("v"), py::arg("pools"), py::arg("threads"));
+    const auto convert = [&m](const char* name, void (*work)(const ops::PackParams&)) {
+        m.def(
+            name,
+            [name, work](py::handle pages, py::handle k, py::handle v, py::handle scales, const py::sequence& pools,
+                         int threads) { convert_pages(name, work, pages, k, v, scales, pools, threads); },
+            py::arg("pages"), py::arg("k"), py::arg("v"), py::arg("scales"), py::arg("pools"), py::arg("threads"));
+    };
+    convert("pack", &ops::pack);
+    convert("unpack", &ops::unpack);
     m.def("page_bytes", &bytes_of_page, py::arg("format"), py::arg("head_dim"));
+    m.def("scale_groups", &groups_of_vector, py::arg("format"), py::arg("head_dim"));
     m.def("supported", &supported);
 }
 

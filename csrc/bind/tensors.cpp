@@ -107,7 +107,8 @@ const Argument& Argument::expect_contiguous() const {
     return *this;
 }
 
-Pools::Pools(const char* op, const py::sequence& pools) : op_(op), count_(static_cast<int>(pools.size())) {
+Pools::Pools(const char* op, const py::sequence& pools, bool quantized)
+    : op_(op), count_(static_cast<int>(pools.size())) {
     check(count_ <= kMaxPools, op, ": pools has ", count_, " pools, expected at most ", kMaxPools);
     for (int i = 0; i < count_; ++i) {
         const py::tuple pool = pools[i];
@@ -117,9 +118,14 @@ Pools::Pools(const char* op, const py::sequence& pools) : op_(op), count_(static
         view.format = static_cast<Format>(pool[0].cast<int>());
         s.head_dim = pool[1].cast<int>();
         view.stride = pool[2].cast<int64_t>();
-        if (!is_full(view.format)) {
+        if (!is_full(view.format) && !quantized) {
             throw Unsupported(
                 message(op, ": pools[", i, "] has format ", ops::name(view.format), ", expected f32, bf16 or f16"));
+        }
+        if (!is_full(view.format) && !quantizable(s.head_dim)) {
+            throw Unsupported(message(op, ": pools[", i, "] of format ", ops::name(view.format), " has head_dim ",
+                                      s.head_dim, ", expected a multiple of 16 in ", kMinQuantizedDim, " to ",
+                                      kMaxHeadDim));
         }
         const int64_t least = page_bytes(view.format, s.head_dim);
         check(view.stride >= least && view.stride % 64 == 0, op, ": pools[", i, "] has a stride of ", view.stride,
@@ -150,6 +156,8 @@ void Pools::check_id(PageId id, int head_dim, Place place) const {
           ", expected one of ", s.pages[slab], " pages");
     check(s.head_dim == head_dim, op_, ": pools[", pool, "] has head_dim ", s.head_dim, ", expected ", head_dim);
 }
+
+int Pools::head_dim(PageId id) const { return id >= 0 && page_pool(id) < count_ ? slabs_[page_pool(id)].head_dim : 0; }
 
 void Pools::check_positions() const {
     for (int i = 0; i < count_; ++i) {

@@ -66,13 +66,15 @@ struct Place {
 // The pools of a call, and what their page ids may be.
 class Pools {
   public:
-    Pools(const char* op, const py::sequence& pools);
+    // `quantized`: whether the op also takes pools of quantized formats.
+    Pools(const char* op, const py::sequence& pools, bool quantized = false);
 
     const PoolView* views() const { return views_; }
 
     // Throws unless `id` is a page of a pool whose head_dim is D.
     void check_id(PageId id, int head_dim, Place place) const;
-    void check_positions() const;  // every pool has them
+    void check_positions() const;   // every pool has them
+    int head_dim(PageId id) const;  // of the page's pool; 0 if there is no such pool
 
   private:
     struct Slabs {

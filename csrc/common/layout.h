@@ -1,11 +1,18 @@
 // Where things lie inside a page (arrangement version 1, the CPU's and that of saved files).
 //
-//   page = [K codes][V codes]            (full formats; quantized formats append their scales)
+//   full formats        [K][V]
+//   quantized formats   [K codes][V codes][K scales][V scales]       scales bf16 [groups][16 slots]
 //
 // Every 64-byte line holds 16 slots x one 4-byte operand, so no kernel needs a horizontal sum:
-//   f32          K [D][16]                V [16][D]
-//   bf16, f16    K [D/2][16 slots][2]     V [8][D][2 slots]
-// D is padded with zeros to a multiple of 16 ("Dp"), so that every line is whole.
+//   f32          K [D][16]                     V [16][D]
+//   bf16, f16    K [D/2][16 slots][2]          V [8][D][2 slots]
+//   int8         K [D/4][16 slots][4 dims]     V [4][D][4 slots]
+//   int4         K [D/8][16][4] bytes: dims 8p..8p+3 in the low nibbles, 8p+4..8p+7 in the high ones
+//                V [2][D][4] bytes: slot quad 2u in the low nibbles, 2u+1 in the high ones
+//   int2         K [D/16][16][4] bytes: four successive int8 lines in bits 0-1, 2-3, 4-5, 6-7
+//                V [1][D][4] bytes: the four slot quads likewise
+// In other words: K of a slot is a column of 32-bit words, and V of a slot is one bit field in D successive words.
+// Full formats pad D with zeros to a multiple of 16 ("Dp"), so that every line is whole; quantized formats need one.
 #pragma once
 
 #include "common/types.h"
@@ -13,14 +20,44 @@
 namespace kvstrata {
 
 inline constexpr int kMaxHeadDim = 512;
+inline constexpr int kMinQuantizedDim = 32;
+inline constexpr int kMinGroup = 16;  // dimensions that share a scale, at least
+inline constexpr int kMaxGroups = kMaxHeadDim / kMinGroup;
 
 constexpr int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Bytes of K (or of V) of one page of a full format, of the whole page, and of the page's slot positions (int32 [16]).
-constexpr int64_t half_bytes(Format f, int head_dim) {
-    return static_cast<int64_t>(kSlots) * padded_dim(head_dim) * format_bytes(f);
+// Head dimensions that quantized formats can hold.
+constexpr bool quantizable(int head_dim) {
+    return head_dim % 16 == 0 && head_dim >= kMinQuantizedDim && head_dim <= kMaxHeadDim;
 }
-constexpr int64_t page_bytes(Format f, int head_dim) { return 2 * half_bytes(f, head_dim); }
+
+// Dimensions that share a scale. int8: all up to 128, else the largest of 128, 64, 32, 16 that divides D; int4 and int2:
+// the same from 64 and from 32 down.
+constexpr int group_size(Format f, int head_dim) {
+    if (f == Format::int8 && head_dim <= 128) return head_dim;
+    int size = f == Format::int8 ? 128 : f == Format::int4 ? 64 : 32;
+    while (head_dim % size) size /= 2;
+    return size;
+}
+// Scales of one vector.
+constexpr int groups(Format f, int head_dim) { return is_full(f) ? 0 : head_dim / group_size(f, head_dim); }
+
+// Bytes of the elements or codes of K (or of V) of one page, of its scales, of the whole page, and of the page's slot
+// positions (int32 [16]).
+constexpr int64_t half_bytes(Format f, int head_dim) {
+    return static_cast<int64_t>(kSlots) * padded_dim(head_dim) * format_bits(f) / 8;
+}
+constexpr int64_t scale_bytes(Format f, int head_dim) { return 2 * kSlots * static_cast<int64_t>(groups(f, head_dim)); }
+constexpr int64_t page_bytes(Format f, int head_dim) {
+    return 2 * (half_bytes(f, head_dim) + scale_bytes(f, head_dim));
+}
 inline constexpr int64_t kPositionBytes = kSlots * static_cast<int64_t>(sizeof(int32_t));
+
+// Offsets inside a page: V, and the scales of K and of V.
+constexpr int64_t v_offset(Format f, int head_dim) { return half_bytes(f, head_dim); }
+constexpr int64_t k_scales_offset(Format f, int head_dim) { return 2 * half_bytes(f, head_dim); }
+constexpr int64_t v_scales_offset(Format f, int head_dim) {
+    return k_scales_offset(f, head_dim) + scale_bytes(f, head_dim);
+}
 
 }  // namespace kvstrata

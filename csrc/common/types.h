@@ -16,7 +16,7 @@ inline constexpr uint16_t kAllSlots = 0xFFFF;
 enum class Format : uint8_t { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int2 = 5 };
 
 // Element type of a tensor that crosses the border.
-enum class DType : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u16 = 4, i32 = 5, i64 = 6, u64 = 7 };
+enum class DType : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u16 = 4, i32 = 5, i64 = 6, u64 = 7, i8 = 8 };
 
 enum class Device : uint8_t { cpu = 0, cuda = 1 };
 enum class Tier : uint8_t { near = 0, far = 1 };
@@ -42,9 +42,21 @@ constexpr int page_index(PageId id) { return id & (kMaxPagesPerSlab - 1); }
 // Width of an element of a full format, or of a tensor type, in bytes.
 constexpr int format_bytes(Format f) { return f == Format::f32 ? 4 : 2; }
 constexpr bool is_full(Format f) { return f <= Format::f16; }
+// Width of an element, or of a code, of any format in bits.
+constexpr int format_bits(Format f) {
+    switch (f) {
+        case Format::f32: return 32;
+        case Format::bf16:
+        case Format::f16: return 16;
+        case Format::int8: return 8;
+        case Format::int4: return 4;
+        default: return 2;
+    }
+}
 constexpr int dtype_bytes(DType t) {
     switch (t) {
-        case DType::u8: return 1;
+        case DType::u8:
+        case DType::i8: return 1;
         case DType::bf16:
         case DType::f16:
         case DType::u16: return 2;

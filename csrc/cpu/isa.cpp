@@ -71,7 +71,10 @@ void fill(Isa level, Kernels* table) {
     case Isa::name:                 \
         name::fill_attend(table);   \
         name::fill_elements(table); \
+        name::fill_encode(table);   \
         name::fill_pages(table);    \
+        name::fill_rotate(table);   \
+        name::fill_slots(table);    \
         break
     switch (level) {
         KVSTRATA_FILL(scalar);

@@ -48,6 +48,22 @@ struct Kernels {
     void (*put_page)(unsigned char* page, int32_t width, const void* const* k, const void* const* v,
                      int32_t padded_dim);
     void (*get_page)(const unsigned char* page, int32_t width, void* const* k, void* const* v, int32_t padded_dim);
+
+    // x [dim] = R x, or its inverse, in place; codes i8 [dim] and bf16 scales [groups] of a rotated vector, and back.
+    void (*rotate)(float* x, int32_t dim, bool inverse);
+    void (*encode)(const float* x, int32_t dim, Format format, int32_t group, unsigned char* codes, uint16_t* scales);
+    void (*decode)(const unsigned char* codes, const uint16_t* scales, int32_t dim, Format format, int32_t group,
+                   float* x);
+
+    // One slot of a page to another page, `scales` of K and V together. Indexed by Format.
+    void (*copy_slot[6])(unsigned char* to, int32_t to_slot, const unsigned char* from, int32_t slot,
+                         int32_t padded_dim, int32_t scales);
+    // Elements [padded_dim] of a slot of a full page. Indexed by Format f32, bf16, f16.
+    void (*get_slot[3])(const unsigned char* page, int32_t slot, int32_t padded_dim, void* k, void* v);
+    // Codes i8 [dim] of a slot of a quantized page; codes [16, stride] into the slots of a mask. Indexed from int8 on.
+    void (*get_codes[3])(const unsigned char* page, int32_t slot, int32_t dim, unsigned char* k, unsigned char* v);
+    void (*put_codes[3])(unsigned char* page, int32_t dim, uint16_t slots, const unsigned char* k,
+                         const unsigned char* v, int32_t stride);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -55,7 +71,10 @@ struct Kernels {
     namespace level {                   \
     void fill_attend(Kernels* table);   \
     void fill_elements(Kernels* table); \
+    void fill_encode(Kernels* table);   \
     void fill_pages(Kernels* table);    \
+    void fill_rotate(Kernels* table);   \
+    void fill_slots(Kernels* table);    \
     }
 KVSTRATA_LEVEL(scalar)
 KVSTRATA_LEVEL(avx2)

@@ -28,42 +28,71 @@ unsigned char* row_of(const ops::PackParams& p, void* tensor, int64_t page, int 
     return static_cast<unsigned char*>(tensor) + (page * kSlots + slot) * p.head_dim * width;
 }
 
-template <class Move>
-void each_page(const ops::PackParams& p, Move move) {
-    const Kernels& k = kernels();
+void pack_full(const ops::PackParams& p, int64_t i, unsigned char* page, Format format) {
+    const int padded = padded_dim(p.head_dim), width = format_bytes(format);
+    const size_t used = static_cast<size_t>(p.head_dim) * width, all = static_cast<size_t>(padded) * width;
+    PaddedRows rows;
+    for (int slot = 0; slot < kSlots; ++slot) {
+        std::memcpy(rows.k[slot], row_of(p, p.k, i, slot, width), used);
+        std::memcpy(rows.v[slot], row_of(p, p.v, i, slot, width), used);
+        std::memset(static_cast<char*>(rows.k[slot]) + used, 0, all - used);
+        std::memset(static_cast<char*>(rows.v[slot]) + used, 0, all - used);
+    }
+    kernels().put_page(page, width, rows.k, rows.v, padded);
+}
+
+void unpack_full(const ops::PackParams& p, int64_t i, const unsigned char* page, Format format) {
+    const int width = format_bytes(format);
+    const size_t used = static_cast<size_t>(p.head_dim) * width;
+    PaddedRows rows;
+    kernels().get_page(page, width, rows.k, rows.v, padded_dim(p.head_dim));
+    for (int slot = 0; slot < kSlots; ++slot) {
+        std::memcpy(row_of(p, p.k, i, slot, width), rows.k[slot], used);
+        std::memcpy(row_of(p, p.v, i, slot, width), rows.v[slot], used);
+    }
+}
+
+// The scales of page i are canonical as they lie in the page.
+unsigned char* scales_of(const ops::PackParams& p, int64_t i, Format format) {
+    return reinterpret_cast<unsigned char*>(p.scales) + i * 2 * scale_bytes(format, p.head_dim);
+}
+
+void pack_codes(const ops::PackParams& p, int64_t i, unsigned char* page, Format format) {
+    const int index = static_cast<int>(format) - static_cast<int>(Format::int8);
+    kernels().put_codes[index](page, p.head_dim, kAllSlots, row_of(p, p.k, i, 0, 1), row_of(p, p.v, i, 0, 1),
+                               p.head_dim);
+    std::memcpy(page + k_scales_offset(format, p.head_dim), scales_of(p, i, format),
+                static_cast<size_t>(2 * scale_bytes(format, p.head_dim)));
+}
+
+void unpack_codes(const ops::PackParams& p, int64_t i, const unsigned char* page, Format format) {
+    const int index = static_cast<int>(format) - static_cast<int>(Format::int8);
+    for (int slot = 0; slot < kSlots; ++slot) {
+        kernels().get_codes[index](page, slot, p.head_dim, row_of(p, p.k, i, slot, 1), row_of(p, p.v, i, slot, 1));
+    }
+    std::memcpy(scales_of(p, i, format), page + k_scales_offset(format, p.head_dim),
+                static_cast<size_t>(2 * scale_bytes(format, p.head_dim)));
+}
+
+template <class Work>
+void each_page(const ops::PackParams& p, Work work) {
     parallel(p.n_pages, p.threads, [&](int64_t i, int) {
         const PageId id = p.pages[i];
-        move(k, i, const_cast<unsigned char*>(page_at(p.pools, id)), format_bytes(p.pools[page_pool(id)].format));
+        work(i, const_cast<unsigned char*>(page_at(p.pools, id)), p.pools[page_pool(id)].format);
     });
 }
 
 }  // namespace
 
 void pack(const ops::PackParams& p) {
-    const int padded = padded_dim(p.head_dim);
-    each_page(p, [&](const Kernels& k, int64_t i, unsigned char* page, int width) {
-        PaddedRows rows;
-        const size_t used = static_cast<size_t>(p.head_dim) * width, all = static_cast<size_t>(padded) * width;
-        for (int slot = 0; slot < kSlots; ++slot) {
-            std::memcpy(rows.k[slot], row_of(p, p.k, i, slot, width), used);
-            std::memcpy(rows.v[slot], row_of(p, p.v, i, slot, width), used);
-            std::memset(static_cast<char*>(rows.k[slot]) + used, 0, all - used);
-            std::memset(static_cast<char*>(rows.v[slot]) + used, 0, all - used);
-        }
-        k.put_page(page, width, rows.k, rows.v, padded);
+    each_page(p, [&](int64_t i, unsigned char* page, Format format) {
+        is_full(format) ? pack_full(p, i, page, format) : pack_codes(p, i, page, format);
     });
 }
 
 void unpack(const ops::PackParams& p) {
-    const int padded = padded_dim(p.head_dim);
-    each_page(p, [&](const Kernels& k, int64_t i, unsigned char* page, int width) {
-        PaddedRows rows;
-        const size_t used = static_cast<size_t>(p.head_dim) * width;
-        k.get_page(page, width, rows.k, rows.v, padded);
-        for (int slot = 0; slot < kSlots; ++slot) {
-            std::memcpy(row_of(p, p.k, i, slot, width), rows.k[slot], used);
-            std::memcpy(row_of(p, p.v, i, slot, width), rows.v[slot], used);
-        }
+    each_page(p, [&](int64_t i, const unsigned char* page, Format format) {
+        is_full(format) ? unpack_full(p, i, page, format) : unpack_codes(p, i, page, format);
     });
 }
 

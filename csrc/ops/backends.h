@@ -3,9 +3,12 @@
 
 #include "ops/append.h"
 #include "ops/attend.h"
+#include "ops/compact.h"
 #include "ops/mass.h"
 #include "ops/merge.h"
 #include "ops/pack.h"
+#include "ops/quantize.h"
+#include "ops/rotate.h"
 
 namespace kvstrata::cpu {
 
@@ -16,5 +19,9 @@ void merge(const ops::MergeParams& params);
 void mass(const ops::MassParams& params);
 void pack(const ops::PackParams& params);
 void unpack(const ops::PackParams& params);
+void rotate(const ops::RotateParams& params);
+void quantize(const ops::QuantizeParams& params);
+void dequantize(const ops::DequantizeParams& params);
+void compact(const ops::CompactParams& params);
 
 }  // namespace kvstrata::cpu

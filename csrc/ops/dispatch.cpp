@@ -23,14 +23,39 @@ void check_float(const char* op, const char* argument, DType type) {
     check(is_float(type), op, ": ", argument, " has dtype ", name(type), ", expected f32, bf16 or f16");
 }
 
-// Under KVSTRATA_CHECK: an id that the pools do not hold, or a format that this op does not read.
-void check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
+void check_quantizable(const char* op, int head_dim) {
+    if (!quantizable(head_dim)) {
+        throw Unsupported(message(op, ": head_dim is ", head_dim, ", expected a multiple of 16 in ", kMinQuantizedDim,
+                                  " to ", kMaxHeadDim));
+    }
+}
+
+// Under KVSTRATA_CHECK: an id that the pools do not hold.
+const PoolView& check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
     const PoolView* pool = id >= 0 && page_pool(id) < kMaxPools ? &pools[page_pool(id)] : nullptr;
     check(pool && page_slab(id) < pool->n_slabs, op, ": pages[", row, ", ", entry, "] is ", id,
           ", expected a page of a pool");
-    if (!is_full(pool->format)) {
-        throw Unsupported(message(op, ": pages[", row, ", ", entry, "] has format ", name(pool->format),
-                                  ", expected f32, bf16 or f16"));
+    return *pool;
+}
+
+// Likewise, or a format that this op does not read.
+void check_full_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
+    const Format format = check_page(op, pools, id, row, entry).format;
+    if (!is_full(format)) {
+        throw Unsupported(
+            message(op, ": pages[", row, ", ", entry, "] has format ", name(format), ", expected f32, bf16 or f16"));
+    }
+}
+
+// Under KVSTRATA_CHECK: both ends of every move.
+void check_moves(const char* op, const Move* moves, int count, const PoolView* pools) {
+    for (int i = 0; settings().check && i < count; ++i) {
+        const Move& m = moves[i];
+        if (skipped(m)) continue;
+        check_page(op, pools, m.from, i, 0);
+        check_page(op, pools, m.to, i, 2);
+        check(m.from_slot >= 0 && m.from_slot < kSlots && m.to_slot >= 0 && m.to_slot < kSlots, op, ": moves[", i,
+              "] goes from slot ", m.from_slot, " to slot ", m.to_slot, ", expected 0 to ", kSlots - 1);
     }
 }
 
@@ -55,7 +80,8 @@ void check_row(const AttendParams& p, int r) {
           ")");
     if (!settings().check) return;
     for (int e = 0; e < row.entries; ++e) {
-        if (row.pages[e] >= 0 && (!row.visible || row.visible[e])) check_page("attend", p.pools, row.pages[e], r, e);
+        if (row.pages[e] >= 0 && (!row.visible || row.visible[e]))
+            check_full_page("attend", p.pools, row.pages[e], r, e);
     }
 }
 
@@ -66,7 +92,7 @@ void append(const AppendParams& p) {
     check_float("append", "k", p.dtype);
     for (int r = 0; settings().check && r < p.n_rows; ++r) {
         for (int t = 0; t < p.rows[r].count; ++t) {
-            if (p.rows[r].pages[t] >= 0) check_page("append", p.pools, p.rows[r].pages[t], r, t);
+            if (p.rows[r].pages[t] >= 0) check_full_page("append", p.pools, p.rows[r].pages[t], r, t);
         }
     }
     cpu::append(p);
@@ -114,6 +140,29 @@ void pack(const PackParams& p) {
 void unpack(const PackParams& p) {
     check_pack("unpack", p);
     cpu::unpack(p);
+}
+
+void rotate(const RotateParams& p) {
+    check_quantizable("rotate", p.head_dim);
+    cpu::rotate(p);
+}
+
+void quantize(const QuantizeParams& p) {
+    check_quantizable("quantize", p.head_dim);
+    check_moves("quantize", p.moves, p.n_moves, p.pools);
+    cpu::quantize(p);
+}
+
+void dequantize(const DequantizeParams& p) {
+    check_shape("dequantize", p.head_dim);
+    for (int i = 0; settings().check && i < p.n_pages; ++i) check_page("dequantize", p.pools, p.pages[i], 0, i);
+    cpu::dequantize(p);
+}
+
+void compact(const CompactParams& p) {
+    check_shape("compact", p.head_dim);
+    check_moves("compact", p.moves, p.n_moves, p.pools);
+    cpu::compact(p);
 }
 
 }  // namespace kvstrata::ops

@@ -11,6 +11,7 @@ inline constexpr int kMaxTreeOwn = 64;                                      // o
 inline constexpr int kTunedDims[] = {64, 80, 96, 112, 128, 160, 192, 256};  // other D up to kMaxHeadDim run the same
                                                                             // kernels, with a tail where D % 16 != 0
 inline constexpr Format kFormats[] = {Format::f32, Format::bf16, Format::f16};
+inline constexpr Format kQuantized[] = {Format::int8, Format::int4, Format::int2};  // D a multiple of 16 from 32
 
 constexpr bool is_float(DType t) { return t <= DType::f16; }
 
@@ -19,7 +20,7 @@ inline const char* name(Format f) {
     return kNames[static_cast<int>(f)];
 }
 inline const char* name(DType t) {
-    constexpr const char* kNames[] = {"f32", "bf16", "f16", "u8", "u16", "i32", "i64", "u64"};
+    constexpr const char* kNames[] = {"f32", "bf16", "f16", "u8", "u16", "i32", "i64", "u64", "i8"};
     return kNames[static_cast<int>(t)];
 }
 

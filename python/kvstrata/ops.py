@@ -10,125 +10,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvstrata import _C
+from kvstrata.pools import (
+    FORMATS,
+    QUANTIZED,
+    SLOTS,
+    Pool,
+    make_page,
+    maybe_view,
+    native_pools,
+    page_bytes,
+    scale_groups,
+    thread_count,
+    view,
+)
 
-SLOTS = 16
-FORMATS: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+__all__ = [
+    "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "append", "attend", "attend_workspace_bytes", "compact",
+    "dequantize", "make_page", "mass", "merge", "pack", "page_bytes", "quantize", "rotate", "scale_groups", "unpack",
+]  # fmt: skip
+
 Reduce = Literal["sum", "mean", "max"]
-
-_POSITION_BYTES = SLOTS * 4
 _REDUCE: dict[str, int] = {"sum": 0, "mean": 1, "max": 2}
-_FORMAT_CODE = {"f32": 0, "bf16": 1, "f16": 2}
-_DTYPE_CODE = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.uint8: 3,
-    torch.uint16: 4,
-    torch.int32: 5,
-    torch.int64: 6,
-    torch.uint64: 7,
-}
-
-
-def make_page(pool: int, slab: int, index: int) -> int:
-    """The i32 page id: 3 bits pool, 12 bits slab, 16 bits page in the slab. -1 means "skip"."""
-    for name, value, limit in (("pool", pool, 8), ("slab", slab, 4096), ("index", index, 65536)):
-        if not 0 <= value < limit:
-            raise ValueError(f"make_page: {name} is {value}, expected 0 to {limit - 1}")
-    return pool << 28 | slab << 16 | index
-
-
-def page_bytes(format: str, head_dim: int) -> int:
-    """Bytes of one page's payload. ValueError for an unknown format or a head_dim outside 1..512."""
-    if format not in _FORMAT_CODE:
-        raise ValueError(f"page_bytes: format is {format!r}, expected one of {', '.join(_FORMAT_CODE)}")
-    return _C.page_bytes(_FORMAT_CODE[format], head_dim)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Pages of one format. Its place in the `pools` of a call is the pool number of its page ids.
-
-    A slab is one uint8 tensor, 64-byte aligned: the payload of its pages, then their slots' positions (i32 [pages, 16]).
-    """
-
-    format: str
-    head_dim: int
-    slabs: tuple[Tensor, ...]
-    pages: tuple[int, ...]  # of each slab
-
-    @classmethod
-    def allocate(cls, format: str, head_dim: int, pages: int, slabs: int = 1) -> Pool:
-        """A pool of `slabs` slabs of `pages` pages each, contents undefined."""
-        if not 0 <= pages <= 65536:
-            raise ValueError(f"Pool.allocate: pages is {pages}, expected 0 to 65536")
-        size = pages * (page_bytes(format, head_dim) + _POSITION_BYTES)
-        memory = tuple(torch.empty(size, dtype=torch.uint8) for _ in range(slabs))
-        return cls(format, head_dim, memory, (pages,) * slabs)
-
-    @property
-    def stride(self) -> int:
-        """Bytes from one page to the next."""
-        return page_bytes(self.format, self.head_dim)
-
-    def payload(self, slab: int = 0) -> Tensor:
-        """The pages of a slab as bytes: uint8 [pages, stride], a view."""
-        return self.slabs[slab][: self.pages[slab] * self.stride].view(self.pages[slab], self.stride)
-
-    def positions(self, slab: int = 0) -> Tensor:
-        """The positions of a slab's slots: i32 [pages, 16], a view."""
-        return self.slabs[slab][self.pages[slab] * self.stride :].view(torch.int32).view(self.pages[slab], SLOTS)
-
-    def native(self) -> _C.Pool:
-        """This pool as the native core takes it."""
-        stride = self.stride
-        slabs = []
-        for i, (memory, pages) in enumerate(zip(self.slabs, self.pages, strict=True)):
-            needed = pages * (stride + _POSITION_BYTES)
-            if memory.dtype != torch.uint8 or memory.numel() < needed or not memory.is_contiguous():
-                raise ValueError(
-                    f"Pool: slab {i} is {memory.dtype} {list(memory.shape)}, expected contiguous torch.uint8 of at least"
-                    f" [{needed}] ({pages} pages)"
-                )
-            slabs.append((memory.data_ptr(), pages, memory.data_ptr() + pages * stride))
-        return _FORMAT_CODE[self.format], self.head_dim, stride, slabs
-
-
-def _native(op: str, pools: Sequence[Pool]) -> list[_C.Pool]:
-    for i, pool in enumerate(pools):
-        for slab in pool.slabs:
-            if slab.device.type != "cpu":
-                raise ValueError(f"{op}: pools[{i}] is on {slab.device}, expected cpu")
-    return [pool.native() for pool in pools]
-
-
-def _view(op: str, name: str, t: Tensor) -> _C.Tensor:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor")
-    if t.device.type != "cpu":
-        raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
-    if t.dtype not in _DTYPE_CODE:
-        raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPE_CODE))}")
-    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], 0
-
-
-def _maybe(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:
-    return None if t is None else _view(op, name, t)
-
-
-def _threads(op: str, threads: int | None) -> int:
-    if threads is None:
-        return torch.get_num_threads()
-    if threads < 1:
-        raise ValueError(f"{op}: threads is {threads}, expected at least 1")
-    return threads
 
 
 def append(
@@ -152,15 +60,15 @@ def append(
     Dimensions up to the next multiple of 16 become zero. Slots that are not named keep their bytes. No two tokens of a
     call may name the same slot, a row's tokens of one page follow each other, and rows do not share pages.
     """
-    native = _native("append", pools)
+    native = native_pools("append", pools)
     _C.append(
-        _view("append", "k", k),
-        _view("append", "v", v),
-        _view("append", "pages", pages),
-        _view("append", "slots", slots),
+        view("append", "k", k),
+        view("append", "v", v),
+        view("append", "pages", pages),
+        view("append", "slots", slots),
         native,
-        _view("append", "position", position),
-        _threads("append", threads),
+        view("append", "position", position),
+        thread_count("append", threads),
     )
 
 
@@ -213,7 +121,7 @@ def attend(
         raise ValueError(f"attend: out is {list(out.shape)}, expected {list(q.shape)} (as q)")
     result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
-    count = _threads("attend", threads)
+    count = thread_count("attend", threads)
     entries = pages.shape[1] if pages.dim() == 2 else 0
     logits = want_logits if isinstance(want_logits, Tensor) else None
     if logits is None and (want_logits or want_mass):
@@ -221,21 +129,21 @@ def attend(
     if workspace is None:
         workspace = torch.empty(attend_workspace_bytes(q, entries, threads=count), dtype=torch.uint8)
     tensors: _C.AttendTensors = {
-        "q": _view("attend", "q", q4),
-        "pages": _view("attend", "pages", pages),
-        "visible": _maybe("attend", "visible", visible),
-        "bias": _maybe("attend", "bias", bias),
-        "sinks": _maybe("attend", "sinks", sinks),
-        "own": _maybe("attend", "own", own),
-        "tree": _maybe("attend", "tree", tree),
-        "q_pos": _maybe("attend", "q_pos", q_pos),
-        "out": _view("attend", "out", result if q.dim() == 4 else result.unsqueeze(1)),
-        "lse": _view("attend", "lse", lse if q.dim() == 4 else lse.unsqueeze(1)),
-        "want_logits": _maybe("attend", "logits", logits),
-        "workspace": _view("attend", "workspace", workspace),
+        "q": view("attend", "q", q4),
+        "pages": view("attend", "pages", pages),
+        "visible": maybe_view("attend", "visible", visible),
+        "bias": maybe_view("attend", "bias", bias),
+        "sinks": maybe_view("attend", "sinks", sinks),
+        "own": maybe_view("attend", "own", own),
+        "tree": maybe_view("attend", "tree", tree),
+        "q_pos": maybe_view("attend", "q_pos", q_pos),
+        "out": view("attend", "out", result if q.dim() == 4 else result.unsqueeze(1)),
+        "lse": view("attend", "lse", lse if q.dim() == 4 else lse.unsqueeze(1)),
+        "want_logits": maybe_view("attend", "logits", logits),
+        "workspace": view("attend", "workspace", workspace),
     }
     factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
-    _C.attend(tensors, _native("attend", pools), factor, softcap, window, count)
+    _C.attend(tensors, native_pools("attend", pools), factor, softcap, window, count)
     results = [result, lse]
     if want_mass and logits is not None:
         results.append(mass(logits, lse, threads=count))
@@ -247,7 +155,7 @@ def attend(
 def attend_workspace_bytes(q: Tensor, entries: int, *, threads: int | None = None) -> int:
     """Bytes that `attend` needs for these queries over lists of up to `entries` entries; grows with each of its inputs."""
     queries = q.shape[1] if q.dim() == 4 else 1
-    count = _threads("attend", threads)
+    count = thread_count("attend", threads)
     return _C.attend_workspace_bytes(q.shape[0], queries, q.shape[-2], q.shape[-1], entries, count)
 
 
@@ -289,14 +197,14 @@ def merge(
         if not t.is_contiguous():
             raise ValueError(f"merge: {name} has strides {list(t.stride())}, expected contiguous")
         n = math.prod(shape[:-1])
-        return _view("merge", name, t.view(n, shape[-1]) if dims == 2 else t.view(n))
+        return view("merge", name, t.view(n, shape[-1]) if dims == 2 else t.view(n))
 
     _C.merge(
         [flat(f"outs[{i}]", t, 2) for i, t in enumerate(outs)],
         [flat(f"lses[{i}]", t, 1) for i, t in enumerate(lses)],
         flat("out", joined, 2),
         flat("lse", weight, 1),
-        _threads("merge", threads),
+        thread_count("merge", threads),
     )
     return joined, weight
 
@@ -326,23 +234,33 @@ def mass(
     result = torch.empty(rows, entries, SLOTS, dtype=torch.float32) if out is None else out
     by_head = by_query.transpose(1, 2).contiguous()
     _C.mass(
-        _view("mass", "logits", logits),
-        _view("mass", "lse", by_head),
-        _view("mass", "out", result),
+        view("mass", "logits", logits),
+        view("mass", "lse", by_head),
+        view("mass", "out", result),
         _REDUCE[reduce],
-        _threads("mass", threads),
+        thread_count("mass", threads),
     )
     return result
 
 
-def pack(k: Tensor, v: Tensor, pages: Tensor, pools: Sequence[Pool], *, threads: int | None = None) -> None:
-    """Writes whole pages from canonical k, v [P, 16, D], contiguous, of the pages' own type. Bytes only, lossless.
+def pack(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    pools: Sequence[Pool],
+    *,
+    scales: Tensor | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes whole pages from canonical k, v [P, 16, D], contiguous. Bytes only, lossless.
 
-    pages    i32 [P], none of them -1. Positions are not touched.
+    k, v     elements of the pages' own type; quantized pages: their codes, int8 (int2: 0 to 3; low bits are stored)
+    pages    i32 [P], none of them -1; quantized ones all of one format. Positions are not touched
+    scales   bf16 [P, 2 (K, V), groups, 16], for quantized pages
     """
-    native = _native("pack", pools)
-    views = _view("pack", "pages", pages), _view("pack", "k", k), _view("pack", "v", v)
-    _C.pack(*views, native, _threads("pack", threads))
+    native = native_pools("pack", pools)
+    views = view("pack", "pages", pages), view("pack", "k", k), view("pack", "v", v)
+    _C.pack(*views, maybe_view("pack", "scales", scales), native, thread_count("pack", threads))
 
 
 def unpack(
@@ -351,21 +269,112 @@ def unpack(
     *,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    scales: Tensor | None = None,
     threads: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The canonical k, v [P, 16, D] of whole pages, in the pages' own type: the inverse of `pack`.
+) -> tuple[Tensor, ...]:
+    """What `pack` takes, from whole pages: (k, v), or (k, v, scales) of quantized pages.
 
     pages    i32 [P], none of them -1, all of one format
     """
-    if k is None or v is None:
-        number = int(pages[0]) >> 28 if pages.numel() else 0
-        if not 0 <= number < len(pools):
-            raise ValueError(f"unpack: pages[0] names pool {number}, expected one of {len(pools)} pools")
-        pool = pools[number]
-        shape = (pages.numel(), SLOTS, pool.head_dim)
-        k = torch.empty(shape, dtype=FORMATS[pool.format]) if k is None else k
-        v = torch.empty(shape, dtype=FORMATS[pool.format]) if v is None else v
-    native = _native("unpack", pools)
-    views = _view("unpack", "pages", pages), _view("unpack", "k", k), _view("unpack", "v", v)
-    _C.unpack(*views, native, _threads("unpack", threads))
+    pool = _pool_of("unpack", pages, pools)
+    quantized = pool.format in QUANTIZED
+    shape = (pages.numel(), SLOTS, pool.head_dim)
+    dtype = torch.int8 if quantized else FORMATS[pool.format]
+    k = torch.empty(shape, dtype=dtype) if k is None else k
+    v = torch.empty(shape, dtype=dtype) if v is None else v
+    if quantized and scales is None:
+        groups = scale_groups(pool.format, pool.head_dim)
+        scales = torch.empty(pages.numel(), 2, groups, SLOTS, dtype=torch.bfloat16)
+    native = native_pools("unpack", pools)
+    views = view("unpack", "pages", pages), view("unpack", "k", k), view("unpack", "v", v)
+    _C.unpack(*views, maybe_view("unpack", "scales", scales), native, thread_count("unpack", threads))
+    return (k, v, scales) if quantized and scales is not None else (k, v)
+
+
+def _pool_of(op: str, pages: Tensor, pools: Sequence[Pool]) -> Pool:
+    number = int(pages.view(-1)[0]) >> 28 if pages.numel() else 0
+    if not 0 <= number < len(pools):
+        raise ValueError(f"{op}: pages[0] names pool {number}, expected one of {len(pools)} pools")
+    return pools[number]
+
+
+def rotate(x: Tensor, inverse: bool = False, *, out: Tensor | None = None, threads: int | None = None) -> Tensor:
+    """R x over the last dimension: signs, Walsh-Hadamard, and a mix where D is no power of two. Returns f32 [..., D].
+
+    x         f32 [..., D], contiguous; D a multiple of 16 in 32..512
+    inverse   R is orthonormal; its inverse is its transpose
+    out       like x; may be x
+    """
+    result = torch.empty_like(x) if out is None else out
+    if not x.dim() or result.shape != x.shape:
+        raise ValueError(f"rotate: out is {list(result.shape)}, x is {list(x.shape)}, expected [..., D] twice")
+    if not x.is_contiguous() or not result.is_contiguous():
+        raise ValueError(f"rotate: strides of x, out are {x.stride()}, {result.stride()}, expected contiguous")
+    views = [view("rotate", name, t.view(-1, x.shape[-1])) for name, t in (("x", x), ("out", result)) if x.numel()]
+    if views:
+        _C.rotate(*views, inverse, thread_count("rotate", threads))
+    return result
+
+
+def quantize(
+    moves: Tensor,
+    pools: Sequence[Pool],
+    centre: Tensor | None = None,
+    row_of: Tensor | None = None,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Encodes tokens into slots of quantized pages: from full pages, or from quantized pages of more bits.
+
+    moves    i32 [n, 4] (source page, slot, destination page, slot), contiguous; a page of -1 skips the move. The moves
+             into one page follow each other, no slot is written twice, no page is both read and written
+    centre   f32 [R, D] subtracted from the keys of full pages before they are rotated; default none
+    row_of   i32 [n] row of centre, with it
+
+    Symmetric scheme, one bf16 scale per group of dimensions (`scale_groups`). Codes and scales have the same bits on every
+    machine. Non-finite values make their groups' scale NaN. Positions move along; other slots keep their bytes.
+    """
+    _C.quantize(
+        view("quantize", "moves", moves),
+        native_pools("quantize", pools),
+        maybe_view("quantize", "centre", centre),
+        maybe_view("quantize", "row_of", row_of),
+        thread_count("quantize", threads),
+    )
+
+
+def dequantize(
+    pages: Tensor,
+    pools: Sequence[Pool],
+    centre: Tensor | None = None,
+    row_of: Tensor | None = None,
+    *,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k, v f32 [P, 16, D] of whole pages, rotated back: for tests and debugging. Full pages are only widened.
+
+    pages    i32 [P], none of them -1, of any formats
+    centre   f32 [R, D] as `quantize` took it; default none
+    row_of   i32 [P] row of centre, with it
+    """
+    shape = (pages.numel(), SLOTS, _pool_of("dequantize", pages, pools).head_dim)
+    k, v = torch.empty(shape), torch.empty(shape)
+    _C.dequantize(
+        view("dequantize", "pages", pages),
+        view("dequantize", "k", k),
+        view("dequantize", "v", v),
+        native_pools("dequantize", pools),
+        maybe_view("dequantize", "centre", centre),
+        maybe_view("dequantize", "row_of", row_of),
+        thread_count("dequantize", threads),
+    )
     return k, v
+
+
+def compact(moves: Tensor, pools: Sequence[Pool], *, threads: int | None = None) -> None:
+    """Copies slots between pages of one format, any format: elements or codes, scales and positions, bytes only.
+
+    moves    i32 [n, 4] (source page, slot, destination page, slot), as in `quantize`
+    """
+    native = native_pools("compact", pools)
+    _C.compact(view("compact", "moves", moves), native, thread_count("compact", threads))

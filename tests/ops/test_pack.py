@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from cases import POISON, poisoned_pools
@@ -71,6 +73,98 @@ def test_no_pages(isa: str) -> None:
     ops.pack(nothing, nothing, torch.empty(0, dtype=torch.int32), [pool])
     k, v = ops.unpack(torch.empty(0, dtype=torch.int32), [pool])
     assert k.shape == v.shape == (0, 16, 8)
+
+
+QUANTIZED_DIMS = [32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256, 512]
+
+
+@pytest.mark.parametrize("dim", QUANTIZED_DIMS)
+@pytest.mark.parametrize("fmt", ops.QUANTIZED)
+def test_codes(isa: str, fmt: str, dim: int) -> None:
+    """Every code, scales of any bits, over poison: bytes by the reference's layout, and back."""
+    pool = poisoned_pools((fmt,), dim, 4, 2)[0]
+    g = torch.Generator().manual_seed(dim)
+    low, high = {"int8": (-128, 128), "int4": (-8, 8), "int2": (0, 4)}[fmt]
+    k, v = (torch.randint(low, high, (3, 16, dim), generator=g).to(torch.int8) for _ in range(2))
+    groups = ops.scale_groups(fmt, dim)
+    assert groups == dim // reference.group_size(fmt, dim)
+    scales = torch.randint(-(1 << 15), 1 << 15, (3, 2, groups, 16), generator=g).to(torch.int16).view(torch.bfloat16)
+    pages = torch.tensor([ops.make_page(0, s, i) for s, i in ((1, 3), (0, 0), (0, 2))], dtype=torch.int32)
+    ops.pack(k, v, pages, [pool], scales=scales)
+    got = torch.stack([pool.payload(int(p) >> 16)[int(p) & 0xFFFF] for p in pages])
+    assert torch.equal(got, reference.pack(k, v, fmt, scales))
+    for again in (reference.unpack(got, fmt, dim), ops.unpack(pages, [pool])):
+        assert all(same_bytes(a, b) for a, b in zip(again, (k, v, scales), strict=True))
+    assert torch.all(pool.payload(0)[[1, 3]] == POISON) and torch.all(pool.positions(0) == -1)
+
+
+@pytest.mark.parametrize("fmt", ops.QUANTIZED)
+def test_layout_by_hand(isa: str, fmt: str) -> None:
+    """One code at a time, where the drawing of the page puts it: K [.][16][4], V [.][D][4], bit fields low first."""
+    dim, bits = 64, {"int8": 8, "int4": 4, "int2": 2}[fmt]
+    share, half = 8 // bits, 16 * 64 * bits // 8
+    pool = ops.Pool.allocate(fmt, dim, 1)
+    page, scales = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 2, ops.scale_groups(fmt, dim), 16).bfloat16()
+    for slot, d in ((0, 0), (5, 3), (15, 63), (9, 38), (6, 20)):
+        k = torch.zeros(1, 16, dim, dtype=torch.int8)
+        k[0, slot, d] = 1
+        line, field = d // 4 // share, d // 4 % share
+        unit, quarter = slot // 4 // share, slot // 4 % share
+        ops.pack(k, k, page, [pool], scales=scales)
+        where = {
+            line * 64 + slot * 4 + d % 4: 1 << bits * field,
+            half + (unit * dim + d) * 4 + slot % 4: 1 << bits * quarter,
+        }
+        payload = pool.payload()[0]
+        assert {int(i): int(payload[i]) for i in payload.nonzero()} == where
+
+
+def test_codes_of_several_formats_are_refused() -> None:
+    pools = poisoned_pools(("int8", "int4", "bf16"), 64, 1, 1)
+    k = torch.zeros(2, 16, 64, dtype=torch.int8)
+    scales = torch.zeros(2, 2, 1, 16).bfloat16()
+    for second, text in (
+        (1, "pages[1] has format int4, expected int8 (the format of pages[0])"),
+        (2, "k has dtype i8"),
+    ):
+        pages = torch.tensor([0, second << 28], dtype=torch.int32)
+        with pytest.raises(ValueError, match=re.escape(f"pack: {text}")):
+            ops.pack(k, k, pages, pools, scales=scales)
+    one = torch.zeros(1, dtype=torch.int32)
+    for wrong, text in (
+        (None, "scales is missing"),
+        (scales[:1, :1], "scales is [1, 1, 1, 16], expected [P=1, 2, groups=1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"pack: {text}")):
+            ops.pack(k[:1], k[:1], one, pools, scales=wrong)
+    with pytest.raises(
+        ValueError, match=re.escape("pack: k has dtype f32, expected i8 (the format of pages[0] is quan")
+    ):
+        ops.pack(k[:1].float(), k[:1].float(), one, pools, scales=scales[:1])
+    assert all(torch.all(pool.slabs[0] == POISON) for pool in pools)
+
+
+# states.md 2.4: bytes of a slot and of a page.
+TABLE = {
+    64: {"bf16": (256, 4096), "int8": (132, 2112), "int4": (68, 1088), "int2": (40, 640)},
+    80: {"bf16": (320, 5120), "int8": (164, 2624), "int4": (100, 1600), "int2": (60, 960)},
+    96: {"bf16": (384, 6144), "int8": (196, 3136), "int4": (108, 1728), "int2": (60, 960)},
+    128: {"bf16": (512, 8192), "int8": (260, 4160), "int4": (136, 2176), "int2": (80, 1280)},
+    256: {"bf16": (1024, 16384), "int8": (520, 8320), "int4": (272, 4352), "int2": (160, 2560)},
+}
+
+
+@pytest.mark.parametrize("dim", TABLE)
+def test_page_bytes_of_the_formats(dim: int) -> None:
+    for fmt, (slot, page) in TABLE[dim].items():
+        assert ops.page_bytes(fmt, dim) == page == 16 * slot
+
+
+def test_quantized_pages_are_whole_lines() -> None:
+    for dim in range(32, 513, 16):
+        for fmt in ops.QUANTIZED:
+            assert ops.page_bytes(fmt, dim) % 64 == 0
+            assert dim % ops.scale_groups(fmt, dim) == 0 and dim // ops.scale_groups(fmt, dim) % 16 == 0
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -67,6 +67,31 @@ KV_INLINE V bits_and(V x, uint32_t m) {
     return {_mm256_and_ps(x.a, k), _mm256_and_ps(x.b, k)};
 }
 KV_INLINE V bits_or(V x, V y) { return {_mm256_or_ps(x.a, y.a), _mm256_or_ps(x.b, y.b)}; }
+// Lane i and lane i ^ Stride change places.
+template <int Stride>
+KV_INLINE V swap(V x) {
+    if constexpr (Stride == 8) return {x.b, x.a};
+    if constexpr (Stride == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    constexpr int kOrder = Stride == 1 ? 0xB1 : 0x4E;
+    return {_mm256_permute_ps(x.a, kOrder), _mm256_permute_ps(x.b, kOrder)};
+}
+KV_INLINE V negate(uint16_t bits, V x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(x.a, _mm256_and_ps(lanes_of(bits), sign)),
+            _mm256_xor_ps(x.b, _mm256_and_ps(lanes_of(bits >> 8), sign))};
+}
+// Sixteen signed bytes; stored from integral lanes in -128..127.
+KV_INLINE V load_i8(const void* p) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+KV_INLINE void store_i8(void* p, V x) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
+}
 KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 KV_INLINE __m128i half(const void* p, int i) { return _mm_loadu_si128(static_cast<const __m128i*>(p) + i); }

@@ -43,6 +43,22 @@ KV_INLINE V pow2(V n) {
 }
 KV_INLINE V bits_and(V a, uint32_t m) { return {_mm512_and_ps(a.x, _mm512_castsi512_ps(_mm512_set1_epi32(m)))}; }
 KV_INLINE V bits_or(V a, V b) { return {_mm512_or_ps(a.x, b.x)}; }
+// Lane i and lane i ^ Stride change places.
+template <int Stride>
+KV_INLINE V swap(V a) {
+    if constexpr (Stride == 1) return {_mm512_permute_ps(a.x, 0xB1)};
+    if constexpr (Stride == 2) return {_mm512_permute_ps(a.x, 0x4E)};
+    if constexpr (Stride == 4) return {_mm512_shuffle_f32x4(a.x, a.x, 0xB1)};
+    return {_mm512_shuffle_f32x4(a.x, a.x, 0x4E)};
+}
+KV_INLINE V negate(uint16_t bits, V a) { return {_mm512_mask_xor_ps(a.x, bits, a.x, _mm512_set1_ps(-0.0f))}; }
+// Sixteen signed bytes; stored from integral lanes in -128..127.
+KV_INLINE V load_i8(const void* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
+}
+KV_INLINE void store_i8(void* p, V a) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
+}
 KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Sixteen 16-bit elements.

@@ -56,6 +56,17 @@ KV_INLINE V pow2(V n) {
 }
 KV_INLINE V bits_and(V a, uint32_t m) { KV_LANES(float_of(bits_of(a.x[i]) & m)); }
 KV_INLINE V bits_or(V a, V b) { KV_LANES(float_of(bits_of(a.x[i]) | bits_of(b.x[i]))); }
+// Lane i and lane i ^ Stride change places.
+template <int Stride>
+KV_INLINE V swap(V a) {
+    KV_LANES(a.x[i ^ Stride]);
+}
+KV_INLINE V negate(uint16_t bits, V a) { KV_LANES(bits >> i & 1 ? -a.x[i] : a.x[i]); }
+// Sixteen signed bytes; stored from integral lanes in -128..127.
+KV_INLINE V load_i8(const void* p) { KV_LANES(static_cast<float>(static_cast<const signed char*>(p)[i])); }
+KV_INLINE void store_i8(void* p, V a) {
+    for (int i = 0; i < 16; ++i) static_cast<signed char*>(p)[i] = static_cast<signed char>(a.x[i]);
+}
 KV_INLINE void prefetch(const void*) {}
 
 KV_INLINE float widen_f16(uint32_t h) {

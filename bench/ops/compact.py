@@ -1,0 +1,68 @@
+"""compact beside a torch copy of the same bytes: whole pages, and slots gathered from all over."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import SLOTS, begin, buffers, digest, measure, parser, run_facts, show
+
+from kvstrata import ops
+
+
+def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> dict[str, Any]:
+    pages = args.kv_rows * (args.tokens // SLOTS)
+    size = 2 * pages * ops.page_bytes(fmt, args.dim)  # read and written
+    count = buffers(size)
+    source = [ops.Pool.allocate(fmt, args.dim, pages) for _ in range(count)]
+    for pool in source:
+        pool.slabs[0].random_(0, 255)
+    target = ops.Pool.allocate(fmt, args.dim, pages)
+    target.slabs[0].zero_()
+    copies = torch.zeros_like(target.payload())
+    at = torch.arange(pages * SLOTS)
+    token = torch.randperm(pages * SLOTS) if order == "scattered" else at
+    columns = (token // SLOTS, token % SLOTS, at // SLOTS + ops.make_page(1, 0, 0), at % SLOTS)
+    moves = torch.stack(columns, 1).to(torch.int32)
+
+    def ours(i: int) -> object:
+        return ops.compact(moves, [source[i % count], target])
+
+    def copy(i: int) -> object:
+        return copies.copy_(source[i % count].payload())
+
+    times, base = measure([ours, copy], args.reps)
+    ours(0)
+    gbps = size / times.p50 / 1e6
+    return {
+        "kind": "compact",
+        "format": fmt,
+        "order": order,
+        "kv_rows": args.kv_rows,
+        "head_dim": args.dim,
+        "tokens": args.tokens,
+        "bytes_in_and_out": size,
+        "reps": args.reps,
+        **times.row(),
+        "ns_per_token": 1e6 * times.p50 / (pages * SLOTS),
+        "gbps": gbps,
+        "share_copy": gbps / copy_gbps,
+        "digest": digest(target.payload()),
+        "baseline": {"name": "torch copy", "ms_p50": base.p50},
+        "speedup_vs_copy": base.p50 / times.p50,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__ or "", tokens=4096, format="bf16,int8,int4,int2").parse_args()
+    begin(args)
+    run = run_facts(args)
+    rows = [
+        case(args, fmt, order, run["copy_gbps"]) for fmt in args.format.split(",") for order in ("pages", "scattered")
+    ]
+    show("compact", run, rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
