@@ -1,5 +1,21 @@
-"""Budgets: what a cache may hold. Units here; allocators, schedules and the ledger build on them."""
+"""Budgets: what a cache may hold, how it is divided over layers and heads, and who holds how much."""
 
-from kvstrata.budget.units import Budget as Budget
+from kvstrata.budget.allocate import AdaptiveHeads, Allocation, Allocator, Pyramid, RowsSeen, Uniform
+from kvstrata.budget.entropy import EntropyShare
+from kvstrata.budget.powerlaw import PowerLaw
+from kvstrata.budget.sensitivity import Sensitivity, SensitivityProfile
+from kvstrata.budget.units import Budget
 
-__all__ = ["Budget"]
+__all__ = [
+    "AdaptiveHeads",
+    "Allocation",
+    "Allocator",
+    "Budget",
+    "EntropyShare",
+    "PowerLaw",
+    "Pyramid",
+    "RowsSeen",
+    "Sensitivity",
+    "SensitivityProfile",
+    "Uniform",
+]
