@@ -2,6 +2,7 @@
 
 from kvstrata.budget.allocate import AdaptiveHeads, Allocation, Allocator, Pyramid, RowsSeen, Uniform
 from kvstrata.budget.entropy import EntropyShare
+from kvstrata.budget.knapsack import Knapsack
 from kvstrata.budget.powerlaw import PowerLaw
 from kvstrata.budget.sensitivity import Sensitivity, SensitivityProfile
 from kvstrata.budget.units import Budget
@@ -12,6 +13,7 @@ __all__ = [
     "Allocator",
     "Budget",
     "EntropyShare",
+    "Knapsack",
     "PowerLaw",
     "Pyramid",
     "RowsSeen",
