@@ -4,6 +4,7 @@ from kvstrata.budget.allocate import AdaptiveHeads, Allocation, Allocator, Pyram
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.knapsack import Knapsack
 from kvstrata.budget.powerlaw import PowerLaw
+from kvstrata.budget.schedule import Profile, Schedule
 from kvstrata.budget.sensitivity import Sensitivity, SensitivityProfile
 from kvstrata.budget.units import Budget
 
@@ -15,8 +16,10 @@ __all__ = [
     "EntropyShare",
     "Knapsack",
     "PowerLaw",
+    "Profile",
     "Pyramid",
     "RowsSeen",
+    "Schedule",
     "Sensitivity",
     "SensitivityProfile",
     "Uniform",
