@@ -130,8 +130,9 @@ def test_adaptive_heads_mix_and_normalise() -> None:
 
 
 def test_adaptive_heads_refuse_what_is_no_mass() -> None:
-    with pytest.raises(ValueError, match="a score is negative"):
-        AdaptiveHeads().allocate(plain(torch.tensor([[2]]), torch.tensor([[[-1.0, 2.0]]])), 1)
+    for wrong in (-1.0, float("inf")):
+        with pytest.raises(ValueError, match="a score is negative or infinite"):
+            AdaptiveHeads().allocate(plain(torch.tensor([[2]]), torch.tensor([[[wrong, 2.0]]])), 1)
     with pytest.raises(Unsupported, match="AdaptiveHeads: compares scores of different heads, and those of key norm"):
         refuse_other_scores(AdaptiveHeads(), "key norm", is_mass=False)
     refuse_other_scores(AdaptiveHeads(), "window vote", is_mass=True)
@@ -207,6 +208,7 @@ def test_sensitivity_weights_and_floor() -> None:
         ({"scores": torch.ones(2, 1, 2)}, "a row has 3 tokens, scores are given for 2"),
         ({"unit": 0}, "unit and page_bytes"),
         ({"priority": torch.ones(3)}, r"priority is \[3\], expected \[1\]"),
+        ({"priority": -torch.ones(1)}, "a priority is negative"),
     ],
 )
 def test_sights_that_do_not_agree(fields: dict, message: str) -> None:  # type: ignore[type-arg]

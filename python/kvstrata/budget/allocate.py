@@ -62,6 +62,8 @@ class RowsSeen:
             raise ValueError(f"RowsSeen: a row has {int(self.tokens.max())} tokens, scores are given for {columns}")
         if self.unit < 1 or (self.page_bytes < 1).any():
             raise ValueError("RowsSeen: unit and page_bytes must be >= 1")
+        if self.priority is not None and not (self.priority.isfinite() & (self.priority >= 0)).all():
+            raise ValueError("RowsSeen: a priority is negative or not finite")
 
     @property
     def full_bytes(self) -> Tensor:
@@ -239,11 +241,13 @@ class AdaptiveHeads:
 
 
 def masses(who: str, seen: RowsSeen) -> Tensor:
-    """scores f32 [L, R, N] with 0 for NaN and -1 where no token is. ValueError for a negative score: that is no mass."""
+    """scores f32 [L, R, N] with 0 for NaN and -1 where no token is. ValueError for what is no mass: negative, inf."""
     assert seen.scores is not None
     scores = torch.where(seen.scores.isnan(), 0.0, seen.scores)
-    if ((scores < 0) & seen.present).any():
-        raise ValueError(f"{who}: a score is negative, expected attention mass >= 0 (no key norm, no key diversity)")
+    if (((scores < 0) | scores.isinf()) & seen.present).any():
+        raise ValueError(
+            f"{who}: a score is negative or infinite, expected attention mass >= 0 (no key norm, no key diversity)"
+        )
     return torch.where(seen.present, scores, -1.0)
 
 

@@ -139,7 +139,8 @@ class Knapsack:
         rows = seen.tokens.shape[1]
         counts = torch.stack([(kind == k).sum(1) for k in range(len(seen.formats) + 1)], dim=1)
         ends = ((counts[:, 1:] + SLOTS - 1) // SLOTS).cumsum(1)
-        own = (torch.arange(chunks).view(1, -1, 1) >= ends.unsqueeze(1)).sum(-1).clamp_max(len(seen.formats) - 1)
+        own = (torch.arange(chunks).view(1, -1, 1) >= ends.unsqueeze(1)).sum(-1)
+        own = torch.where(own < len(seen.formats), own, 0)  # beyond a row's last chunk: any
         known: dict[tuple[Step, ...], int] = {}
         number = torch.zeros(seen.page_bytes.shape, dtype=torch.int64)  # of the ladder of (format now, layer)
         for now in torch.unique(own).tolist():
