@@ -310,9 +310,9 @@ def rotate(x: Tensor, inverse: bool = False, *, out: Tensor | None = None, threa
         raise ValueError(f"rotate: out is {list(result.shape)}, x is {list(x.shape)}, expected [..., D] twice")
     if not x.is_contiguous() or not result.is_contiguous():
         raise ValueError(f"rotate: strides of x, out are {x.stride()}, {result.stride()}, expected contiguous")
-    views = [view("rotate", name, t.view(-1, x.shape[-1])) for name, t in (("x", x), ("out", result)) if x.numel()]
-    if views:
-        _C.rotate(*views, inverse, thread_count("rotate", threads))
+    if x.numel():
+        source, target = (view("rotate", n, t.view(-1, x.shape[-1])) for n, t in (("x", x), ("out", result)))
+        _C.rotate(source, target, inverse, thread_count("rotate", threads))
     return result
 
 

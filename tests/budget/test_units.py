@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from kvstrata import Budget
+from kvstrata import Budget, Cache, LayerSpec, Shape, Unsupported
+from kvstrata.budget import Schedule
+from kvstrata.budget.protect import limit_bytes, page_bytes
 
 
 @pytest.mark.parametrize(
@@ -28,3 +31,66 @@ def test_spellings(spec: object, expected: Budget | None) -> None:
 def test_refused(spec: object) -> None:
     with pytest.raises(ValueError, match="budget"):
         Budget.parse(spec)  # type: ignore[arg-type]
+
+
+FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget.bytes("2GiB", schedule=FALLING), "schedule: a cache does not follow one yet"),
+        (lambda: Budget.tokens(256, schedule=FALLING), "schedule"),
+        (lambda: Budget.share(0.5, schedule=FALLING), "schedule"),
+        (lambda: Budget.bytes("2GiB", far="16GiB"), "far is '16GiB', there is no Far tier yet"),
+        (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
+        (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),
+        (lambda: Budget.bytes("2GiB", per="sequence"), "pages are not charged to sequences yet"),
+        (lambda: Budget.tokens(256, count=True), "stored tokens are not capped between plans yet"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget.bytes("2GiB", near=0), "near is 0"),
+        (lambda: Budget.bytes("2GiB", near="2 gigs"), "'2 gigs' is not understood"),
+        (lambda: Budget.bytes("2GiB", per="layer"), "per is 'layer'"),
+        (lambda: Budget.share(0.5, at=0), "at is 0"),
+        (lambda: Budget("tokens", 5, at=5), "at belongs to a share"),
+    ],
+)
+def test_refused_arguments(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_what_is_honoured() -> None:
+    assert Budget.bytes("2GiB", near="1GiB") == Budget.bytes("1GiB") == Budget.bytes("1GiB", near="2GiB")
+    assert Budget.bytes("1MB", far=None, schedule=Schedule()).value == 10**6
+    assert str(Budget.share(0.25, at=4096)) == "25% of 4096tok"
+
+
+def test_units_agree_where_they_mean_the_same() -> None:
+    shape = Shape([LayerSpec(2, 8, 64)] * 3 + [LayerSpec(1, 8, 128)], torch.bfloat16)
+    page = sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+    tokens = Budget.tokens(100)
+    assert limit_bytes(tokens, shape, [5000]) == 7 * page, "of 100 tokens: seven pages of every row"
+    assert limit_bytes(tokens, shape, [5000, 9]) == 14 * page
+    assert limit_bytes(Budget.bytes(7 * page), shape, [5000]) == limit_bytes(tokens, shape, [1])
+    dense = shape.token_bytes()
+    assert limit_bytes(Budget.share(0.25), shape, [4000, 96]) == 1024 * dense
+    assert limit_bytes(Budget.share(0.25, at=4096), shape, [7]) == 1024 * dense
+    assert limit_bytes(Budget.share(0.25, at=4096), shape, [7, 8]) == 2048 * dense
+    assert limit_bytes(Budget.share(0.29, at=100), shape, [1]) == 29 * dense, "not a byte less by rounding"
+    assert limit_bytes(Budget.share(1.0), shape, [3]) == 3 * dense
+    assert Budget.bytes("2GB") != Budget.bytes("2GiB")
+
+
+def test_a_cache_refuses_a_share_of_a_length() -> None:
+    with pytest.raises(Unsupported, match="share"):
+        Cache(Shape([LayerSpec(1, 1, 16)], torch.float32), Budget.share(0.5, at=4096), "streaming")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
@@ -23,6 +25,21 @@ def page_bytes(shape: Shape, layer: int) -> int:
     """Bytes of one page of a layer, metadata included."""
     padded = pages(shape.layers[layer].head_dim) * SLOTS
     return 2 * SLOTS * padded * shape.dtype.itemsize + _METADATA_PER_PAGE
+
+
+def limit_bytes(budget: Budget, shape: Shape, lengths: Sequence[int]) -> int:
+    """What a budget means in bytes for sequences of so many logical tokens.
+
+    bytes: as they are; tokens: Full pages for n tokens of every row with their metadata, per sequence; share: of K and V
+    alone of a dense cache of these lengths, or of ``budget.at`` tokens per sequence, rounded down.
+    """
+    if budget.unit == "bytes":
+        return int(budget.value)
+    if budget.unit == "tokens":
+        row = sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+        return row * pages(int(budget.value)) * len(lengths)
+    tokens = sum(lengths) if budget.at is None else budget.at * len(lengths)
+    return int(Fraction(str(budget.value)) * tokens * shape.token_bytes())
 
 
 def concretise(policy: Policy, shape: Shape, budget: Budget | None, batch: int) -> Policy:

@@ -6,40 +6,86 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base ** (i + 1) for i, prefix in enumerate("KMGT") for suffix, base in (("iB", 1024), ("B", 1000))
-}
-SPELLINGS = '"2GiB", "512MB", "25%" (the share kept), "256tok", 256 (tokens per row), or a Budget'
+from kvstrata.budget.schedule import Schedule
+from kvstrata.budget.sizes import SPELLINGS, parse_bytes
+from kvstrata.config import Unsupported
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`."""
+    """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`.
+
+    schedule: how the limit falls while decoding (None, or a constant one: it does not); far: "auto", a Far tier exactly when
+    the policy archives, which none does yet, or None, no Far tier; disk: None; per: "cache", one limit for all sequences;
+    count: False; at: the length in tokens that a share is of (None: each plan's logical length). Values that this release
+    cannot honour are Unsupported, with the reason.
+    """
 
     unit: Literal["bytes", "tokens", "share"]
     value: float
+    schedule: Schedule | None = None
+    far: int | str | None = "auto"
+    disk: int | str | None = None
+    per: str = "cache"
+    count: bool = False
+    at: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None and not self.schedule.constant:
+            raise Unsupported("budget: schedule: a cache does not follow one yet, its limit stays as given")
+        if self.far not in ("auto", None):
+            raise Unsupported(f"budget: far is {self.far!r}, there is no Far tier yet; expected 'auto' or None")
+        if self.disk is not None:
+            raise Unsupported(f"budget: disk is {self.disk!r}, there is no disk tier yet; expected None")
+        if self.per not in ("cache", "sequence"):
+            raise ValueError(f"budget: per is {self.per!r}, expected 'cache' or 'sequence'")
+        if self.per == "sequence":
+            raise Unsupported("budget: per='sequence': pages are not charged to sequences yet; expected 'cache'")
+        if self.count:
+            raise Unsupported("budget: count=True: stored tokens are not capped between plans yet; expected False")
+        if self.at is not None and self.unit != "share":
+            raise ValueError(f"budget: at belongs to a share, got it with {self.unit}")
+        if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool) or self.at < 1):
+            raise ValueError(f"budget: at is {self.at!r}, expected None or an int >= 1")
 
     @staticmethod
-    def bytes(value: int | str) -> Budget:
-        """At most this many bytes, metadata included; "2GiB" is 2^31, "2GB" is 2 * 10^9."""
-        n = _parse_bytes(value) if isinstance(value, str) else value
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"budget: bytes is {value!r}, expected an int >= 1 or a string such as '2GiB'")
-        return Budget("bytes", n)
+    def bytes(
+        value: int | str,
+        *,
+        near: int | str | None = None,
+        far: int | str | None = "auto",
+        disk: int | str | None = None,
+        schedule: Schedule | None = None,
+        per: str = "cache",
+    ) -> Budget:
+        """At most this many bytes, metadata included; "2GiB" is 2^31, "2GB" is 2 * 10^9.
+
+        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds.
+        """
+        limits = []
+        for name, given in (("bytes", value), ("near", value if near is None else near)):
+            n = parse_bytes(given) if isinstance(given, str) else given
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+                raise ValueError(f"budget: {name} is {given!r}, expected an int >= 1 or a string such as '2GiB'")
+            limits.append(n)
+        return Budget("bytes", min(limits), schedule, far, disk, per)
 
     @staticmethod
-    def tokens(n: int) -> Budget:
-        """n tokens per row (per KV head and layer), for every sequence."""
+    def tokens(n: int, *, count: bool = False, schedule: Schedule | None = None) -> Budget:
+        """n tokens per row (per KV head and layer), for every sequence; count: never more than n stored in any row."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"budget: tokens is {n!r}, expected an int >= 1")
-        return Budget("tokens", n)
+        return Budget("tokens", n, schedule, count=count)
 
     @staticmethod
-    def share(x: float) -> Budget:
-        """The share of the dense cache's bytes that is kept, 0 < x <= 1."""
+    def share(x: float, *, at: int | None = None, schedule: Schedule | None = None) -> Budget:
+        """The share of the dense cache's bytes that is kept, 0 < x <= 1; at: of a cache of so many tokens, whatever the length.
+
+        A cache does not take a share yet; :func:`kvstrata.budget.protect.limit_bytes` says how many bytes it is.
+        """
         if isinstance(x, bool) or not 0 < x <= 1:
             raise ValueError(f"budget: share is {x!r}, expected 0 < share <= 1")
-        return Budget("share", float(x))
+        return Budget("share", float(x), schedule, at=at)
 
     @staticmethod
     def parse(spec: Budget | str | int | None) -> Budget | None:
@@ -59,12 +105,5 @@ class Budget:
 
     def __str__(self) -> str:
         if self.unit == "share":
-            return f"{self.value * 100:g}%"
+            return f"{self.value * 100:g}%" + (f" of {self.at}tok" if self.at else "")
         return f"{int(self.value)}tok" if self.unit == "tokens" else f"{int(self.value)}B"
-
-
-def _parse_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)", text.strip())
-    if not match:
-        raise ValueError(f"budget: {text!r} is not understood, expected one of {SPELLINGS}")
-    return int(float(match[1]) * _UNITS[match[2]])
