@@ -105,8 +105,6 @@ RANK = {
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 PARTS = {"pools": "ops", "step": "cache", "slabs": "cache"}  # files that are one unit with another
-# (who, whom) beside the ranks: the knapsack calls the reference of chunk_order and choose_chunks until they are native.
-STANDS_IN = {("budget", "reference")}
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
 
@@ -157,8 +155,6 @@ def test_python_imports_follow_the_layers(path: Path) -> None:
         there = unit(name)
         if there == here or (there not in RANK and not (PACKAGE / there).with_suffix(".py").exists()):
             continue  # itself, or a public name of the package such as kvstrata.__version__
-        if (here, there) in STANDS_IN:
-            continue
         assert there in RANK and RANK[there] < RANK[here], f"{here} imports {there} ({name})"
 
 

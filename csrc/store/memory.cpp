@@ -132,4 +132,14 @@ void* Store::workspace(int64_t bytes) {
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
 }
 
+// Decoding keeps its workspace. What several queries need is large: it goes with their activations, and must not count
+// against what the cache holds afterwards.
+void Store::settle_workspace() {
+    if (longest_ <= 1) {
+        kept_workspace_ = workspace_.size();
+    } else if (workspace_.size() > kept_workspace_) {
+        std::vector<unsigned char>(kept_workspace_).swap(workspace_);
+    }
+}
+
 }  // namespace kvstrata::store

@@ -178,8 +178,7 @@ void Store::attend(int layer, const AttendCall& call) {
                              call.threads};
     params.workspace = workspace(ops::attend_workspace_bytes(params));
     ops::attend(params);
-    // What several queries need is large, goes with their activations, and must not count against what is kept.
-    if (longest() > 1) std::vector<unsigned char>().swap(workspace_);
+    settle_workspace();
 }
 
 // Tokens below this are final: only they may be sealed, planned or dropped.

@@ -130,6 +130,7 @@ class Store {
     void views(PoolView* out) const;
     void copy_tail(pages::Row& row, pages::Pool& pool);
     void* workspace(int64_t bytes);
+    void settle_workspace();
     int64_t base(const Sequence& s, int64_t length) const;
     int64_t seen(int layer, const Sequence& s) const;
 
@@ -157,6 +158,7 @@ class Store {
     std::vector<PageId> pages_;
     std::vector<uint8_t> slots_;
     std::vector<unsigned char> workspace_;
+    size_t kept_workspace_ = 0;  // bytes that decoding needs
 };
 
 }  // namespace kvstrata::store

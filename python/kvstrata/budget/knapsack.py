@@ -1,7 +1,7 @@
 """A format for every token of every layer and row at once: the most attention mass per byte (ours, after arXiv 2509.25849).
 
 Items are chunks of 16 tokens, so that a kept chunk is one page and costs are true bytes. Until the native ops are there,
-the plain-torch ones of ``reference`` choose.
+the plain-torch ones of ``chunks`` choose.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvstrata import reference
 from kvstrata.budget.allocate import Allocation, RowsSeen, count_nans, masses
+from kvstrata.budget.chunks import choose_chunks, chunk_order
 from kvstrata.config import SLOTS, Unsupported
 
 FIDELITY: Mapping[str, float] = {
@@ -97,13 +97,11 @@ class Knapsack:
             torch.arange(columns, dtype=torch.int32).expand_as(kind) if seen.positions is None else seen.positions
         )
         wide = (layers * rows, columns)
-        order, w, items = reference.chunk_order(
-            self._value(seen).reshape(wide), kind.reshape(wide), positions.reshape(wide)
-        )
+        order, w, items = chunk_order(self._value(seen).reshape(wide), kind.reshape(wide), positions.reshape(wide))
         counts, ladders, column = self._ladders(seen, kind.reshape(wide), w.shape[1])
         real = torch.arange(w.shape[1]) < items.unsqueeze(1)  # [L * R, M]
         cost, fidelity = _table(ladders, torch.int64, 0), _table(ladders, torch.float32, 1)
-        step, _, _ = reference.choose_chunks(w[real], column[real], cost, fidelity, total)
+        step, _, _ = choose_chunks(w[real], column[real], cost, fidelity, total)
         picked = torch.zeros(real.shape, dtype=torch.int64)
         picked[real] = step.to(torch.int64)
         where = column.to(torch.int64)

@@ -80,14 +80,15 @@ def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> 
     is shortened, to 64 tokens at the least, where it would take more than an eighth of the limit."""
     row = batch * sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
     widest = batch * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
+    wanted = (policy.window or SLOTS) // SLOTS
     chunk = policy.chunk
-    while chunk >= 2 * LEAST_CHUNK and widest * (chunk // SLOTS) > limit // 8:
+    while True:
+        scratch = widest * (chunk // SLOTS + 1)  # a chunk that begins inside a page ends inside one more
+        room = (limit - limit // 64 - scratch) // row - pages(policy.sinks) - 2
+        if chunk < 2 * LEAST_CHUNK or (scratch <= limit // 8 and room >= wanted):
+            break
         chunk = chunk // 2 // SLOTS * SLOTS
     policy = replace(policy, chunk=chunk)
-    scratch = widest * (chunk // SLOTS + 1)  # a chunk that begins inside a page ends inside one more
-    slack = limit // 64
-    room = (limit - slack - scratch) // row - pages(policy.sinks) - 2
-    wanted = (policy.window or SLOTS) // SLOTS
     if room < wanted:
         least = (row * (pages(policy.sinks) + 2 + wanted) + scratch) * 64 // 63 + 64
         raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least}")
