@@ -26,7 +26,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvstrata.quality.tasks import (
     ADJECTIVES,
+    MARKS,
     NOUNS,
+    ORDINALS,
+    TOPICS,
     Part,
     World,
     chains,
@@ -113,8 +116,9 @@ class Sampler:
         self.tokenizer = tokenizer
         self.world = World(lines("train"), lambda text: len(tokenizer.encode(text).ids))
         self.rng = random.Random(seed)
-        names = [f" {w}" for w in ADJECTIVES + NOUNS] + list("0123456789")
-        self.copied = [self.encode(w)[0] for w in names]
+        self.nouns = NOUNS + [noun for topic in TOPICS.values() for noun in topic]
+        said = [f" {w}" for w in (*ADJECTIVES, *self.nouns, *MARKS, *ORDINALS)] + list("0123456789")
+        self.copied = [self.encode(w)[0] for w in said]
 
     def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
         """ids i64 [B, T], kinds i64 [B, T], positions i64 [B, T]."""
@@ -158,8 +162,8 @@ class Sampler:
     def verbatim(self, context: int) -> tuple[list[int], list[int]]:
         """Facts, then some of them again, word for word; the shorter the form, the nearer the key to its value."""
         form, size = self.rng.choice(FORMS)
-        nouns = self.rng.sample(NOUNS, max(2, min(len(NOUNS), context // (2 * size + 4))))
-        names = keys(self.rng, len(nouns)) if "{k}" in form else nouns
+        nouns = self.rng.sample(self.nouns, max(2, min(len(self.nouns), context // (2 * size + 4))))
+        names = keys(self.rng, len(nouns), self.nouns) if "{k}" in form else nouns
         facts = [(form.format(k=k, n=k), f" {digits(self.rng)}.\n") for k in names]
         ids = self.encode("".join(a + b for a, b in facts))
         kinds = [0] * len(ids)
