@@ -275,7 +275,7 @@ class Cache:
         tail = torch.empty(rows, columns, dtype=torch.bool)
         self._store.look(layer, ids, positions.data_ptr(), tail.data_ptr(), columns)
         lengths = torch.tensor([self._store.length(i) for i in ids]).repeat_interleave(spec.kv_heads)
-        plan = planner.plan(Seen(layer, positions, lengths, tail))
+        plan = planner.plan(Seen(layer, positions, lengths, tail, (positions >= 0).to(torch.uint8), self.policy.sinks))
         self._counts["plans"] += 1
         if plan.tier is not None or plan.group is not None or plan.set is not None:
             raise Unsupported("plan: only the state column can be applied in this release")

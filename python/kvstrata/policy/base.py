@@ -1,44 +1,132 @@
 """Roles and the plan. A policy reads, a plan says, ``apply_plan`` acts.
 
 A policy is a composition of roles, each a small frozen dataclass with one method; per-sequence state lives in the cache.
+Letters: R rows (one sequence and KV head each), G query heads per KV head, N stored tokens of the longest row in table
+order, W window queries, D head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-import torch
+from torch import Tensor
 
-EVICTED, FULL = 0, 1
+EVICTED, FULL, INT8, INT4, INT2 = range(5)
 """Values of a plan's state column (``csrc/common/types.h``)."""
 
+STATES: Mapping[str, int] = {"int8": INT8, "int4": INT4, "int2": INT2}
+"""States of the quantized formats, most bits first: a token's bits only fall."""
 
-@dataclass(frozen=True)
+
+class Reader(Protocol):
+    """What the roles may ask of a layer's rows beyond :class:`Seen`; computed when asked, empty places are 0."""
+
+    def attention(self, queries: int, spread: Literal["mean", "std", "variance"], weight: float) -> Tensor:
+        """f32 [R, G, N]: attention of the last ``queries`` queries to each token, the mean over them plus ``weight`` times
+        their standard deviation or variance (unbiased)."""
+
+    def pool(
+        self, score: Tensor, kernel: int, kind: Literal["avg", "max"], divide: Literal["present", "kernel"]
+    ) -> Tensor:
+        """f32 [R, N] of score f32 [R, G, N]: pooled over tokens at most kernel // 2 positions away, then the mean over G."""
+
+    def mass(self) -> Tensor:
+        """f32 [R, N]: attention mass that each token has received; only under a scorer that needs "mass"."""
+
+    def key_scores(self, kind: Literal["norm", "diversity"]) -> Tensor:
+        """f32 [R, N]: minus the norm of each key, or minus its cosine to the mean direction of its row's keys."""
+
+    def keys(self) -> Tensor:
+        """f32 [R, N, D]: the keys as stored, decoded. For scorers of your own."""
+
+    def values(self) -> Tensor:
+        """f32 [R, N, D]: the values, likewise."""
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """f32 [R, G, W, D], the last W queries, oldest first, and how many of them there are: i64 [R]; those are the last."""
+
+    def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
+        """f32 [R, G, 3]: ARKV's entropy, variance and kurtosis of the attention of the last ``queries`` queries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Allowance:
+    """What the rows of a layer may hold beside their protected tokens.
+
+    bytes: i64 [R]; page_bytes: bytes of one page by state, metadata included; full_share: f32 [R], the share r of a row's
+    pages that stay Full where not all fit (None: the planner's own); formats: u8 [R, N], the state of each token where the
+    allocator decides token by token (None: the planner does).
+    """
+
+    bytes: Tensor
+    page_bytes: Mapping[int, int]
+    full_share: Tensor | None = None
+    formats: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Seen:
-    """What a planner sees of one layer.
+    """What the roles see of one layer.
 
     positions: i32 [R, N], the stored tokens of each row in table order, -1 beyond a row's last;
-    lengths: i64 [R], real tokens seen by the row's sequence; open: bool [R, N], tokens of the open tail.
+    lengths: i64 [R], real tokens seen by the row's sequence; open: bool [R, N], tokens of the open tail;
+    state: u8 [R, N], what each token is stored as now, 0 beyond a row's last; sinks: first tokens that are protected;
+    score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
+    read: asks for more. A scorer finds no score and no allowance yet.
     """
 
     layer: int
-    positions: torch.Tensor
-    lengths: torch.Tensor
-    open: torch.Tensor
+    positions: Tensor
+    lengths: Tensor
+    open: Tensor
+    state: Tensor
+    sinks: int = 0
+    score: Tensor | None = None
+    allowance: Allowance | None = None
+    read: Reader | None = None
+
+    @property
+    def protected(self) -> Tensor:
+        """bool [R, N]: sinks and tail, which stay as they are."""
+        return self.open | ((self.positions >= 0) & (self.positions < self.sinks))
+
+    @property
+    def stored(self) -> Tensor:
+        """bool [R, N]: places that hold a token."""
+        return self.positions >= 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """State, tier, group and set for every stored token of one layer: data. An absent column means "as it is".
 
-    Each column is [R, N], aligned with ``Seen.positions``; state: u8, 0 Evicted, 1 Full.
+    Each column is [R, N], aligned with ``Seen.positions``; state: u8, 0 Evicted, 1 Full, 2 int8,
+    3 int4, 4 int2.
     """
 
-    state: torch.Tensor | None = None
-    tier: torch.Tensor | None = None
-    group: torch.Tensor | None = None
-    set: torch.Tensor | None = None
+    state: Tensor | None = None
+    tier: Tensor | None = None
+    group: Tensor | None = None
+    set: Tensor | None = None
+
+
+class Scorer(Protocol):
+    """What matters? ``needs``: "queries" (with ``queries``: how many of a row's last) or "mass"; may be empty."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def score(self, seen: Seen) -> Tensor:
+        """f32 [R, N], higher is kept. Scores that are not finite rank lowest, and are counted."""
+
+
+class Allocator(Protocol):
+    """How much may each layer and head hold? See :mod:`kvstrata.budget.allocate`."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def allocate(self, seen: Any, total: int, floor: Tensor | None = None, cap: Tensor | None = None) -> Any: ...
 
 
 class Planner(Protocol):
@@ -51,24 +139,49 @@ class Planner(Protocol):
 class Policy:
     """A composition of roles.
 
-    sinks: first tokens that are always kept; window: tokens of the open tail, a multiple of 16 (None: taken from the
-    budget); interval: decoded tokens between plans; chunk: prompt tokens between cuts. Policies with a planner need a
-    budget unless their window is given.
+    formats: quantized formats that its plans name; sinks: first tokens that are always kept; window: tokens of the open
+    tail, a multiple of 16 (None: ``window_share`` of what the budget holds per row); interval: decoded tokens between
+    plans; chunk: prompt tokens between cuts; combine: how a new score joins the last one, "replace", "sum" or "max" (the
+    larger of the new one and ``decay`` times the old one). Policies with a planner need a budget unless their window is
+    given and they have no allocator.
     """
 
     name: str
     planner: Planner | None = None
+    scorer: Scorer | None = None
+    allocator: Allocator | None = None
+    formats: tuple[str, ...] = ()
     sinks: int = 0
     window: int | None = 64
+    window_share: float = 1.0
     interval: int = 64
     chunk: int = 2048
+    combine: Literal["replace", "sum", "max"] = "replace"
+    decay: float = 0.95
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
             raise ValueError(f"policy {self.name}: sinks is {self.sinks}, expected >= 0")
         if self.window is not None and (self.window < 16 or self.window % 16):
             raise ValueError(f"policy {self.name}: window is {self.window}, expected a positive multiple of 16")
+        if not 0 < self.window_share <= 1:
+            raise ValueError(f"policy {self.name}: window_share is {self.window_share}, expected 0 < share <= 1")
+        if unknown := [f for f in self.formats if f not in STATES]:
+            raise ValueError(f"policy {self.name}: formats has {unknown[0]!r}, expected some of {', '.join(STATES)}")
+        if self.combine not in ("replace", "sum", "max"):
+            raise ValueError(f"policy {self.name}: combine is {self.combine!r}, expected replace, sum or max")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"policy {self.name}: decay is {self.decay}, expected 0 to 1")
         for field in ("interval", "chunk"):
             value = getattr(self, field)
             if value < 16 or value % 16:
                 raise ValueError(f"policy {self.name}: {field} is {value}, expected a positive multiple of 16")
+        if self.queries > (self.window or self.queries):
+            raise ValueError(
+                f"policy {self.name}: scores {self.queries} window queries, expected at most {self.window}"
+            )
+
+    @property
+    def queries(self) -> int:
+        """Window queries that the cache must remember of each row."""
+        return max(int(getattr(role, "queries", 0)) for role in (self.scorer, self.allocator))
