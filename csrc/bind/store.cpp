@@ -74,16 +74,20 @@ py::tuple row(const Store& s, SeqId seq, int layer, int head) {
 void bind_store(py::module_& m) {
     py::class_<Store>(m, "Store")
         .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
-                         int sinks) {
+                         int sinks, const std::vector<int>& formats, int queries, bool scored) {
                  std::vector<store::LayerShape> shapes;
                  for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
-                 return std::make_unique<Store>(std::move(shapes),
-                                                store::Options{static_cast<DType>(dtype), tail, hold, sinks});
+                 store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored};
+                 for (int f : formats) options.formats.push_back(static_cast<Format>(f));
+                 return std::make_unique<Store>(std::move(shapes), std::move(options));
              }),
-             py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"))
+             py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
+             py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
-        .def("pool_of", &Store::pool_of)
+        .def(
+            "pool_of", [](const Store& s, int layer, int state) { return s.pool_of(layer, static_cast<State>(state)); },
+            py::arg("layer"), py::arg("state") = static_cast<int>(State::full))
         .def("slabs", &slabs)
         .def("lend",
              [](Store& s, int pool, Address payload, Address positions, int n) {
@@ -109,15 +113,25 @@ void bind_store(py::module_& m) {
         .def("clear", &Store::clear)
         .def("columns", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.columns(layer, seqs); })
         .def("look",
-             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address positions, Address open, int64_t columns) {
-                 s.look(layer, seqs, reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open), columns);
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address positions, Address open, Address state,
+                Address scores, int64_t columns) {
+                 s.look(layer, seqs,
+                        {reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open),
+                         reinterpret_cast<uint8_t*>(state), reinterpret_cast<float*>(scores)},
+                        columns);
              })
+        .def("set_scores",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address scores, int64_t columns) {
+                 s.set_scores(layer, seqs, reinterpret_cast<const float*>(scores), columns);
+             })
+        .def("queries", [](const Store& s, int layer, SeqId seq,
+                           Address out) { return s.queries(layer, seq, reinterpret_cast<void*>(out)); })
         .def("row", &row)
         .def("positions", [](Store& s, SeqId seq, int layer, int head,
                              Address out) { s.positions(seq, layer, head, reinterpret_cast<int32_t*>(out)); })
         .def("read",
              [](Store& s, SeqId seq, int layer, int head, Address k, Address v) {
-                 s.read(seq, layer, head, reinterpret_cast<void*>(k), reinterpret_cast<void*>(v));
+                 s.read(seq, layer, head, reinterpret_cast<float*>(k), reinterpret_cast<float*>(v));
              })
         .def("begin", [](Store& s, const std::vector<SeqId>& seqs, const std::vector<int32_t>& starts,
                          const std::vector<int32_t>& tokens) { s.begin(seqs, starts, tokens); })
@@ -137,14 +151,22 @@ void bind_store(py::module_& m) {
                  s.attend(layer, call(q, out, lse, sinks, out_dtype, scale, softcap, threads));
              })
         .def("append_attend", &append_attend)
+        .def("stage_queries", [](Store& s, int layer, const Strides& q) { s.stage_queries(layer, tensor(q)); })
         .def("settle", py::overload_cast<int>(&Store::settle), NoGil())
         .def("commit", &Store::commit, NoGil())
         .def("rollback", &Store::rollback, NoGil())
         .def_property_readonly("in_step", &Store::in_step)
-        .def("apply_plan",
+        .def("check_plan",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
-                 s.apply_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
-             });
+                 s.check_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
+             })
+        .def("plan_pages",
+             [](Store& s, int layer, SeqId seq, int head, Address state) {
+                 return s.plan_pages(layer, seq, head, reinterpret_cast<const uint8_t*>(state));
+             })
+        .def("apply_plan", [](Store& s, int layer, SeqId seq, int head, Address state) {
+            s.apply_plan(layer, seq, head, reinterpret_cast<const uint8_t*>(state));
+        });
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
     m.def("fault_visits", &fault::visits);

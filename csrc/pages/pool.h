@@ -59,4 +59,9 @@ class Pool {
     std::vector<int32_t*> positions_;
 };
 
+// All pools of a store, by the pool number in a page's id.
+using Pools = std::vector<Pool>;
+
+inline Pool& pool_of(Pools& pools, PageId id) { return pools[page_pool(id)]; }
+
 }  // namespace kvstrata::pages

@@ -6,9 +6,11 @@
 namespace kvstrata::pages {
 namespace {
 
+constexpr size_t kNoteRoom = 8 * kSlots;  // notes that are made room for at a time
+
 // Highest position among the alive slots of an entry; -1 if none.
-int64_t last_position(const Row& row, int entry, Pool& pool) {
-    const int32_t* pos = pool.positions(row.page[entry]);
+int64_t last_position(const Row& row, int entry, Pools& pools) {
+    const int32_t* pos = pool_of(pools, row.page[entry]).positions(row.page[entry]);
     int64_t last = -1;
     for (uint16_t m = row.alive[entry]; m; m &= m - 1) last = std::max<int64_t>(last, pos[std::countr_zero(m)]);
     return last;
@@ -21,25 +23,39 @@ void narrow(Row& row, int entry, uint16_t keep) {
     row.visible[entry] &= keep;
 }
 
+void resize(Row& row, int entries) {
+    row.page.resize(entries);
+    row.alive.resize(entries);
+    row.visible.resize(entries);
+    row.want.resize(entries);
+    if (!row.noted) return;
+    const size_t size = static_cast<size_t>(entries) * kSlots;
+    if (size > row.note.capacity()) row.note.reserve(size + kNoteRoom);  // they weigh more than all other columns
+    row.note.resize(size);
+}
+
+// Entry `from` to place `to`; what stood there is overwritten.
+void move_entry(Row& row, int from, int to) {
+    row.page[to] = row.page[from];
+    row.alive[to] = row.alive[from];
+    row.visible[to] = row.visible[from];
+    row.want[to] = row.want[from];
+    if (row.noted) std::copy_n(&row.note[static_cast<size_t>(from) * kSlots], kSlots, &row.note[to * size_t{kSlots}]);
+}
+
 // Releases entries with no alive slot and closes the gaps; `sealed` follows.
-void drop_empty(Row& row, Pool& pool) {
+void drop_empty(Row& row, Pools& pools) {
     int kept = 0, sealed = 0;
     for (int e = 0; e < row.entries(); ++e) {
         if (!row.alive[e]) {
-            pool.release(row.page[e]);
+            pool_of(pools, row.page[e]).release(row.page[e]);
             continue;
         }
-        row.page[kept] = row.page[e];
-        row.alive[kept] = row.alive[e];
-        row.visible[kept] = row.visible[e];
-        row.want[kept] = row.want[e];
+        if (kept != e) move_entry(row, e, kept);
         sealed += e < row.sealed;
         ++kept;
     }
-    row.page.resize(kept);
-    row.alive.resize(kept);
-    row.visible.resize(kept);
-    row.want.resize(kept);
+    resize(row, kept);
     row.sealed = sealed;
 }
 
@@ -47,7 +63,8 @@ void drop_empty(Row& row, Pool& pool) {
 
 int64_t Row::metadata_bytes() const {
     return static_cast<int64_t>(sizeof(Row) + page.capacity() * sizeof(PageId) +
-                                (alive.capacity() + visible.capacity()) * sizeof(uint16_t) + want.capacity());
+                                (alive.capacity() + visible.capacity()) * sizeof(uint16_t) + want.capacity() +
+                                note.capacity() * sizeof(uint32_t));
 }
 
 int64_t pages_needed(const Row& row, int64_t n, Pool& pool) {
@@ -65,10 +82,9 @@ void switch_tail(Row& row, PageId to, Pool& pool) {
 void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
     for (int64_t i = 0; i < n;) {
         if (row.room() == 0) {
-            row.page.push_back(pool.take());
-            row.alive.push_back(0);
-            row.visible.push_back(0);
-            row.want.push_back(0);
+            const PageId page = pool.take();
+            resize(row, row.entries() + 1);
+            row.page.back() = page;
         }
         const int last = row.entries() - 1;
         const int first = kSlots - row.room();
@@ -80,60 +96,71 @@ void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
         const uint16_t mask = static_cast<uint16_t>(((1u << count) - 1) << first);
         row.alive[last] |= mask;
         row.visible[last] |= mask;
+        if (row.noted) std::fill_n(&row.note[last * size_t{kSlots} + first], count, 0u);
         row.stored += count;
         i += count;
     }
 }
 
-void withdraw(Row& row, int64_t n, Pool& pool) {
+void withdraw(Row& row, int64_t n, Pools& pools) {
     for (int e = row.entries() - 1; n > 0; --e) {
         assert(e >= row.sealed);
         uint16_t keep = row.alive[e];
         for (; n > 0 && keep; --n) keep &= static_cast<uint16_t>(~(1u << (std::bit_width(keep) - 1)));
         narrow(row, e, keep);
     }
-    drop_empty(row, pool);
+    drop_empty(row, pools);
 }
 
-void seal(Row& row, int64_t boundary, Pool& pool) {
+void seal(Row& row, int64_t boundary, Pools& pools) {
     while (row.sealed < row.entries()) {
         const bool open = row.sealed == row.entries() - 1 && row.room() > 0;
-        if (open || last_position(row, row.sealed, pool) >= boundary) return;
+        if (open || last_position(row, row.sealed, pools) >= boundary) return;
         ++row.sealed;
     }
 }
 
-void evict(Row& row, std::span<const uint8_t> keep, Pool& pool) {
-    assert(static_cast<int64_t>(keep.size()) == row.stored);
-    size_t i = 0;
-    for (int e = 0; e < row.entries(); ++e) {
-        uint16_t kept = 0;
-        for (uint16_t m = row.alive[e]; m; m &= m - 1) {
-            if (keep[i++]) kept |= static_cast<uint16_t>(1u << std::countr_zero(m));
-        }
-        narrow(row, e, kept);
+void replace(Row& row, std::span<const uint8_t> gone, std::span<const Fresh> fresh, std::span<const uint16_t> tail_keep,
+             Pools& pools) {
+    assert(static_cast<int>(gone.size()) == row.sealed);
+    const int tail = row.entries() - row.sealed, n_fresh = static_cast<int>(fresh.size());
+    for (int e = 0; e < row.sealed; ++e) {
+        if (gone[e]) narrow(row, e, 0);
     }
-    drop_empty(row, pool);
+    for (int t = 0; t < tail; ++t) narrow(row, row.sealed + t, tail_keep[t]);
+    const int first = row.sealed;
+    resize(row, row.entries() + n_fresh);
+    for (int t = tail - 1; t >= 0; --t) move_entry(row, first + t, first + n_fresh + t);
+    for (int f = 0; f < n_fresh; ++f) {
+        row.page[first + f] = fresh[f].page;
+        row.alive[first + f] = row.visible[first + f] = fresh[f].alive;
+        row.want[first + f] = 0;
+        if (row.noted) std::copy_n(fresh[f].note, kSlots, &row.note[static_cast<size_t>(first + f) * kSlots]);
+        row.stored += std::popcount(fresh[f].alive);
+    }
+    row.sealed += n_fresh;
+    drop_empty(row, pools);
+    if (row.note.capacity() > row.note.size() + kNoteRoom) row.note.shrink_to_fit();
 }
 
-int64_t drop_before(Row& row, int64_t boundary, Pool& pool) {
+int64_t drop_before(Row& row, int64_t boundary, Pools& pools) {
     int64_t dropped = 0;
     int e = 0;
     for (; e < row.entries(); ++e) {
-        const int64_t last = last_position(row, e, pool);
+        const int64_t last = last_position(row, e, pools);
         const bool open = e == row.entries() - 1 && row.room() > 0;
         if (open || last >= boundary) break;
         dropped = std::max(dropped, last + 1);
         narrow(row, e, 0);
     }
-    if (e > 0) drop_empty(row, pool);
+    if (e > 0) drop_empty(row, pools);
     return dropped;
 }
 
-void crop(Row& row, int64_t length, Pool& pool) {
+void crop(Row& row, int64_t length, Pools& pools) {
     bool emptied = false;
     for (int e = row.entries() - 1; e >= 0; --e) {
-        const int32_t* pos = pool.positions(row.page[e]);
+        const int32_t* pos = pool_of(pools, row.page[e]).positions(row.page[e]);
         uint16_t keep = 0;
         for (uint16_t m = row.alive[e]; m; m &= m - 1) {
             const int slot = std::countr_zero(m);
@@ -144,22 +171,24 @@ void crop(Row& row, int64_t length, Pool& pool) {
         narrow(row, e, keep);
         emptied |= keep == 0;
     }
-    if (emptied) drop_empty(row, pool);
+    if (emptied) drop_empty(row, pools);
 }
 
-Row share(const Row& row, Pool& pool) {
-    for (PageId id : row.page) pool.share(id);
+Row share(const Row& row, Pools& pools) {
+    for (PageId id : row.page) pool_of(pools, id).share(id);
     return row;
 }
 
-void release(Row& row, Pool& pool) {
-    for (PageId id : row.page) pool.release(id);
+void release(Row& row, Pools& pools) {
+    for (PageId id : row.page) pool_of(pools, id).release(id);
+    const bool noted = row.noted;
     row = Row{};
+    row.noted = noted;
 }
 
-void positions(const Row& row, Pool& pool, int32_t* out) {
+void positions(const Row& row, Pools& pools, int32_t* out) {
     for (int e = 0; e < row.entries(); ++e) {
-        const int32_t* pos = pool.positions(row.page[e]);
+        const int32_t* pos = pool_of(pools, row.page[e]).positions(row.page[e]);
         for (uint16_t m = row.alive[e]; m; m &= m - 1) *out++ = pos[std::countr_zero(m)];
     }
 }

@@ -2,8 +2,9 @@
 //
 // An entry is (page, alive, hidden, want). The columns lie apart, because kernels read `page` and `visible` as they are;
 // `hidden` is kept as its complement within `alive` (visible = alive & ~hidden), so that it exists once.
-// Entries below `sealed` are immutable pages; from there on they are the open tail. The last entry of the tail may have
-// room; every append goes there. Tail entries are in position order.
+// Entries below `sealed` are immutable pages, of any format; from there on they are the open tail, pages of the layer's
+// full format. The last entry of the tail may have room; every append goes there. Tail entries are in position order.
+// A row may carry a note per slot: 32 bits that belong to the row and move with the token (its score), not to the page.
 #pragma once
 
 #include <bit>
@@ -20,9 +21,11 @@ struct Row {
     std::vector<PageId> page;
     std::vector<uint16_t> alive;
     std::vector<uint16_t> visible;
-    std::vector<uint8_t> want;  // state and tier the latest plan asked of the page; 0: as it is
-    int32_t sealed = 0;         // entries before this one are sealed
-    int32_t stored = 0;         // alive slots of all entries
+    std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is
+    std::vector<uint32_t> note;  // [entries, 16], or empty if the row carries none
+    int32_t sealed = 0;          // entries before this one are sealed
+    int32_t stored = 0;          // alive slots of all entries
+    bool noted = false;          // carries notes
 
     int entries() const { return static_cast<int>(page.size()); }
     uint16_t hidden(int entry) const { return static_cast<uint16_t>(alive[entry] & ~visible[entry]); }
@@ -33,6 +36,13 @@ struct Row {
         const int last = entries() - 1;
         return last < sealed ? 0 : kSlots - std::bit_width(alive[last]);
     }
+};
+
+// A new sealed entry.
+struct Fresh {
+    PageId page;
+    uint16_t alive;
+    uint32_t note[kSlots];  // of alive slots; not read if the row carries none
 };
 
 // Pages that appending n tokens will take, a copy of a shared tail page included.
@@ -49,26 +59,28 @@ void switch_tail(Row& row, PageId to, Pool& pool);
 void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots);
 
 // Undoes extend: removes the last n alive slots of the tail.
-void withdraw(Row& row, int64_t n, Pool& pool);
+void withdraw(Row& row, int64_t n, Pools& pools);
 
 // Seals the tail entries whose tokens all lie before `boundary`, in order. Never seals a last entry that has room.
-void seal(Row& row, int64_t boundary, Pool& pool);
+void seal(Row& row, int64_t boundary, Pools& pools);
 
-// Keeps slots for which keep[i] != 0, i counting alive slots in table order; empty entries leave the row.
-// keep.size() must be row.stored.
-void evict(Row& row, std::span<const uint8_t> keep, Pool& pool);
+// Sealed entries with gone[e] != 0 leave the row, `fresh` ones follow those that stay; alive slots of tail entries narrow
+// to tail_keep (one mask per tail entry), and empty ones leave. The row's share of pages that left is released; it takes
+// over the references of fresh pages. gone.size() is row.sealed.
+void replace(Row& row, std::span<const uint8_t> gone, std::span<const Fresh> fresh, std::span<const uint16_t> tail_keep,
+             Pools& pools);
 
 // Drops leading whole entries whose tokens all lie before `boundary`. Returns one past the highest dropped position, or 0.
-int64_t drop_before(Row& row, int64_t boundary, Pool& pool);
+int64_t drop_before(Row& row, int64_t boundary, Pools& pools);
 
 // Removes every token at position `length` or later.
-void crop(Row& row, int64_t length, Pool& pool);
+void crop(Row& row, int64_t length, Pools& pools);
 
 // A second row over the same pages.
-Row share(const Row& row, Pool& pool);
-void release(Row& row, Pool& pool);
+Row share(const Row& row, Pools& pools);
+void release(Row& row, Pools& pools);
 
 // Positions of the alive slots in table order.
-void positions(const Row& row, Pool& pool, int32_t* out);
+void positions(const Row& row, Pools& pools, int32_t* out);
 
 }  // namespace kvstrata::pages

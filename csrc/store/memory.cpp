@@ -33,6 +33,17 @@ void hint_huge(unsigned char* data, int64_t bytes) {
 Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::move(layers)), options_(options) {
     check(!layers_.empty(), "Store: layers is empty, expected at least one");
     const Format format = full_format(options_.dtype);
+    const auto pool_for = [this](Format f, int head_dim) {
+        const auto same = std::find_if(info_.begin(), info_.end(),
+                                       [&](const PoolInfo& i) { return i.format == f && i.head_dim == head_dim; });
+        const int pool = static_cast<int>(same - info_.begin());
+        if (same == info_.end()) {
+            if (pool == kMaxPools) throw Unsupported("Store: more than 8 different formats and head dimensions");
+            info_.push_back({f, head_dim, page_bytes(f, head_dim)});
+            pools_.emplace_back(pool, info_.back().page_bytes);
+        }
+        return pool;
+    };
     for (size_t l = 0; l < layers_.size(); ++l) {
         const LayerShape& s = layers_[l];
         check(s.kv_heads >= 1 && s.q_heads >= 1 && s.q_heads % s.kv_heads == 0, "Store: layer ", l, " has q_heads ",
@@ -40,21 +51,40 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
         check(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, "Store: layer ", l, " has head_dim ", s.head_dim,
               ", expected 1..", kMaxHeadDim);
         check(s.window >= 0, "Store: layer ", l, " has window ", s.window, ", expected >= 0");
-        auto same =
-            std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) { return i.head_dim == s.head_dim; });
-        const int pool = static_cast<int>(same - info_.begin());
-        if (same == info_.end()) {
-            if (pool == kMaxPools) throw Unsupported("Store: more than 8 different head dimensions in one model");
-            info_.push_back({format, s.head_dim, page_bytes(format, s.head_dim)});
-            pools_.emplace_back(pool, info_.back().page_bytes);
-        }
-        layer_pool_.push_back(pool);
+        layer_pool_.push_back(pool_for(format, s.head_dim));
         first_row_.push_back(n_rows_);
         n_rows_ += s.kv_heads;
+    }
+    quant_pool_.assign(layers_.size() * 3, -1);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        const LayerShape& s = layers_[l];
+        if (s.window > 0) continue;
+        for (Format f : options_.formats) {
+            check(!is_full(f), "Store: formats has a full format, expected int8, int4 or int2");
+            if (!quantizable(s.head_dim)) {
+                throw Unsupported(message("Store: layer ", l, " has head_dim ", s.head_dim,
+                                          ", quantized formats need a multiple of 16 in 32..512"));
+            }
+            quant_pool_[l * 3 + static_cast<int>(f) - static_cast<int>(Format::int8)] = pool_for(f, s.head_dim);
+        }
     }
     set_tail(options_.tail);
     check(options_.hold >= 0, "Store: hold is ", options_.hold, ", expected >= 0");
     check(options_.sinks >= 0, "Store: sinks is ", options_.sinks, ", expected >= 0");
+    check(options_.queries >= 0, "Store: queries is ", options_.queries, ", expected >= 0");
+}
+
+int Store::pool_of(int layer, State state) const {
+    if (state == State::full) return layer_pool_[layer];
+    return state > State::int2 || state == State::evicted
+               ? -1
+               : quant_pool_[layer * 3 + static_cast<int>(state) - static_cast<int>(State::int8)];
+}
+
+State Store::state_of(PageId page) const {
+    const Format f = info_[page_pool(page)].format;
+    if (is_full(f)) return State::full;
+    return static_cast<State>(static_cast<int>(State::int8) + static_cast<int>(f) - static_cast<int>(Format::int8));
 }
 
 void Store::set_tail(int tokens) {
@@ -113,7 +143,12 @@ int64_t Store::metadata_bytes() const {
     for (const auto& [id, sequence] : sequences_) {
         bytes += sizeof(Sequence);
         for (const pages::Row& row : sequence->rows) bytes += row.metadata_bytes();
+        bytes += static_cast<int64_t>(sequence->centres.capacity() * sizeof(Centre) +
+                                      sequence->rings.capacity() * sizeof(QueryRing));
+        for (const Centre& c : sequence->centres) bytes += c.mean ? c.mean->size() * sizeof(float) : 0;
+        for (const QueryRing& ring : sequence->rings) bytes += ring.bytes();
     }
+    for (const QueryRing& ring : staged_) bytes += ring.bytes();
     return bytes;
 }
 

@@ -1,10 +1,7 @@
-// Sequences of a store: made, shared, cropped, freed, read back.
+// Sequences of a store: made, shared, cropped, freed.
 #include <algorithm>
-#include <cstring>
 
 #include "common/check.h"
-#include "common/layout.h"
-#include "ops/pack.h"
 #include "store/store.h"
 
 namespace kvstrata::store {
@@ -30,13 +27,23 @@ const pages::Row& Store::row(SeqId seq, int layer, int head) const {
     return s.rows[first_row_[layer] + head];
 }
 
+Sequence Store::blank() const {
+    Sequence s;
+    s.rows.resize(n_rows_);
+    for (pages::Row& row : s.rows) row.noted = options_.scored;
+    if (!options_.formats.empty()) s.centres.resize(n_rows_);
+    if (options_.queries > 0) {
+        for (const LayerShape& l : layers_)
+            s.rings.emplace_back(options_.queries, l.q_heads, l.head_dim * dtype_bytes(options_.dtype));
+    }
+    return s;
+}
+
 std::vector<SeqId> Store::create(int n) {
     check(n >= 1, "create: n is ", n, ", expected >= 1");
     std::vector<SeqId> ids;
     for (int i = 0; i < n; ++i) {
-        auto s = std::make_unique<Sequence>();
-        s->rows.resize(n_rows_);
-        sequences_.emplace(next_, std::move(s));
+        sequences_.emplace(next_, std::make_unique<Sequence>(blank()));
         ids.push_back(next_++);
     }
     return ids;
@@ -44,8 +51,10 @@ std::vector<SeqId> Store::create(int n) {
 
 void Store::release(Sequence& s) {
     for (size_t l = 0; l < layers_.size(); ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::release(row_of(s, l, h), pools_[layer_pool_[l]]);
+        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::release(row_of(s, l, h), pools_);
     }
+    for (Centre& c : s.centres) c = {};
+    for (QueryRing& ring : s.rings) ring.clear();
 }
 
 void Store::check_sequences(std::span<const SeqId> seqs, const char* verb) {
@@ -66,13 +75,9 @@ void Store::free(std::span<const SeqId> seqs) {
 }
 
 Sequence Store::clone(const Sequence& s) {
-    Sequence copy{s.length, s.confirmed, s.floor, {}};
+    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings};
     copy.rows.reserve(n_rows_);
-    for (size_t l = 0; l < layers_.size(); ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) {
-            copy.rows.push_back(pages::share(s.rows[first_row_[l] + h], pools_[layer_pool_[l]]));
-        }
-    }
+    for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
     return copy;
 }
 
@@ -104,8 +109,7 @@ std::vector<SeqId> Store::select(std::span<const SeqId> seqs, std::span<const in
         auto at = sequences_.find(seqs[i]);
         if (--uses[i] == 0) {
             auto whole = std::move(at->second);
-            at->second = std::make_unique<Sequence>();
-            at->second->rows.resize(n_rows_);
+            at->second = std::make_unique<Sequence>(blank());
             sequences_.emplace(next_, std::move(whole));
         } else {
             sequences_.emplace(next_, std::make_unique<Sequence>(clone(*at->second)));
@@ -123,8 +127,9 @@ void Store::crop(SeqId seq, int64_t length) {
     check(length >= s.floor, "crop: length is ", length, ", expected at least ", s.floor,
           ": older tokens were dropped when the sequence was that long");
     for (size_t l = 0; l < layers_.size(); ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::crop(row_of(s, l, h), length, pools_[layer_pool_[l]]);
+        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::crop(row_of(s, l, h), length, pools_);
     }
+    for (QueryRing& ring : s.rings) ring.drop_last(s.length - length);
     s.length = length;
     s.confirmed = length;
 }
@@ -139,31 +144,6 @@ void Store::clear(SeqId seq) {
     Sequence& s = find(seq, "clear");
     release(s);
     s.length = s.confirmed = s.floor = 0;
-}
-
-void Store::positions(SeqId seq, int layer, int head, int32_t* out) {
-    pages::positions(row(seq, layer, head), pools_[layer_pool_[layer]], out);
-}
-
-void Store::read(SeqId seq, int layer, int head, void* k, void* v) {
-    const pages::Row& r = row(seq, layer, head);
-    const PoolInfo& info = info_[layer_pool_[layer]];
-    const int64_t vector = static_cast<int64_t>(info.head_dim) * format_bytes(info.format);
-    std::vector<unsigned char> page_k(kSlots * vector), page_v(kSlots * vector);
-    PoolView pools[kMaxPools];
-    views(pools);
-    auto* out_k = static_cast<unsigned char*>(k);
-    auto* out_v = static_cast<unsigned char*>(v);
-    for (int e = 0; e < r.entries(); ++e) {
-        ops::unpack({&r.page[e], 1, info.head_dim, page_k.data(), page_v.data(), pools});
-        for (uint16_t m = r.alive[e]; m; m &= m - 1) {
-            const int slot = std::countr_zero(m);
-            std::memcpy(out_k, page_k.data() + slot * vector, vector);
-            std::memcpy(out_v, page_v.data() + slot * vector, vector);
-            out_k += vector;
-            out_v += vector;
-        }
-    }
 }
 
 }  // namespace kvstrata::store

@@ -32,6 +32,8 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
     tokens_.assign(tokens.begin(), tokens.end());
     token_pos_.resize(tokens.size());
     done_.assign(layers_.size(), 0);
+    if (options_.queries > 0) staged_.resize(seqs.size() * layers_.size());
+    for (QueryRing& ring : staged_) ring.restart();
     for (size_t b = 0; b < seqs.size(); ++b) {
         Sequence& s = find(seqs[b], "begin");
         const int32_t count = starts[b + 1] - starts[b];
@@ -117,7 +119,7 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
     } catch (...) {
         for (const StepSequence& s : step_) {
             const int n = std::min(to, s.count) - std::min(from, s.count);
-            for (int h = 0; n > 0 && h < shape.kv_heads; ++h) pages::withdraw(row_of(*s.sequence, layer, h), n, pool);
+            for (int h = 0; n > 0 && h < shape.kv_heads; ++h) pages::withdraw(row_of(*s.sequence, layer, h), n, pools_);
         }
         throw;
     }
@@ -131,6 +133,7 @@ void Store::attend(int layer, const AttendCall& call) {
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads;
     const bool windowed = shape.window > 0;
+    stage_queries(layer, call.q);
     attend_rows_.clear();
     for (size_t b = 0; b < step_.size(); ++b) {
         const StepSequence& s = step_[b];
@@ -154,6 +157,7 @@ void Store::attend(int layer, const AttendCall& call) {
             r.tokens = &tokens_[s.first];
             r.pages = row.page.data();
             r.visible = row.visible.data();
+            r.centre = centre(*s.sequence, layer, h);
             r.sinks = call.sinks ? call.sinks + static_cast<int64_t>(h) * group : nullptr;
             r.q_pos = windowed ? &token_pos_[s.first] : nullptr;
             r.entries = row.entries();
@@ -190,12 +194,11 @@ int64_t Store::base(const Sequence& s, int64_t length) const {
 // crop within it is exact).
 void Store::settle(int layer, Sequence& s, int64_t length) {
     const LayerShape& shape = layers_[layer];
-    pages::Pool& pool = pools_[layer_pool_[layer]];
     for (int h = 0; h < shape.kv_heads; ++h) {
         pages::Row& row = row_of(s, layer, h);
-        pages::seal(row, base(s, length) - options_.tail, pool);
+        pages::seal(row, base(s, length) - options_.tail, pools_);
         if (shape.window == 0) continue;
-        const int64_t dropped = pages::drop_before(row, length - shape.window - options_.hold + 1, pool);
+        const int64_t dropped = pages::drop_before(row, length - shape.window - options_.hold + 1, pools_);
         if (dropped > 0) s.floor = std::max(s.floor, dropped + shape.window - 1);
     }
 }
@@ -222,10 +225,16 @@ void Store::commit() {
             check(done_[l] >= s.count, "commit: layer ", l, " has ", done_[l], " of ", s.count, " tokens");
         }
     }
-    for (const StepSequence& s : step_) {
+    for (size_t b = 0; b < step_.size(); ++b) {
+        const StepSequence& s = step_[b];
         Sequence& q = *s.sequence;
         q.length += s.count;
         if (!recording_) q.confirmed = q.length;
+        for (size_t l = 0; l < q.rings.size(); ++l) {
+            QueryRing& own = staged_[b * layers_.size() + l];
+            q.rings[l].join(own);
+            if (own.capacity() > 1) own = QueryRing();  // decoding keeps its one place
+        }
         for (size_t l = 0; l < layers_.size(); ++l) settle(static_cast<int>(l), q, q.length);
     }
     open_ = false;
@@ -239,7 +248,7 @@ void Store::rollback() {
         for (const StepSequence& s : step_) {
             if (s.count == 0) continue;
             for (int h = 0; h < layers_[l].kv_heads; ++h) {
-                pages::crop(row_of(*s.sequence, l, h), s.sequence->length, pools_[layer_pool_[l]]);
+                pages::crop(row_of(*s.sequence, l, h), s.sequence->length, pools_);
             }
         }
     }

@@ -18,6 +18,7 @@
 #include "ops/pool_view.h"
 #include "pages/pool.h"
 #include "pages/row.h"
+#include "store/queries.h"
 
 namespace kvstrata::store {
 
@@ -31,10 +32,19 @@ struct LayerShape {
 };
 
 struct Options {
-    DType dtype;    // of q, k, v and of Full pages
-    int32_t tail;   // w: a page seals once w newer tokens exist
-    int32_t hold;   // unconfirmed tokens while recording; also kept beyond a sliding window
-    int32_t sinks;  // tokens 0..sinks-1 may not change state
+    DType dtype;                       // of q, k, v and of Full pages
+    int32_t tail;                      // w: a page seals once w newer tokens exist
+    int32_t hold;                      // unconfirmed tokens while recording; also kept beyond a sliding window
+    int32_t sinks;                     // tokens 0..sinks-1 may not change state
+    std::vector<Format> formats = {};  // quantized formats that plans may name, on layers without a sliding window
+    int32_t queries = 0;               // W: last queries of each row that are remembered for scoring
+    bool scored = false;               // each stored token has a score, f32, which moves with it
+};
+
+// What a row's quantized keys are relative to, set when one is first quantized and frozen then.
+struct Centre {
+    bool frozen = false;
+    std::shared_ptr<const std::vector<float>> mean;  // [D], or null: zeros
 };
 
 struct Sequence {
@@ -42,6 +52,8 @@ struct Sequence {
     int64_t confirmed = 0;         // while recording: tokens below this are final
     int64_t floor = 0;             // crop below this is refused: something older was dropped
     std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
+    std::vector<Centre> centres;   // as rows
+    std::vector<QueryRing> rings;  // [L], if queries are remembered
 };
 
 // One tensor of a call: element (sequence b, token t, head h) at data + (b * batch + t * token + h * head) elements.
@@ -60,6 +72,14 @@ struct AttendCall {
     int32_t threads;
 };
 
+// Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
+struct Look {
+    int32_t* positions;
+    uint8_t* open;
+    uint8_t* state;
+    float* scores;
+};
+
 struct PoolInfo {
     Format format;
     int32_t head_dim;
@@ -74,7 +94,8 @@ class Store {
     int n_pools() const { return static_cast<int>(pools_.size()); }
     PoolInfo pool_info(int pool) const { return info_[pool]; }
     const pages::Pool& pool(int pool) const { return pools_[pool]; }
-    int pool_of(int layer) const { return layer_pool_[layer]; }
+    int pool_of(int layer) const { return layer_pool_[layer]; }  // of its full pages
+    int pool_of(int layer, State state) const;                   // -1: no such pages
     int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages);
     void give_back(int pool, int slab);
     bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
@@ -95,7 +116,7 @@ class Store {
     const Sequence& sequence(SeqId seq) const;
     const pages::Row& row(SeqId seq, int layer, int head) const;
     void positions(SeqId seq, int layer, int head, int32_t* out);
-    void read(SeqId seq, int layer, int head, void* k, void* v);  // stored slots in table order, [n, D] of the format
+    void read(SeqId seq, int layer, int head, float* k, float* v);  // stored slots in table order, decoded: f32 [n, D]
 
     // Step (step.cpp)
     void begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, std::span<const int32_t> tokens);
@@ -103,16 +124,23 @@ class Store {
     std::vector<int64_t> missing(int first_layer, int last_layer, int from, int to);  // of those, more than are free
     void append(int layer, TokenTensor k, TokenTensor v, int from, int to);
     void attend(int layer, const AttendCall& call);
+    void stage_queries(int layer, const TokenTensor& q);  // attend does it too; for layers attended elsewhere
     void settle(int layer);
     void commit();
     void rollback();
     bool in_step() const { return open_; }
     int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
 
-    // Plan (plan.cpp)
+    // What a policy sees (look.cpp). R = seqs x heads, in that order; N = columns
     int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
-    void look(int layer, std::span<const SeqId> seqs, int32_t* positions, uint8_t* open, int64_t columns);
-    void apply_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
+    void look(int layer, std::span<const SeqId> seqs, const Look& out, int64_t columns);
+    void set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns);  // f32 [R, N]
+    int queries(int layer, SeqId seq, void* out) const;  // the last queries, oldest first, [Hq, count, D] -> count
+
+    // Plan (plan.cpp)
+    void check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
+    std::vector<int64_t> plan_pages(int layer, SeqId seq, int head, const uint8_t* state);  // pages per pool
+    void apply_plan(int layer, SeqId seq, int head, const uint8_t* state);                  // one row, checked before
 
   private:
     struct StepSequence {
@@ -124,7 +152,11 @@ class Store {
     void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
     void check_layer(int layer, const char* verb) const;
     pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
+    Sequence blank() const;  // without a token
     Sequence clone(const Sequence& s);
+    State state_of(PageId page) const;
+    const float* centre(const Sequence& s, int layer, int head) const;  // [D], or null: zeros
+    void freeze_centre(Sequence& s, int layer, int head);
     void release(Sequence& s);
     void settle(int layer, Sequence& s, int64_t length);
     void views(PoolView* out) const;
@@ -137,9 +169,10 @@ class Store {
     std::vector<LayerShape> layers_;
     std::vector<int> first_row_;   // [L]
     std::vector<int> layer_pool_;  // [L]
+    std::vector<int> quant_pool_;  // [L, 3]: int8, int4, int2; -1: none
     int n_rows_ = 0;               // rows of one sequence
     Options options_;
-    std::vector<pages::Pool> pools_;
+    pages::Pools pools_;
     std::vector<PoolInfo> info_;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
@@ -152,6 +185,7 @@ class Store {
     std::vector<int32_t> tokens_;     // index of each token along the T axis of the call's tensors
     std::vector<int32_t> token_pos_;  // its position
     std::vector<int32_t> done_;       // [L] tokens of each sequence appended so far
+    std::vector<QueryRing> staged_;   // [B, L] the step's own last queries, until it commits
 
     std::vector<ops::AppendRow> append_rows_;  // scratch, kept between calls
     std::vector<ops::AttendRow> attend_rows_;

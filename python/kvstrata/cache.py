@@ -9,14 +9,17 @@ import torch
 
 from kvstrata._C import Store
 from kvstrata.budget import Budget
-from kvstrata.budget.protect import concretise, page_bytes, pages
+from kvstrata.budget.protect import page_bytes, pages
+from kvstrata.budget.room import fit, keeps_scores, limit_now
 from kvstrata.config import DTYPES, SLOTS, BudgetExceeded, Shape, Unsupported
-from kvstrata.policy import Policy, Seen, resolve
+from kvstrata.plans import Plans
+from kvstrata.policy import Policy, resolve
+from kvstrata.policy.base import FULL, STATES
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
 from kvstrata.step import Step
 
-_FORMATS = ("f32", "bf16", "f16")
+_FORMATS = ("f32", "bf16", "f16", "int8", "int4", "int2")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Cache:
         self.budget = Budget.parse(budget)
         self.hold = hold
         self._asked = resolve(policy)
-        self.policy = concretise(self._asked, shape, self.budget, batch=1)
-        self._fitted = 1  # sequences that the policy's window was last set for
+        self.policy = fit(self._asked, shape, self.budget, [0])
+        self._fitted: object = None  # what the policy was last fitted to
         assert self.policy.window is not None
         self._store = Store(
             [(s.kv_heads, s.q_heads, s.head_dim, s.window or 0) for s in shape.layers],
@@ -64,11 +67,15 @@ class Cache:
             self.policy.window,
             hold,
             self.policy.sinks,
+            [_FORMATS.index(name) for name in self.policy.formats],
+            self.policy.queries,
+            keeps_scores(self.policy),
         )
         self._slabs = Slabs(self._store, shape.device, self._limit(), self._expected())
         self._live: list[int] = []
         self._step: Step | None = None
-        self._counts = dict.fromkeys(("plans", "evicted", "crops", "forks"), 0)
+        self._plans = Plans(self)
+        self._counts = dict.fromkeys(("crops", "forks"), 0)
 
     # --- sequences --------------------------------------------------------------------------------------------------------
 
@@ -144,6 +151,7 @@ class Cache:
 
     def _forget(self, seqs: Items[Sequence]) -> None:
         gone = {s.id for s in seqs}
+        self._plans.forget(list(gone))
         self._live = [i for i in self._live if i not in gone]
 
     # --- steps ------------------------------------------------------------------------------------------------------------
@@ -202,37 +210,38 @@ class Cache:
         assert self._step is step
         self._step = None
 
-    def _admit(self, seqs: list[Sequence], longest: int) -> None:
-        """Checks of the whole step that need its sizes."""
+    def _admit(self, seqs: list[Sequence], lengths: list[int]) -> None:
+        """Checks of the whole step that need its sizes. lengths: tokens that each of ``seqs`` will have after it."""
         if self.budget is None:
             return
-        if self.budget.unit == "bytes":
-            self._fit_batch()
-        elif self.policy.planner is None and self.budget.unit == "tokens":
-            most = max(self._store.length(s.id) for s in seqs) + longest
-            if most > self.budget.value:
-                raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {most}")
+        if self.policy.allocator is not None or self.budget.unit == "bytes":
+            self._fit({s.id: n for s, n in zip(seqs, lengths, strict=True)})
+        elif self.policy.planner is None and self.budget.unit == "tokens" and max(lengths) > self.budget.value:
+            raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {max(lengths)}")
 
-    def _fit_batch(self) -> None:
-        """A byte budget is shared by all sequences: with their number known, and none begun, the window is set anew."""
-        if self._fitted == len(self._live):
-            return
-        policy = concretise(self._asked, self.shape, self.budget, batch=len(self._live))
-        if policy != self.policy:
-            if any(self._store.length(i) for i in self._live):
-                return
+    def _fit(self, after: dict[int, int]) -> None:
+        """A budget is shared by all sequences: with their number known, and none begun, the policy is fitted anew; the limit
+        of a share follows their lengths."""
+        assert self.budget is not None
+        lengths = [after.get(i, self._store.length(i)) for i in self._live]
+        begun = any(self._store.length(i) for i in self._live)
+        to = (len(lengths), max(lengths) if self.budget.unit == "share" else 0)
+        if self._fitted != to and not begun:
+            policy = fit(self._asked, self.shape, self.budget, lengths)
             assert policy.window is not None
-            self._store.set_tail(policy.window)
-            self.policy = policy
-        self._fitted = len(self._live)
+            if policy != self.policy:
+                self._store.set_tail(policy.window)
+                self.policy = policy
+            self._fitted = to
+        if self.policy.allocator is not None:
+            self._slabs.limit = limit_now(self.policy, self.shape, self.budget, lengths)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
     def compress(self) -> None:
         """Plans every layer now, and returns what memory that frees."""
         if self.policy.planner is not None and self._live:
-            for layer in range(len(self.shape.layers)):
-                self._plan(layer, self._live)
+            self._plans.run(self._live)
         self.trim()
 
     def end_prefill(self, seqs: Items[Sequence]) -> None:
@@ -248,8 +257,14 @@ class Cache:
         heads = self.shape.layers[layer].kv_heads
         if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
             raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
-        state = keep.to(torch.uint8).contiguous()
-        self._store.apply_plan(layer, [seq.id], state.data_ptr(), state.shape[1], False)
+        columns = self._store.columns(layer, [seq.id])
+        if keep.shape[1] < columns:
+            raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
+        state = torch.empty(heads, columns, dtype=torch.uint8)
+        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, columns)
+        state *= keep[:, :columns]
+        self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
+        self._plans.apply(layer, [seq.id], state, list(range(heads)))
 
     def _after_commit(self, ids: list[int], before: list[int], longest: int) -> None:
         self._slabs.note_peak()
@@ -258,37 +273,9 @@ class Cache:
         interval = self.policy.interval
         due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
         if due:
-            for layer in range(len(self.shape.layers)):
-                self._plan(layer, ids)
+            self._plans.run(ids)
         if longest > interval:
             self.trim()
-
-    def _plan(self, layer: int, ids: list[int]) -> None:
-        """Asks the planner about one layer, and applies what it says. A sliding layer is not planned."""
-        spec = self.shape.layers[layer]
-        planner = self.policy.planner
-        columns = self._store.columns(layer, ids)
-        if planner is None or spec.window is not None or columns == 0:
-            return
-        rows = len(ids) * spec.kv_heads
-        positions = torch.empty(rows, columns, dtype=torch.int32)
-        tail = torch.empty(rows, columns, dtype=torch.bool)
-        self._store.look(layer, ids, positions.data_ptr(), tail.data_ptr(), columns)
-        lengths = torch.tensor([self._store.length(i) for i in ids]).repeat_interleave(spec.kv_heads)
-        plan = planner.plan(Seen(layer, positions, lengths, tail, (positions >= 0).to(torch.uint8), self.policy.sinks))
-        self._counts["plans"] += 1
-        if plan.tier is not None or plan.group is not None or plan.set is not None:
-            raise Unsupported("plan: only the state column can be applied in this release")
-        if plan.state is None:
-            return
-        if plan.state.dtype != torch.uint8 or plan.state.shape != positions.shape:
-            raise ValueError(
-                f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8 {list(positions.shape)}"
-            )
-        stored = positions >= 0
-        self._counts["evicted"] += int(((plan.state == 0) & stored).sum())
-        state = plan.state.contiguous()  # held by a name: a copy must outlive the call that reads it
-        self._store.apply_plan(layer, ids, state.data_ptr(), columns, True)
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -328,7 +315,7 @@ class Cache:
         used = sum(p["used"] * p["page_bytes"] for p in pools)
         free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
         kinds = {
-            f"pages {_FORMATS[DTYPES[self.shape.dtype]]}": used,
+            **self._bytes_by_format(pools),
             "free pages": free,
             "positions": self._slabs.held - used - free,
             "tables": self._store.metadata_bytes,
@@ -342,7 +329,7 @@ class Cache:
             sinks=self.policy.sinks,
             logical_tokens=logical,
             stored_tokens=slots,
-            states={"full": slots, "evicted": sum(logical) * self.shape.rows - slots},
+            states=self._states() | {"evicted": sum(logical) * self.shape.rows - slots},
             stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
             bytes_by_kind=kinds,
             nbytes=self.nbytes(),
@@ -351,7 +338,7 @@ class Cache:
             dense_bytes=sum(logical) * self.shape.token_bytes(),
             limit_bytes=self._slabs.limit,
             lost_slots=entries * SLOTS - slots,
-            counts=dict(self._counts),
+            counts=self._plans.counts | self._counts,
         )
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -361,10 +348,29 @@ class Cache:
         """
         spec = self.shape.layers[layer]
         n = self._store.columns(layer, [seq.id])
-        k = torch.zeros(spec.kv_heads, n, spec.head_dim, dtype=self.shape.dtype)
+        k = torch.zeros(spec.kv_heads, n, spec.head_dim)
         v = torch.zeros_like(k)
         positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
         for h in range(spec.kv_heads):
             self._store.read(seq.id, layer, h, k[h].data_ptr(), v[h].data_ptr())
             self._store.positions(seq.id, layer, h, positions[h].data_ptr())
-        return k, v, positions
+        return k.to(self.shape.dtype), v.to(self.shape.dtype), positions
+
+    def _bytes_by_format(self, pools: list[dict[str, int]]) -> dict[str, int]:
+        """Bytes of used pages by format."""
+        names = dict.fromkeys(f"pages {_FORMATS[p['format']]}" for p in pools)
+        return {
+            name: sum(p["used"] * p["page_bytes"] for p in pools if name == f"pages {_FORMATS[p['format']]}")
+            for name in names
+        }
+
+    def _states(self) -> dict[str, int]:
+        """Stored tokens by state, summed over rows."""
+        counts = torch.zeros(len(STATES) + 2, dtype=torch.int64)
+        for layer in range(len(self.shape.layers)):
+            columns = self._store.columns(layer, self._live) if self._live else 0
+            state = torch.empty(len(self._live) * self.shape.layers[layer].kv_heads, columns, dtype=torch.uint8)
+            self._store.look(layer, self._live, 0, 0, state.data_ptr(), 0, columns)
+            counts += torch.bincount(state.flatten().long(), minlength=len(counts))
+        named = {"full": FULL} | {name: STATES[name] for name in self.policy.formats}
+        return {name: int(counts[state]) for name, state in named.items()}

@@ -37,15 +37,16 @@ class Slabs:
 
         BudgetExceeded with nothing changed if the limit does not allow them.
         """
-        missing = self._store.missing(first_layer, last_layer, first, last)
-        if not any(missing):
-            return
-        needed = self._store.needed(first_layer, last_layer, first, last)
+        if any(self._store.missing(first_layer, last_layer, first, last)):
+            self.reserve_pages(self._store.needed(first_layer, last_layer, first, last))
+
+    def reserve_pages(self, needed: list[int]) -> None:
+        """Makes sure of so many free pages in each pool. BudgetExceeded with nothing changed."""
         lent: list[tuple[int, int]] = []
         try:
-            for pool, short in enumerate(missing):
-                while short > 0:
-                    short -= self._lend(pool, short, needed, lent)
+            for pool, pages in enumerate(needed):
+                while (short := pages - self._store.pool(pool)["free"]) > 0:
+                    self._lend(pool, short, needed, lent)
         except BaseException:
             for key in lent:
                 self._return(key)
@@ -78,10 +79,13 @@ class Slabs:
         self._return((pool, index))
         return True
 
-    def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> int:
+    def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> None:
         fault_point("slab.lend")
         per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
-        pages = self._fit(max(short, self._grain() // per_page), short, per_page, needed)
+        grain = self._grain() // per_page
+        pages = self._fit(max(short, grain), short, per_page, needed)
+        if self.limit is not None:
+            pages = min(pages, max(grain, 1))  # small slabs run empty sooner, and may serve another format then
         pages = min(pages, MAX_PAGES_PER_SLAB)
         tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
         payload = tensor.data_ptr()
@@ -91,7 +95,6 @@ class Slabs:
         self.held += tensor.untyped_storage().nbytes()
         self.note_peak()
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
-        return pages
 
     def _fit(self, wanted: int, short: int, per_page: int, needed: list[int]) -> int:
         """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""

@@ -59,7 +59,9 @@ class Step:
             self._cache._leave(self)
             raise
         try:
-            self._cache._admit(self._seqs, self._store.longest)
+            counts = [last - first for first, last in zip(self._starts, self._starts[1:], strict=False)]
+            self._ends = [self._store.length(i) + n for i, n in zip(self._ids, counts, strict=True)]
+            self._cache._admit(self._seqs, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
             self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
             if not self._cut:
@@ -159,6 +161,7 @@ class Step:
         if not 0.0 <= cap < inf:
             raise ValueError(f"attend: softcap is {cap}, expected None or a finite number >= 0")
         self._attended.add(layer)
+        self._cache._plans.arithmetic[layer] = (scale, cap)
         sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         if self._cut or self._store.longest > DENSE_ABOVE:
             return self._attend_chunk(layer, spec, q, k, v, scale, cap, sink)
@@ -198,7 +201,7 @@ class Step:
             out, lse = ops.merge([past, out], [past_lse, lse])
         if sinks is not None:
             out, lse = dense.join_sinks(out, lse, sinks)
-        self._append_chunk(layer, k, v)
+        self._append_chunk(layer, q, k, v)
         return out.to(q.dtype)
 
     def _attend_own(
@@ -235,8 +238,9 @@ class Step:
         )
         return out, lse
 
-    def _append_chunk(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _append_chunk(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         longest = self._store.longest
+        self._store.stage_queries(layer, self._strides(q))
         piece = self._cache.policy.chunk if self._cut else longest
         for first in range(0, longest, piece):
             last = min(first + piece, longest)
@@ -245,7 +249,7 @@ class Step:
             self._store.append(layer, self._strides(k), self._strides(v), first, last, torch.get_num_threads())
             if self._cut:
                 self._store.settle(layer)
-                self._cache._plan(layer, self._ids)
+                self._cache._plans.cut(layer, self._ids, self._ends)
 
     # --- checks -----------------------------------------------------------------------------------------------------------
 

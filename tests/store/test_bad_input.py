@@ -203,8 +203,8 @@ class Regroups:
 @pytest.mark.parametrize(
     ("planner", "text"),
     [
-        (Promotes(), r"is 2, expected 0 \(Evicted\) or 1 \(Full\)"),
-        (DropsTail(), r"evicts position 0, which is protected"),
+        (Promotes(), r"is 2, expected 0 \(Evicted\), 1 \(Full\) or a quantized"),
+        (DropsTail(), r"changes position 0, which is protected"),
         (Misshapen(), r"state is torch.uint8 \[1, 1\]"),
         (Regroups(), r"only the state column"),
     ],

@@ -8,7 +8,7 @@ order, W window queries, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -185,3 +185,12 @@ class Policy:
     def queries(self) -> int:
         """Window queries that the cache must remember of each row."""
         return max(int(getattr(role, "queries", 0)) for role in (self.scorer, self.allocator))
+
+    def with_queries(self, most: int) -> Policy:
+        """The policy whose roles read at most so many window queries."""
+        roles: dict[str, Any] = {}
+        for name in ("scorer", "allocator"):
+            role = getattr(self, name)
+            if int(getattr(role, "queries", 0)) > most:
+                roles[name] = replace(role, queries=most)
+        return replace(self, **roles)

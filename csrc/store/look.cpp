@@ -1,0 +1,91 @@
+// What a policy sees of a store: the stored tokens of a layer's rows in table order.
+#include <algorithm>
+#include <bit>
+
+#include "common/check.h"
+#include "common/layout.h"
+#include "ops/quantize.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+
+int64_t Store::columns(int layer, std::span<const SeqId> seqs) {
+    check_layer(layer, "columns");
+    int64_t most = 0;
+    for (SeqId id : seqs) {
+        Sequence& s = find(id, "columns");
+        for (int h = 0; h < layers_[layer].kv_heads; ++h) most = std::max<int64_t>(most, row_of(s, layer, h).stored);
+    }
+    return most;
+}
+
+void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_t columns) {
+    check_layer(layer, "look");
+    const int heads = layers_[layer].kv_heads;
+    const int64_t all = static_cast<int64_t>(seqs.size()) * heads * columns;
+    if (out.positions) std::fill_n(out.positions, all, -1);
+    if (out.open) std::fill_n(out.open, all, uint8_t{0});
+    if (out.state) std::fill_n(out.state, all, uint8_t{0});
+    if (out.scores) std::fill_n(out.scores, all, 0.0f);
+    for (size_t b = 0; b < seqs.size(); ++b) {
+        for (int h = 0; h < heads; ++h) {
+            const pages::Row& row = row_of(find(seqs[b], "look"), layer, h);
+            check(row.stored <= columns, "look: columns is ", columns, ", expected at least ", row.stored);
+            int64_t at = (static_cast<int64_t>(b) * heads + h) * columns;
+            if (out.positions) pages::positions(row, pools_, out.positions + at);
+            for (int e = 0; e < row.entries(); ++e) {
+                const int n = std::popcount(row.alive[e]);
+                if (out.open) std::fill_n(out.open + at, n, uint8_t{e >= row.sealed});
+                if (out.state) std::fill_n(out.state + at, n, static_cast<uint8_t>(state_of(row.page[e])));
+                int i = 0;
+                for (uint16_t m = row.alive[e]; out.scores && row.noted && m; m &= m - 1, ++i) {
+                    out.scores[at + i] =
+                        std::bit_cast<float>(row.note[static_cast<size_t>(e) * kSlots + std::countr_zero(m)]);
+                }
+                at += n;
+            }
+        }
+    }
+}
+
+void Store::set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns) {
+    check_layer(layer, "set_scores");
+    check(options_.scored, "set_scores: this store keeps no scores");
+    const int heads = layers_[layer].kv_heads;
+    for (size_t b = 0; b < seqs.size(); ++b) {
+        for (int h = 0; h < heads; ++h) {
+            pages::Row& row = row_of(find(seqs[b], "set_scores"), layer, h);
+            check(row.stored <= columns, "set_scores: columns is ", columns, ", expected at least ", row.stored);
+            const float* from = scores + (static_cast<int64_t>(b) * heads + h) * columns;
+            for (int e = 0; e < row.entries(); ++e) {
+                for (uint16_t m = row.alive[e]; m; m &= m - 1) {
+                    row.note[static_cast<size_t>(e) * kSlots + std::countr_zero(m)] = std::bit_cast<uint32_t>(*from++);
+                }
+            }
+        }
+    }
+}
+
+void Store::positions(SeqId seq, int layer, int head, int32_t* out) {
+    pages::positions(row(seq, layer, head), pools_, out);
+}
+
+void Store::read(SeqId seq, int layer, int head, float* k, float* v) {
+    const pages::Row& r = row(seq, layer, head);
+    const int dim = layers_[layer].head_dim;
+    std::vector<float> page_k(static_cast<size_t>(kSlots) * dim), page_v(page_k.size());
+    PoolView pools[kMaxPools];
+    views(pools);
+    const float* const mean = centre(sequence(seq), layer, head);
+    const int32_t first = 0;
+    for (int e = 0; e < r.entries(); ++e) {
+        ops::dequantize({&r.page[e], mean, mean ? &first : nullptr, 1, dim, page_k.data(), page_v.data(), pools, 1});
+        for (uint16_t m = r.alive[e]; m; m &= m - 1, k += dim, v += dim) {
+            const int slot = std::countr_zero(m);
+            std::copy_n(&page_k[static_cast<size_t>(slot) * dim], dim, k);
+            std::copy_n(&page_v[static_cast<size_t>(slot) * dim], dim, v);
+        }
+    }
+}
+
+}  // namespace kvstrata::store

@@ -1,0 +1,154 @@
+"""What a byte limit leaves for tokens beside the protected ones, and how a policy is made to fit a small limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from kvstrata import pools
+from kvstrata.budget.protect import LEAST_CHUNK, concretise, limit_bytes, pages
+from kvstrata.budget.units import Budget
+from kvstrata.config import DTYPES, SLOTS, Shape
+from kvstrata.policy.base import FULL, STATES, Policy
+
+FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
+SLACK = 32
+"""A limit's share (one part in so many) that free pages of part-filled slabs may take: two slabs of a 64th."""
+
+_POSITIONS, _TABLE, _SCORES = 64, 40, 64
+_SEQUENCE_ROW = 280
+"""Bytes that the tables of a row take however few entries it has."""
+
+LEAST_QUERIES = 8
+REFERENCE = 2048
+
+
+def page_costs(shape: Shape, layer: int, policy: Policy) -> Mapping[int, int]:
+    """Bytes of one page of a layer by state: payload, positions, table entry, scores where the policy keeps them."""
+    beside = _POSITIONS + _TABLE + (_SCORES if keeps_scores(policy) else 0)
+    dim = shape.layers[layer].head_dim
+    full = pools.page_bytes(FORMATS[DTYPES[shape.dtype]], dim)
+    return {FULL: full + beside} | {STATES[f]: pools.page_bytes(f, dim) + beside for f in policy.formats}
+
+
+def keeps_scores(policy: Policy) -> bool:
+    """Whether scores outlive a plan: they join new ones, or are mass that adds up."""
+    return policy.scorer is not None and (policy.combine != "replace" or "mass" in policy.scorer.needs)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a cache of ``batch`` sequences under a limit, beside what is not divided.
+
+    content: for unprotected tokens, all rows together, one row's share of it kept free for the plan that rewrites it.
+    """
+
+    limit: int
+    batch: int
+    content: int
+
+    def least(self) -> int:
+        """The limit at which the content would be empty."""
+        return self.limit - self.content
+
+
+def room(policy: Policy, shape: Shape, limit: int, batch: int) -> Room:
+    """What the limit leaves. May be negative."""
+    planned = [(i, s) for i, s in enumerate(shape.layers) if s.window is None]
+    costs = {i: page_costs(shape, i, policy)[FULL] for i, _ in enumerate(shape.layers)}
+    window = policy.window or SLOTS
+    held = pages(policy.sinks) + window // SLOTS + 1 + policy.interval // SLOTS
+    protected = sum(s.kv_heads * costs[i] * held for i, s in planned)
+    sliding = sum(
+        s.kv_heads * costs[i] * (pages(s.window + 64) + 2) for i, s in enumerate(shape.layers) if s.window is not None
+    )
+    widest = max(s.kv_heads * costs[i] for i, s in enumerate(shape.layers))
+    chunk = widest * (policy.chunk // SLOTS + 1)
+    rings = policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for _, s in planned)
+    each = protected + sliding + chunk + rings * (2 if policy.chunk >= policy.queries else 1)
+    each += _SEQUENCE_ROW * shape.rows
+    content = limit - limit // SLACK - batch * each - _workspace(shape, batch)
+    rows = max(1, batch * sum(s.kv_heads for _, s in planned))
+    return Room(limit, batch, content * rows // (rows + 1))
+
+
+def _workspace(shape: Shape, batch: int) -> int:
+    """Of decoding, two threads: partial results of at most 32 chunks of each row, queries and one page."""
+    return max(
+        batch * s.kv_heads * (32 + 32 * (s.q_heads // s.kv_heads) * (s.head_dim + 17) * 4) + 2 * 40 * s.head_dim * 4
+        for s in shape.layers
+    )
+
+
+def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[int]) -> Policy:
+    """The policy as it runs under a budget with sequences of so many tokens. ValueError where the budget is too small.
+
+    Without an allocator: :func:`kvstrata.budget.protect.concretise`. A share is taken of at least REFERENCE tokens: it
+    grows with the sequences, sinks and tail do not.
+    """
+    if policy.allocator is None:
+        return concretise(policy, shape, budget, batch=len(lengths))
+    if budget is None:
+        raise ValueError(f"budget: policy {policy.name!r} needs one, got None")
+    if budget.unit == "share" and budget.at is None:
+        lengths = [max(n, REFERENCE) for n in lengths]
+    if policy.window is None and budget.unit == "tokens":
+        share = int(budget.value * policy.window_share) // SLOTS * SLOTS
+        policy = replace(policy, window=max(SLOTS, share))
+    return fitted(policy, shape, limit_bytes(budget, shape, lengths), len(lengths))
+
+
+def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[int]) -> int:
+    """Bytes that a cache of sequences of so many tokens may hold.
+
+    A share of few tokens is less than sinks and tail: until it passes what those need, that is the limit.
+    """
+    limit = limit_bytes(budget, shape, lengths)
+    if budget.unit == "share" and budget.at is None:
+        least = room(policy, shape, limit, len(lengths)).least() * SLACK // (SLACK - 1)
+        limit = max(limit, least + len(lengths) * shape.rows * max(page_costs(shape, 0, policy).values()))
+    return limit
+
+
+def fitted(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
+    """The policy with chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
+    left for content, or they are at their least. ValueError where even then nothing is left.
+
+    A large tail is worth little under a small limit; under a large one nothing changes.
+    """
+    if policy.window is None:
+        policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
+    while room(policy, shape, limit, batch).content < 3 * limit // 4:
+        smaller = _smaller(policy)
+        if smaller is None:
+            break
+        policy = smaller
+    left = room(policy, shape, limit, batch)
+    if left.content <= 0:
+        raise ValueError(
+            f"budget: {limit} bytes for {batch} sequence(s), expected at least {left.least() * SLACK // (SLACK - 1) + 1}"
+        )
+    return policy
+
+
+def _share_of_tail(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
+    """The window that takes its share of what the limit holds in Full pages."""
+    per_page = batch * sum(s.kv_heads * page_costs(shape, i, policy)[FULL] for i, s in enumerate(shape.layers))
+    return max(SLOTS, int(limit * policy.window_share) // per_page * SLOTS)
+
+
+def _smaller(policy: Policy) -> Policy | None:
+    assert policy.window is not None
+    if policy.chunk >= 4 * LEAST_CHUNK:
+        return replace(policy, chunk=policy.chunk // 2 // SLOTS * SLOTS)
+    if policy.interval > SLOTS:
+        return replace(policy, interval=policy.interval // 2 // SLOTS * SLOTS or SLOTS)
+    if policy.window > 2 * SLOTS and policy.window >= 2 * policy.queries:
+        return replace(policy, window=policy.window // 2 // SLOTS * SLOTS)
+    if policy.queries > LEAST_QUERIES:
+        return policy.with_queries(max(LEAST_QUERIES, policy.queries // 2))
+    if policy.window > SLOTS:
+        return replace(policy, window=policy.window // 2 // SLOTS * SLOTS)
+    if policy.chunk > LEAST_CHUNK:
+        return replace(policy, chunk=LEAST_CHUNK)
+    return None
