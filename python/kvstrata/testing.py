@@ -1,7 +1,8 @@
 """Fault points for tests: ``with fault("append.after_take"): ...`` makes the named place fail at its nth visit.
 
 Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages taken, nothing written), ``plan.after_check``
-(a plan was checked, nothing moved).
+(a row's plan was checked, nothing moved), ``plan.after_write`` (its new pages are
+written, the table still holds the old ones).
 """
 
 from __future__ import annotations
