@@ -74,15 +74,16 @@ py::tuple row(const Store& s, SeqId seq, int layer, int head) {
 void bind_store(py::module_& m) {
     py::class_<Store>(m, "Store")
         .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
-                         int sinks, const std::vector<int>& formats, int queries, bool scored) {
+                         int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed) {
                  std::vector<store::LayerShape> shapes;
                  for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
-                 store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored};
+                 store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
                  for (int f : formats) options.formats.push_back(static_cast<Format>(f));
                  return std::make_unique<Store>(std::move(shapes), std::move(options));
              }),
              py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
-             py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false)
+             py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
+             py::arg("massed") = false)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(
@@ -152,6 +153,12 @@ void bind_store(py::module_& m) {
              })
         .def("append_attend", &append_attend)
         .def("stage_queries", [](Store& s, int layer, const Strides& q) { s.stage_queries(layer, tensor(q)); })
+        .def("add_mass",
+             [](Store& s, int layer, const Strides& q, int from, int to, float scale, float softcap, int threads) {
+                 const py::gil_scoped_release release;
+                 s.set_threads(threads);
+                 s.add_mass(layer, tensor(q), from, to, scale, softcap);
+             })
         .def("settle", py::overload_cast<int>(&Store::settle), NoGil())
         .def("commit", &Store::commit, NoGil())
         .def("rollback", &Store::rollback, NoGil())

@@ -149,6 +149,7 @@ int64_t Store::metadata_bytes() const {
         for (const QueryRing& ring : sequence->rings) bytes += ring.bytes();
     }
     for (const QueryRing& ring : staged_) bytes += ring.bytes();
+    for (const auto& mass : staged_mass_) bytes += static_cast<int64_t>(mass.capacity() * sizeof(float));
     return bytes;
 }
 
@@ -158,6 +159,10 @@ void Store::views(PoolView* out) const {
         out[i] = {info_[i].format, static_cast<int32_t>(p.slabs().size()), p.page_bytes(), p.payload_table(),
                   p.position_table()};
     }
+}
+
+int64_t Store::workspace_bytes() const {
+    return static_cast<int64_t>(workspace_.size() + (logits_.capacity() + lse_.capacity()) * sizeof(float));
 }
 
 void* Store::workspace(int64_t bytes) {

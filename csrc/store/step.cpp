@@ -34,6 +34,8 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
     done_.assign(layers_.size(), 0);
     if (options_.queries > 0) staged_.resize(seqs.size() * layers_.size());
     for (QueryRing& ring : staged_) ring.restart();
+    if (options_.massed) staged_mass_.resize(seqs.size() * n_rows_);
+    for (auto& mass : staged_mass_) mass.clear();
     for (size_t b = 0; b < seqs.size(); ++b) {
         Sequence& s = find(seqs[b], "begin");
         const int32_t count = starts[b + 1] - starts[b];
@@ -141,8 +143,7 @@ void Store::attend(int layer, const AttendCall& call) {
         check(done_[layer] == 0 || done_[layer] >= s.count, "attend: layer ", layer,
               " holds a part of the step's tokens");
         for (int h = 0; h < shape.kv_heads; ++h) {
-            const pages::Row& row = row_of(*s.sequence, layer, h);
-            ops::AttendRow r{};
+            ops::AttendRow r = attend_row(*s.sequence, layer, h);
             r.q = at(call.q, options_.dtype, b, static_cast<int64_t>(h) * group);
             r.q_stride_t = call.q.token;
             r.q_stride_g = call.q.head;
@@ -155,22 +156,35 @@ void Store::attend(int layer, const AttendCall& call) {
                 r.lse_stride_g = call.lse.head;
             }
             r.tokens = &tokens_[s.first];
-            r.pages = row.page.data();
-            r.visible = row.visible.data();
-            r.centre = centre(*s.sequence, layer, h);
             r.sinks = call.sinks ? call.sinks + static_cast<int64_t>(h) * group : nullptr;
             r.q_pos = windowed ? &token_pos_[s.first] : nullptr;
-            r.entries = row.entries();
             r.queries = s.count;
             r.own = done_[layer] > 0 ? s.count : 0;
             attend_rows_.push_back(r);
         }
     }
+    run_attend(layer, call);
+}
+
+ops::AttendRow Store::attend_row(const Sequence& s, int layer, int head) const {
+    const pages::Row& row = s.rows[first_row_[layer] + head];
+    ops::AttendRow r{};
+    r.pages = row.page.data();
+    r.visible = row.visible.data();
+    r.centre = centre(s, layer, head);
+    r.entries = row.entries();
+    return r;
+}
+
+void Store::run_attend(int layer, const AttendCall& call) {
+    const LayerShape& shape = layers_[layer];
+    const bool massed = options_.massed && shape.window == 0 && !call.lse.data;
+    if (massed) want_mass(layer);
     PoolView pool_views[kMaxPools];
     views(pool_views);
     ops::AttendParams params{attend_rows_.data(),
                              static_cast<int32_t>(attend_rows_.size()),
-                             group,
+                             shape.q_heads / shape.kv_heads,
                              shape.head_dim,
                              options_.dtype,
                              call.out_dtype,
@@ -182,6 +196,12 @@ void Store::attend(int layer, const AttendCall& call) {
                              call.threads};
     params.workspace = workspace(ops::attend_workspace_bytes(params));
     ops::attend(params);
+    size_t at = 0;
+    for (size_t b = 0; massed && b < step_.size(); ++b) {
+        for (int h = 0; step_[b].count > 0 && h < shape.kv_heads; ++h, ++at) {
+            reduce_mass(attend_rows_[at], params.group, staged_mass_[b * n_rows_ + first_row_[layer] + h]);
+        }
+    }
     settle_workspace();
 }
 
@@ -235,6 +255,7 @@ void Store::commit() {
             q.rings[l].join(own);
             if (own.capacity() > 1) own = QueryRing();  // decoding keeps its one place
         }
+        for (int r = 0; options_.massed && r < n_rows_; ++r) add_mass(q.rows[r], staged_mass_[b * n_rows_ + r]);
         for (size_t l = 0; l < layers_.size(); ++l) settle(static_cast<int>(l), q, q.length);
     }
     open_ = false;

@@ -39,6 +39,7 @@ struct Options {
     std::vector<Format> formats = {};  // quantized formats that plans may name, on layers without a sliding window
     int32_t queries = 0;               // W: last queries of each row that are remembered for scoring
     bool scored = false;               // each stored token has a score, f32, which moves with it
+    bool massed = false;               // scores are the attention mass that each token has received; needs `scored`
 };
 
 // What a row's quantized keys are relative to, set when one is first quantized and frozen then.
@@ -100,7 +101,7 @@ class Store {
     void give_back(int pool, int slab);
     bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
     int64_t metadata_bytes() const;
-    int64_t workspace_bytes() const { return static_cast<int64_t>(workspace_.size()); }
+    int64_t workspace_bytes() const;
 
     // Sequences (sequences.cpp)
     std::vector<SeqId> create(int n);
@@ -125,6 +126,9 @@ class Store {
     void append(int layer, TokenTensor k, TokenTensor v, int from, int to);
     void attend(int layer, const AttendCall& call);
     void stage_queries(int layer, const TokenTensor& q);  // attend does it too; for layers attended elsewhere
+    // Adds the mass of tokens from..to's queries, the last that were appended: for layers attended elsewhere. Stands even
+    // if the step fails, as a cut does.
+    void add_mass(int layer, const TokenTensor& q, int from, int to, float scale, float softcap);
     void settle(int layer);
     void commit();
     void rollback();
@@ -152,6 +156,11 @@ class Store {
     void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
     void check_layer(int layer, const char* verb) const;
     pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
+    ops::AttendRow attend_row(const Sequence& s, int layer, int head) const;
+    void run_attend(int layer, const AttendCall& call);
+    void want_mass(int layer);
+    void add_mass(pages::Row& row, const std::vector<float>& mass);
+    void reduce_mass(const ops::AttendRow& row, int group, std::vector<float>& out);
     Sequence blank() const;  // without a token
     Sequence clone(const Sequence& s);
     State state_of(PageId page) const;
@@ -182,15 +191,17 @@ class Store {
     bool open_ = false;
     int32_t longest_ = 0;
     std::vector<StepSequence> step_;
-    std::vector<int32_t> tokens_;     // index of each token along the T axis of the call's tensors
-    std::vector<int32_t> token_pos_;  // its position
-    std::vector<int32_t> done_;       // [L] tokens of each sequence appended so far
-    std::vector<QueryRing> staged_;   // [B, L] the step's own last queries, until it commits
+    std::vector<int32_t> tokens_;                  // index of each token along the T axis of the call's tensors
+    std::vector<int32_t> token_pos_;               // its position
+    std::vector<int32_t> done_;                    // [L] tokens of each sequence appended so far
+    std::vector<QueryRing> staged_;                // [B, L] the step's own last queries, until it commits
+    std::vector<std::vector<float>> staged_mass_;  // [B, rows][entries * 16], likewise
 
     std::vector<ops::AppendRow> append_rows_;  // scratch, kept between calls
     std::vector<ops::AttendRow> attend_rows_;
     std::vector<PageId> pages_;
     std::vector<uint8_t> slots_;
+    std::vector<float> logits_, lse_;  // of the rows of one call, for their mass
     std::vector<unsigned char> workspace_;
     size_t kept_workspace_ = 0;  // bytes that decoding needs
 };

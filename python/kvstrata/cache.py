@@ -70,6 +70,7 @@ class Cache:
             [_FORMATS.index(name) for name in self.policy.formats],
             self.policy.queries,
             keeps_scores(self.policy),
+            self.policy.massed,
         )
         self._slabs = Slabs(self._store, shape.device, self._limit(), self._expected())
         self._live: list[int] = []

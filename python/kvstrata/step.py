@@ -20,6 +20,9 @@ DENSE_ABOVE = 64
 CUT_ABOVE = 16
 """Under a policy that drops tokens, steps that feed a sequence more than this are cut layer by layer."""
 
+MASS_QUERIES = 64
+"""Queries of a prompt whose attention mass is found at a time."""
+
 _F32 = DTYPES[torch.float32]
 _NO_LSE = (0, 0, 0, 0)
 
@@ -246,10 +249,25 @@ class Step:
             last = min(first + piece, longest)
             if self._cut:
                 self._cache._slabs.reserve(layer, layer + 1, first, last)
-            self._store.append(layer, self._strides(k), self._strides(v), first, last, torch.get_num_threads())
+            self._append_piece(layer, q, k, v, first, last)
             if self._cut:
                 self._store.settle(layer)
                 self._cache._plans.cut(layer, self._ids, self._ends)
+
+    def _append_piece(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, last: int
+    ) -> None:
+        """Stores tokens first..last of each sequence; where the policy scores by mass, a few at a time, each with a pass of
+        their queries over all that is stored by then."""
+        threads = torch.get_num_threads()
+        massed = self._cache.policy.massed and self._cache.shape.layers[layer].window is None
+        grain = MASS_QUERIES if massed else last - first
+        for begin in range(first, last, grain):
+            end = min(begin + grain, last)
+            self._store.append(layer, self._strides(k), self._strides(v), begin, end, threads)
+            if massed:
+                scale, cap = self._cache._plans.arithmetic[layer]
+                self._store.add_mass(layer, self._strides(q), begin, end, scale, cap, threads)
 
     # --- checks -----------------------------------------------------------------------------------------------------------
 

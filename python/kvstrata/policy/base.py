@@ -186,6 +186,11 @@ class Policy:
         """Window queries that the cache must remember of each row."""
         return max(int(getattr(role, "queries", 0)) for role in (self.scorer, self.allocator))
 
+    @property
+    def massed(self) -> bool:
+        """Whether scores are accumulated attention mass."""
+        return self.scorer is not None and "mass" in self.scorer.needs
+
     def with_queries(self, most: int) -> Policy:
         """The policy whose roles read at most so many window queries."""
         roles: dict[str, Any] = {}
