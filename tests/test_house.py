@@ -104,7 +104,13 @@ RANK = {
     "recall": 7, "policy": 8, "report": 8, "cache": 9, "episodes": 10, "branch": 10, "hf": 11, "__init__": 12,
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
-PARTS = {"pools": "ops", "step": "cache", "slabs": "cache", "plans": "cache", "rows": "cache"}  # files that are one unit with another
+PARTS = {
+    "pools": "ops",
+    "step": "cache",
+    "slabs": "cache",
+    "plans": "cache",
+    "rows": "cache",
+}  # files that are one unit with another
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
 

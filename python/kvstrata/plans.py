@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
-from kvstrata.budget.entropy import oq
 from kvstrata.budget.room import keeps_scores, page_costs, room
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
@@ -17,9 +16,6 @@ from kvstrata.rows import Rows
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
-
-LEAST_TOKENS, LEAST_QUERIES = 64, 8
-"""Fewer past tokens or window queries tell no statistic: the last one is kept."""
 
 
 class Plans:
@@ -112,14 +108,13 @@ class Plans:
         heads = self._cache.shape.layers[seen.layer].kv_heads
         assert seen.read is not None
         allocator: Any = self._cache.policy.allocator
-        stored = seen.stored.sum(1).view(-1, heads)
-        known = [self._store.queries(seen.layer, i, 0) >= LEAST_QUERIES for i in ids]
-        if any(known) and int(stored.max()) > LEAST_TOKENS:
-            found = oq(seen.read.statistics(self._cache.policy.queries, allocator.stats), allocator.tau).mean(1)
-            for b, i in enumerate(ids):
-                if known[b] and int(stored[b].max()) > LEAST_TOKENS:
-                    self.statistics[seen.layer, i] = found.view(-1, heads)[b].clone()
-        return torch.cat([self.statistics.get((seen.layer, i), torch.ones(heads)) for i in ids])
+        last = torch.cat([self.statistics.get((seen.layer, i), torch.ones(heads)) for i in ids])
+        queries = torch.tensor([self._store.queries(seen.layer, i, 0) for i in ids]).repeat_interleave(heads)
+        past = seen.stored.sum(1) - queries
+        found: Tensor = allocator.oq(seen.read.statistics(allocator.queries, allocator.stats), last, queries, past)
+        for b, i in enumerate(ids):
+            self.statistics[seen.layer, i] = found[b * heads : (b + 1) * heads].clone()
+        return found
 
     # --- what they may hold -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,15 +11,6 @@ from torch import Tensor
 
 from kvstrata.budget.allocate import Allocation, RowsSeen, divide
 from kvstrata.budget.split import level
-
-TAU = (7.7744, 5.4070, 5.5277)
-"""ARKV's exponents of entropy, variance and kurtosis, tuned on its test tasks (code)."""
-LEAST = 1e-3
-
-
-def oq(statistics: Tensor, tau: tuple[float, float, float] = TAU) -> Tensor:
-    """OQ [...] of statistics [..., 3]: the product of max(x, 1e-3)^(1 / tau) over entropy, variance and kurtosis."""
-    return (statistics.clamp_min(LEAST) ** (1 / torch.tensor(tau))).prod(-1)
 
 
 @dataclass(frozen=True)
@@ -29,14 +20,12 @@ class EntropyShare:
     Reads ``seen.oq`` f32 [L, R], >= 0. Per layer of one sequence OQ_l = mean over its rows, r_l = OQ_l / max_j OQ_j.
     full_share: x in (0, 1] makes r_l = min(1, lambda * OQ_l) with mean x instead (ours); per_head: r for each (layer, row),
     the maximum over all of a sequence's; capacity: bytes in proportion to OQ, too (ours), else uniform.
-    Without statistics, or with all of them 0: r = 1. tau: exponents of E, V, K; stats: "sound" or "code" (states.md 2.6).
+    Without statistics, or with all of them 0: r = 1.
     """
 
     full_share: float | None = None
     per_head: bool = False
     capacity: bool = False
-    tau: tuple[float, float, float] = TAU
-    stats: Literal["sound", "code"] = "sound"
     needs: ClassVar[frozenset[str]] = frozenset({"oq"})
 
     def __post_init__(self) -> None:

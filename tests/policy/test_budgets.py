@@ -1,0 +1,123 @@
+"""Every policy under a budget of bytes: the limit holds at every step, and the bytes are used."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from kvstrata import Budget, Cache, LayerSpec, Shape
+from kvstrata.config import BudgetExceeded
+from kvstrata.policy import NAMED
+
+LAYERS = [LayerSpec(2, 8, 64)] * 3
+COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
+
+
+def feed(cache: Cache, seqs: list, lengths: list[int], generator: torch.Generator) -> None:  # type: ignore[type-arg]
+    total = sum(lengths)
+    with cache.step(seqs, lengths) as step:
+        for layer, spec in enumerate(cache.shape.layers):
+            q, k, v = (
+                torch.randn(total, h, spec.head_dim, generator=generator).to(cache.shape.dtype)
+                for h in (spec.q_heads, spec.kv_heads, spec.kv_heads)
+            )
+            step.attend(layer, q, k, v)
+
+
+def allocated(cache: Cache) -> int:
+    """Bytes of the slabs' storages, as the allocator has them: independent of what the cache says of itself."""
+    gc.collect()
+    mine = set(map(id, cache._slabs._tensors.values()))
+    return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if id(t) in mine)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_a_share_holds_at_every_step(name: str, batch: int) -> None:
+    """At 25 %, ragged prompts, turns and decoding: held bytes, metadata included, stay within the share of the dense cache of
+    what has been seen, at every step after the prompt; the peak within the limit of its time."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget="25%", policy=name)
+    seqs = cache.new(batch)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [2050, 700, 1100, 900][:batch]
+    feed(cache, seqs, prompts, generator)
+    dense = sum(prompts) * cache.shape.token_bytes()
+    for n in (*[1] * 34, 40, 7, 90, *[1] * 18):
+        feed(cache, seqs, [n] * batch, generator)
+        dense += n * batch * cache.shape.token_bytes()
+        assert cache.nbytes() <= 0.25 * dense
+    report = cache.report()
+    assert report.dense_bytes == dense
+    assert report.peak_bytes <= 0.25 * dense
+    assert allocated(cache) == report.allocator_bytes
+    assert report.nbytes >= 0.15 * report.dense_bytes, "the budget is used"
+    assert report.states["evicted"] > 0 or sum(report.states.values()) == sum(report.logical_tokens) * cache.shape.rows
+
+
+@pytest.mark.parametrize("kib", [360, 500, 1000])
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_a_byte_limit_holds(name: str, kib: int) -> None:
+    """From little more than sinks and tail upwards, the peak included; the rows' tokens are conserved."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget=f"{kib}KiB", policy=name)
+    (seq,) = cache.new()
+    generator = torch.Generator().manual_seed(1)
+    for n in (700, *[1] * 20, 200, 5, 16, 17, *[1] * 20):
+        feed(cache, [seq], [n], generator)
+        assert cache._slabs.note_peak() <= kib << 10
+    report = cache.report()
+    assert sum(report.states.values()) == sum(report.logical_tokens) * cache.shape.rows
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_a_limit_below_sinks_and_tail_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"budget: 60000 bytes for 1 sequence\(s\), expected at least \d+"):
+        Cache(Shape(LAYERS, torch.bfloat16), budget=Budget.bytes(60000), policy=name)
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_what_fits_is_exact(name: str) -> None:
+    """Under a budget that holds everything, a policy that only evicts gives the very bits of ``full``."""
+    outs = []
+    for policy, budget in (("full", None), (name, "64MiB")):
+        cache = Cache(Shape(LAYERS, torch.float32), budget=budget, policy=policy)
+        if cache.policy.formats and name == "kivi":
+            pytest.skip("kivi quantizes whatever the budget")
+        (seq,) = cache.new()
+        generator = torch.Generator().manual_seed(2)
+        for n in (300, 1, 1):
+            total = n
+            with cache.step([seq], [n]) as step:
+                for layer in range(3):
+                    q, k, v = (torch.randn(total, h, 64, generator=generator) for h in (8, 2, 2))
+                    outs.append(step.attend(layer, q, k, v))
+        assert cache.report().states["evicted"] == 0
+    half = len(outs) // 2
+    for a, b in zip(outs[:half], outs[half:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_two_runs_keep_the_same_tokens() -> None:
+    found = []
+    for _ in range(2):
+        cache = Cache(Shape(LAYERS, torch.bfloat16), budget="400KiB", policy="keydiff")
+        (seq,) = cache.new()
+        generator = torch.Generator().manual_seed(3)
+        for n in (700, *[1] * 80):
+            feed(cache, [seq], [n], generator)
+        found.append([cache.materialize(layer, seq)[2].tolist() for layer in range(3)])
+    assert found[0] == found[1]
+
+
+def test_a_step_that_cannot_fit_raises_and_changes_nothing() -> None:
+    """Twenty more sequences than the limit was fitted to: refused before a page is taken."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget="400KiB", policy="keydiff")
+    (seq,) = cache.new()
+    generator = torch.Generator().manual_seed(4)
+    feed(cache, [seq], [300], generator)
+    before = [cache.materialize(layer, seq)[2].tolist() for layer in range(3)]
+    more = cache.new(40)
+    with pytest.raises((BudgetExceeded, ValueError), match="budget"):
+        feed(cache, more, [16] * 40, generator)
+    assert before == [cache.materialize(layer, seq)[2].tolist() for layer in range(3)]
