@@ -59,9 +59,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.plot is not None:
         _plot(found, args.plot)
         out.line(f"Plot: {args.plot}")
-    runs = [{"name": name} | {k: v for k, v in record.items() if k != "ms"} for name, record in found.items()]
-    for result, record in zip(runs, found.values(), strict=True):
-        result["ms_p50"] = _median(record)
+    runs = [
+        {"name": name} | {k: v for k, v in r.items() if k != "ms"} | {"ms_p50": _median(r)} for name, r in found.items()
+    ]
     pairs = [{"question": q, "answer": a} for q, a in zip(example.questions, example.answers, strict=True)]
     out.result({"schema": 2, "model": name, "questions": pairs, "full_agrees": agrees, "runs": runs})
     if not agrees:
@@ -94,12 +94,12 @@ def _measured(asked: Any, example: Any, out: Output) -> dict[str, Any]:
     from kvstrata.quality.contenders import Contender
     from kvstrata.quality.measure import measure
 
-    found = {}
+    found, tokens = {}, asked.tokens(example)
     for name, budget in CACHES:
         contender = Contender(name, budget)
         with out.busy(contender.label):
-            measure(asked, example, contender, "query-agnostic")
-            record = measure(asked, example, contender, "query-agnostic")
+            measure(asked, tokens, contender, "query-agnostic")
+            record = measure(asked, tokens, contender, "query-agnostic")
         if "refused" in record:
             raise ValueError(f"{contender.label}: {record['refused']}")
         found[contender.label] = record

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.quality import metrics
+from kvstrata.quality.contenders import label
 from kvstrata.quality.measure import Record
 from kvstrata.quality.metrics import Cell
 from kvstrata.quality.run import MANIFEST, Key, load_records, write
@@ -18,8 +19,8 @@ from kvstrata.quality.run import MANIFEST, Key, load_records, write
 COLUMNS = ("task", "length", "index", "contender", "budget", "question", "expected", "answer", "right")
 
 
-def make(folder: Path, complaints: Sequence[str] = ()) -> list[str]:
-    """Writes every file that follows from the records. Returns the names of what was written.
+def make(folder: Path, complaints: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
+    """Writes every file that follows from the records. Returns the names of what was written, and the metrics.
 
     OSError if the folder holds no run. Plots are left out where matplotlib is not installed.
     """
@@ -37,7 +38,7 @@ def make(folder: Path, complaints: Sequence[str] = ()) -> list[str]:
 
         plots = drawing.draw(folder / "plots", numbers, timings)
     write(folder / "report.md", markdown(manifest, numbers, plots, complaints))
-    return ["metrics.json", "timings.json", "predictions.csv", "report.md", *(f"plots/{p}" for p in plots)]
+    return ["metrics.json", "timings.json", "predictions.csv", "report.md", *(f"plots/{p}" for p in plots)], numbers
 
 
 def predictions(records: dict[Key, Record]) -> str:
@@ -77,7 +78,7 @@ def markdown(manifest: dict[str, Any], numbers: dict[str, Any], plots: list[str]
 
 
 def _label(c: Cell) -> str:
-    return c["contender"] if c["budget"] is None else f"{c['contender']} {c['budget']}"
+    return label(c["contender"], c["budget"])
 
 
 def _percent(c: Cell, field: str) -> str:
