@@ -76,10 +76,10 @@ CURRICULUM = (
     Stage(400, 4096, 64, 0.30, 0.70, 0.0, until=0.95),
     Stage(400, 4096, 128, 0.15, 0.85, 0.0, until=0.97),
     Stage(300, 4096, 256, 0.08, 0.30, 0.2, until=0.96),
-    Stage(700, 4096, 256, 0.05, 0.05, 0.5, until=0.975),
-    Stage(300, 8192, 512, 0.03, 0.02, 0.5, until=0.985),
-    Stage(200, 8192, 1024, 0.02, 0.0, 0.4, until=0.99),
-    Stage(250, 8192, 2048, 0.02, 0.0, 0.3),
+    Stage(1000, 4096, 256, 0.05, 0.05, 0.5, until=0.98),
+    Stage(600, 8192, 512, 0.03, 0.02, 0.5, until=0.99),
+    Stage(400, 8192, 1024, 0.02, 0.0, 0.4, until=0.993),
+    Stage(400, 8192, 2048, 0.02, 0.0, 0.3),
 )
 
 
@@ -300,13 +300,14 @@ def train(args: argparse.Namespace) -> None:
     state.resume(out)
     began, logged = time.monotonic(), list[dict[str, float]]()
     total = sum(stage.steps for stage in CURRICULUM)
+    fast = args.device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     while state.stage < len(CURRICULUM) and (spent := (time.monotonic() - began) / 60) < args.minutes:
         stage = CURRICULUM[state.stage]
         sampler.rng.seed(args.seed * 1_000_003 + state.step)
         done = sum(s.steps for s in CURRICULUM[: state.stage]) + state.in_stage
         rate = min(1.0, (state.step + 1) / WARMUP) * max(0.02, rex(done / total))
         batch = [x.to(args.device) for x in sampler.batch(stage)]
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=fast):
             loss, parts = loss_of(model, *batch)
         state.update(loss, rate)
         logged.append(parts)
