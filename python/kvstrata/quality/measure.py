@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from kvstrata.quality import attention
 from kvstrata.quality.contenders import Contender, shape_of
 from kvstrata.quality.reader import Reader, stops_of
 from kvstrata.quality.tasks import Example
@@ -25,7 +24,7 @@ class Subject:
     model: Any
     tokenizer: Any
     stops: frozenset[int] = field(init=False)
-    _dense: tuple[Tokens, Scored] | None = field(default=None, init=False)
+    _dense: tuple[Tokens, Scored, list[torch.Tensor]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.stops = stops_of(self.tokenizer, self.model.get_input_embeddings().num_embeddings)
@@ -51,12 +50,12 @@ class Subject:
             len(context) + len(continuation) + asked,
         )
 
-    def dense(self, tokens: Tokens) -> Scored:
-        """The text under a dense cache."""
+    def dense(self, tokens: Tokens) -> tuple[Scored, list[torch.Tensor]]:
+        """The text under a dense cache, and per layer the continuation's attention mass on the context, f32 [H, N]."""
         if self._dense is None or self._dense[0] is not tokens:
-            reader = Reader(self.model, Contender("DynamicCache", None).make(self.model, 0), self.stops)
-            self._dense = (tokens, scored(self, reader, tokens))
-        return self._dense[1]
+            cache = attention.WatchedCache(self.model)
+            self._dense = (tokens, scored(self, Reader(self.model, cache, self.stops), tokens), cache.mass)
+        return self._dense[1:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +75,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Scored:
-    """log_probs f32 [T, V] of a continuation's tokens after its first; attention: per layer [T + 1, width]."""
+    """log_probs f32 [T, V] of a continuation's tokens after its first; attention: per layer f32 [T + 1, width].
+
+    stored: per layer bool [H, N], which tokens of the context were held when it was compressed; None of a peer.
+    """
 
     log_probs: torch.Tensor
     attention: list[torch.Tensor]
+    stored: list[torch.Tensor] | None
 
 
 def measure(subject: Subject, tokens: Tokens, contender: Contender, mode: str) -> Record:
@@ -130,7 +133,7 @@ def judged(subject: Subject, answers: list[list[int]], example: Example) -> Reco
 
 
 def _text(subject: Subject, reader: Reader, tokens: Tokens) -> Record:
-    dense = subject.dense(tokens)
+    dense, mass = subject.dense(tokens)
     found = scored(subject, reader, tokens)
     nll = -found.log_probs.gather(1, torch.tensor(tokens.continuation[1:])[:, None])
     kl = (dense.log_probs.exp() * (dense.log_probs - found.log_probs)).sum(1)
@@ -140,6 +143,7 @@ def _text(subject: Subject, reader: Reader, tokens: Tokens) -> Record:
         "kl": kl.mean().item(),
         "top1": same.float().mean().item(),
         "attention_error": [_relative(a, b) for a, b in zip(found.attention, dense.attention, strict=True)],
+        "captured_mass": attention.captured(mass, found.stored),
         "context": len(tokens.context),
     }
 
@@ -153,26 +157,10 @@ def scored(subject: Subject, reader: Reader, tokens: Tokens) -> Scored:
     """Reads the context, compresses, then the continuation in one forward."""
     reader.read(tokens.context)
     reader.compress()
-    with _attention_outputs(subject.model) as outputs:
+    stored = attention.stored(reader.cache, len(tokens.context))
+    with attention.outputs(subject.model) as outputs:
         logits = reader.read(tokens.continuation, logits=len(tokens.continuation))
-    return Scored(logits[:-1].float().log_softmax(-1), outputs)
-
-
-@contextmanager
-def _attention_outputs(model: Any) -> Iterator[list[torch.Tensor]]:
-    """f32 [T, width] of every attention module, in order of the layers, while inside."""
-    outputs: list[torch.Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float())
-
-    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    hooks = [m.register_forward_hook(keep) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return Scored(logits[:-1].float().log_softmax(-1), outputs, stored)
 
 
 def _memory(cache: Any) -> Record:
