@@ -2,9 +2,9 @@
 
 The document is source text of Python's own standard library with facts spread over it. The model reads it once through
 each cache, then answers the questions: transformers' DynamicCache, policy full, and policies under a budget. Answers,
-memory and time are printed side by side. Needs no network; takes about a minute on two cores. Uses the model in
-bench/quality/model if it is there, else a small one with random weights: its answers mean nothing, but its cache is
-stored and read like any other.
+memory and time are printed side by side. Needs no network; takes about a minute on two cores. Uses the
+trained model of a checkout, bench/quality/model, where it is run from the root of one; else a small model with random
+weights: its answers mean nothing, but its cache is stored and read like any other.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _model(wanted: str, out: Output) -> tuple[str, Any, Any]:
     """(what it is, the model with its tokenizer, the world of its tasks)."""
     from kvstrata.quality.run import prepared, subject
 
-    if wanted != str(MODEL) or MODEL.is_dir():
+    if wanted != str(MODEL) or (MODEL / "model.safetensors").is_file():
         with out.busy(f"loading {wanted}"):
             return wanted, *subject(wanted, "auto")
     from kvstrata.cli.text import ByteTokenizer
