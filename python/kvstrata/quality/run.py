@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -210,9 +212,22 @@ def _measured(config: Config, units: list[Unit]) -> Iterator[tuple[Unit, list[Re
         return
     threads = max(1, torch.get_num_threads() // config.jobs)
     with ProcessPoolExecutor(
-        config.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        config.jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
     ) as pool:
         yield from zip(units, pool.map(one, units), strict=True)
+
+
+def _begin(threads: int) -> None:
+    """A worker starts. It ends with the run: a run that was killed cannot tell it to."""
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measured(config: Config, unit: Unit) -> list[Record]:
