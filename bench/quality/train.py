@@ -355,7 +355,7 @@ class State:
     def resume(self, out: Path) -> None:
         path = out / "checkpoint.pt"
         if path.exists():
-            held = torch.load(path, weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(held["model"])
             for optimizer, state in zip(self.optimizers, held["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
