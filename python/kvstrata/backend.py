@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,3 +75,11 @@ def _cuda(path: Path) -> Cuda | Absent:
         library.kvstrata_cuda_error_string.restype = ctypes.c_char_p
         return Absent(f"error {code}: {library.kvstrata_cuda_error_string(ctypes.c_int(code)).decode()}")
     return Cuda(count.value) if count.value > 0 else Absent("no device")
+
+
+def processor() -> str:
+    """The processor's name, as the system says it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -93,18 +93,32 @@ def test_a_cut_line_is_measured_again(whole: Path, tmp_path: Path, config: Confi
     same(whole, finished(cut, config))
 
 
+def running(pid: str) -> bool:
+    """Whether a process is there and has not ended."""
+    path = Path("/proc", pid, "stat")
+    try:
+        return path.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.slow
 def test_killed_and_started_again(whole: Path, tmp_path: Path, config: Config) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "kvstrata.cli", "eval", "--model", config.model, "--out", str(folder)]
     command += ["--tasks", ",".join(config.tasks), "--policies", ",".join(config.policies), "--budgets", "50%"]
-    command += ["--length", "1024", "--n", "3"]
+    command += ["--length", "1024", "--n", "3", "--jobs", "2"]
     work = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | THREADS)
     deadline = time.monotonic() + 120
     while not ((folder / RECORDS).exists() and (folder / RECORDS).stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
+    workers = Path(f"/proc/{work.pid}/task/{work.pid}/children").read_text().split()
     work.send_signal(signal.SIGKILL)
     work.wait()
+    assert len(workers) >= 2
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(running, workers))
     assert not (folder / "metrics.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=os.environ | THREADS)
     same(whole, folder)

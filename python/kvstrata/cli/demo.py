@@ -2,9 +2,9 @@
 
 The document is source text of Python's own standard library with facts spread over it. The model reads it once through
 each cache, then answers the questions: transformers' DynamicCache, policy full, and policies under a budget. Answers,
-memory and time are printed side by side. Needs no network; takes about a minute on two cores. Uses the model in
-bench/quality/model if it is there, else a small one with random weights: its answers mean nothing, but its cache is
-stored and read like any other.
+memory and time are printed side by side. Needs no network; takes about a minute on two cores. Uses the
+trained model of a checkout, bench/quality/model, where it is run from the root of one; else a small model with random
+weights: its answers mean nothing, but its cache is stored and read like any other.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.plot is not None:
         _plot(found, args.plot)
         out.line(f"Plot: {args.plot}")
-    runs = [{"name": name} | {k: v for k, v in record.items() if k != "ms"} for name, record in found.items()]
-    for result, record in zip(runs, found.values(), strict=True):
-        result["ms_p50"] = _median(record)
+    runs = [
+        {"name": name} | {k: v for k, v in r.items() if k != "ms"} | {"ms_p50": _median(r)} for name, r in found.items()
+    ]
     pairs = [{"question": q, "answer": a} for q, a in zip(example.questions, example.answers, strict=True)]
     out.result({"schema": 2, "model": name, "questions": pairs, "full_agrees": agrees, "runs": runs})
     if not agrees:
@@ -73,7 +73,7 @@ def _model(wanted: str, out: Output) -> tuple[str, Any, Any]:
     """(what it is, the model with its tokenizer, the world of its tasks)."""
     from kvstrata.quality.run import prepared, subject
 
-    if wanted != str(MODEL) or MODEL.is_dir():
+    if wanted != str(MODEL) or (MODEL / "model.safetensors").is_file():
         with out.busy(f"loading {wanted}"):
             return wanted, *subject(wanted, "auto")
     from kvstrata.cli.text import ByteTokenizer
@@ -94,12 +94,12 @@ def _measured(asked: Any, example: Any, out: Output) -> dict[str, Any]:
     from kvstrata.quality.contenders import Contender
     from kvstrata.quality.measure import measure
 
-    found = {}
+    found, tokens = {}, asked.tokens(example)
     for name, budget in CACHES:
         contender = Contender(name, budget)
         with out.busy(contender.label):
-            measure(asked, example, contender, "query-agnostic")
-            record = measure(asked, example, contender, "query-agnostic")
+            measure(asked, tokens, contender, "query-agnostic")
+            record = measure(asked, tokens, contender, "query-agnostic")
         if "refused" in record:
             raise ValueError(f"{contender.label}: {record['refused']}")
         found[contender.label] = record

@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from kvstrata.cli.output import Output
@@ -57,21 +56,16 @@ def versions() -> dict[str, str | None]:
 def machine() -> dict[str, Any]:
     import torch
 
+    from kvstrata.backend import processor
+
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "torch_threads": torch.get_num_threads(),
         "environment": {k: os.environ[k] for k in sorted(os.environ) if k.startswith(("KVSTRATA_", "OMP_"))},
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def backends() -> dict[str, Any]:

@@ -27,7 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", metavar="P,..", default="all", help="names, all (default), or none")
     parser.add_argument("--peers", metavar="P,..", default="DynamicCache", help="names, all, or none")
     parser.add_argument("--budgets", metavar="B,..", default="50%,25%,12.5%,6.25%", help="default: %(default)s")
-    parser.add_argument("--length", metavar="N,..", default="2048", help="tokens of an example; default: %(default)s")
+    parser.add_argument(
+        "--length", metavar="N,..", type=_lengths, default="2048", help="tokens of an example; default: %(default)s"
+    )
     parser.add_argument("--n", metavar="N", type=positive, default=200, help="examples per cell; default: %(default)s")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--mode", choices=("query-agnostic", "query-aware"), default="query-agnostic")
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if len(args.words) != 2 or args.words[0] != "report":
             return out.fail(f"eval: {' '.join(args.words)!r} is not understood, expected: report RUN")
         folder = Path(args.words[1])
-        return _finish(folder, report.make(folder), out)
+        return _finish(folder, *report.make(folder), out)
     from kvstrata.quality.run import Run
 
     run = Run(args.out, _config(args))
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             run.work_outside(contender)
     for complaint in run.complaints:
         out.line(f"left out: {complaint}", style="yellow")
-    return _finish(args.out, report.make(args.out, run.complaints), out)
+    return _finish(args.out, *report.make(args.out, run.complaints), out)
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -70,7 +72,7 @@ def _config(args: argparse.Namespace) -> Any:
         policies=_names(args.policies, list(POLICIES)),
         peers=_names(args.peers, list(PEERS)),
         budgets=_names(args.budgets, []),
-        lengths=tuple(positive(n) for n in _names(args.length, [])),
+        lengths=args.length,
         n=args.n,
         seed=args.seed,
         mode=args.mode,
@@ -79,16 +81,17 @@ def _config(args: argparse.Namespace) -> Any:
     )
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(positive(n) for n in _names(text, []))
+
+
 def _names(text: str, known: list[str]) -> tuple[str, ...]:
     if text == "all":
         return tuple(known)
     return () if text == "none" else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _finish(folder: Path, written: list[str], out: Output) -> int:
-    import json
-
-    numbers = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+def _finish(folder: Path, written: list[str], numbers: dict[str, Any], out: Output) -> int:
     rows = [
         (s["contender"], s["budget"] or "-", s["length"], *(_percent(s, f) for f in FIELDS)) for s in numbers["summary"]
     ]
@@ -97,7 +100,7 @@ def _finish(folder: Path, written: list[str], out: Output) -> int:
     out.line(f"\n{folder}: {', '.join(written)}")
     if not any(name.startswith("plots/") for name in written):
         out.line("No plots: matplotlib is not installed (pip install matplotlib).")
-    out.result({"schema": 1, "folder": str(folder), "files": written} | numbers)
+    out.result({"folder": str(folder), "files": written} | numbers)
     return 0
 
 

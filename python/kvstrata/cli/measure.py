@@ -45,10 +45,8 @@ class Clock:
         """Nothing is held back."""
 
 
-def generate(
-    name: str, model: Any, cache: Any, ids: list[int], new_tokens: int, chunk: int | None = None, eos: Any = None
-) -> Run:
-    """Greedy continuation of ids by at most new_tokens tokens. chunk: tokens per prefill step, None for all at once."""
+def generate(name: str, model: Any, cache: Any, ids: list[int], new_tokens: int, eos: Any = None) -> Run:
+    """Greedy continuation of ids by at most new_tokens tokens."""
     clock = Clock()
     prompt = torch.tensor([ids], device=model.device)
     with torch.no_grad():
@@ -60,7 +58,6 @@ def generate(
             do_sample=False,
             num_beams=1,
             streamer=clock,
-            prefill_chunk_size=chunk,
             eos_token_id=eos,
             pad_token_id=0,
         )

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from kvstrata.budget import Budget
+from kvstrata.budget.protect import limit_bytes
 from kvstrata.config import LayerSpec, Shape
 from kvstrata.hf.cache import KVCache
 from kvstrata.hf.decoder import facts_of
@@ -85,7 +86,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        return self.name if self.budget is None else f"{self.name} {self.budget}"
+        return label(self.name, self.budget)
 
 
 def line_up(policies: list[str], peers: list[str], budgets: list[str]) -> list[Contender]:
@@ -109,13 +110,13 @@ def shape_of(model: Any) -> Shape:
     return Shape(specs, facts.layers[0].dtype, facts.layers[0].device)
 
 
-def dense_bytes(model: Any, tokens: int) -> int:
-    """Keys and values of so many tokens in a dense cache."""
-    return tokens * shape_of(model).token_bytes()
-
-
 def in_bytes(budget: Budget | None, model: Any, tokens: int) -> Budget | None:
     """A share becomes bytes of the dense cache of the whole example, so that it binds as bytes; others as they are."""
     if budget is None or budget.unit != "share":
         return budget
-    return Budget.bytes(int(budget.value * dense_bytes(model, tokens)))
+    return Budget.bytes(limit_bytes(budget, shape_of(model), [tokens]))
+
+
+def label(name: str, budget: str | None) -> str:
+    """A contender as people read it."""
+    return name if budget is None else f"{name} {budget}"

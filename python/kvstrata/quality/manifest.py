@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvstrata import __version__
+from kvstrata.backend import processor
 
 
 def of(config: dict[str, Any]) -> dict[str, Any]:
@@ -22,17 +23,8 @@ def of(config: dict[str, Any]) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"schema": 1, "config": config, "versions": versions, "machine": machine, "commit": _commit()}
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from kvstrata.quality.contenders import Contender, dense_bytes
+from kvstrata.quality import attention
+from kvstrata.quality.contenders import Contender, shape_of
 from kvstrata.quality.reader import Reader, stops_of
 from kvstrata.quality.tasks import Example
 
@@ -25,7 +24,7 @@ class Subject:
     model: Any
     tokenizer: Any
     stops: frozenset[int] = field(init=False)
-    _dense: tuple[Example, Scored] | None = field(default=None, init=False)
+    _dense: tuple[Tokens, Scored, list[torch.Tensor]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.stops = stops_of(self.tokenizer, self.model.get_input_embeddings().num_embeddings)
@@ -36,69 +35,94 @@ class Subject:
         begin = self.tokenizer.bos_token_id
         return [begin, *ids] if first and begin is not None else ids
 
-    def dense(self, example: Example) -> Scored:
-        """The text under a dense cache."""
-        if self._dense is None or self._dense[0] is not example:
-            reader = Reader(self.model, Contender("DynamicCache", None).make(self.model, 0), self.stops)
-            self._dense = (example, scored(self, reader, example))
-        return self._dense[1]
+    def tokens(self, example: Example) -> Tokens:
+        """An example in token ids."""
+        pairs = zip(example.questions, example.answers, strict=True)
+        context = self.encode(example.context, first=True)
+        continuation = self.encode(example.continuation)
+        asked = sum(len(self.encode(q)) + len(self.encode(f" {a}\n")) for q, a in pairs)
+        return Tokens(
+            example,
+            context,
+            [self.encode(q) for q in example.questions],
+            [len(self.encode(f" {a}")) + SPARE for a in example.answers],
+            continuation,
+            len(context) + len(continuation) + asked,
+        )
+
+    def dense(self, tokens: Tokens) -> tuple[Scored, list[torch.Tensor]]:
+        """The text under a dense cache, and per layer the continuation's attention mass on the context, f32 [H, N]."""
+        if self._dense is None or self._dense[0] is not tokens:
+            cache = attention.WatchedCache(self.model)
+            self._dense = (tokens, scored(self, Reader(self.model, cache, self.stops), tokens), cache.mass)
+        return self._dense[1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """An example in token ids, made once for all contenders.
+
+    most: tokens that each answer may take; total: of the whole example, answers included.
+    """
+
+    example: Example
+    context: list[int]
+    questions: list[list[int]]
+    most: list[int]
+    continuation: list[int]
+    total: int
 
 
 @dataclass(frozen=True)
 class Scored:
-    """log_probs f32 [T, V] of a continuation's tokens after its first; attention: per layer [T + 1, width]."""
+    """log_probs f32 [T, V] of a continuation's tokens after its first; attention: per layer f32 [T + 1, width].
+
+    stored: per layer bool [H, N], which tokens of the context were held when it was compressed; None of a peer.
+    """
 
     log_probs: torch.Tensor
     attention: list[torch.Tensor]
+    stored: list[torch.Tensor] | None
 
 
-def measure(subject: Subject, example: Example, contender: Contender, mode: str) -> Record:
+def measure(subject: Subject, tokens: Tokens, contender: Contender, mode: str) -> Record:
     """What the contender makes of the example; ``{"refused": reason}`` where it cannot keep its budget.
 
     mode: "query-agnostic", the context is compressed before a question is seen, or "query-aware", the first question
     is part of what is compressed.
     """
-    total = size(subject, example)
     try:
-        reader = Reader(subject.model, contender.make(subject.model, total), subject.stops)
-        found = _text(subject, reader, example) if example.continuation else _asked(subject, reader, example, mode)
+        reader = Reader(subject.model, contender.make(subject.model, tokens.total), subject.stops)
+        found = _text(subject, reader, tokens) if tokens.continuation else _asked(subject, reader, tokens, mode)
     except ValueError as error:  # Unsupported and BudgetExceeded are
         return {"refused": f"{type(error).__name__}: {error}"}
-    return found | _memory(reader.cache) | {"dense_bytes": dense_bytes(subject.model, total), "tokens": total}
+    return found | _memory(reader.cache) | whole(subject, tokens)
 
 
-def size(subject: Subject, example: Example) -> int:
-    """Tokens of the whole example: context, questions and answers, or context and continuation."""
-    n = len(subject.encode(example.context, first=True)) + len(subject.encode(example.continuation))
-    pairs = zip(example.questions, example.answers, strict=True)
-    return n + sum(len(subject.encode(q)) + len(subject.encode(f" {a}\n")) for q, a in pairs)
+def whole(subject: Subject, tokens: Tokens) -> Record:
+    """What bytes are compared with: the dense cache of the whole example."""
+    return {"dense_bytes": tokens.total * shape_of(subject.model).token_bytes(), "tokens": tokens.total}
 
 
-def _asked(subject: Subject, reader: Reader, example: Example, mode: str) -> Record:
-    context = subject.encode(example.context, first=True)
-    questions = [subject.encode(q) for q in example.questions]
+def _asked(subject: Subject, reader: Reader, tokens: Tokens, mode: str) -> Record:
+    questions = tokens.questions
     if mode == "query-aware":
-        logits = reader.read(context + questions[0])
+        logits = reader.read(tokens.context + questions[0])
         reader.compress()
     else:
-        reader.read(context)
+        reader.read(tokens.context)
         reader.compress()
         logits = reader.read(questions[0])
     answers: list[list[int]] = []
-    for i, expected in enumerate(example.answers):
+    for i, most in enumerate(tokens.most):
         logits = reader.read(questions[i]) if i else logits
-        answers.append(reader.answer(logits, allowance(subject, expected)))
-    return judged(subject, answers, example) | {
+        answers.append(reader.answer(logits, most))
+    return judged(subject, answers, tokens.example) | {
         "decoded": reader.decoded,
-        "context": len(context),
+        "context": len(tokens.context),
         "ms": [round(x, 3) for x in reader.ms],
         "prefill_ms": reader.prefill_ms,
     }
-
-
-def allowance(subject: Subject, expected: str) -> int:
-    """Tokens that an answer may take."""
-    return len(subject.encode(f" {expected}")) + SPARE
 
 
 def judged(subject: Subject, answers: list[list[int]], example: Example) -> Record:
@@ -108,11 +132,10 @@ def judged(subject: Subject, answers: list[list[int]], example: Example) -> Reco
     return {"answers": said, "expected": list(example.answers), "scores": scores}
 
 
-def _text(subject: Subject, reader: Reader, example: Example) -> Record:
-    dense = subject.dense(example)
-    found = scored(subject, reader, example)
-    targets = torch.tensor(subject.encode(example.continuation)[1:])[:, None]
-    nll = -found.log_probs.gather(1, targets)
+def _text(subject: Subject, reader: Reader, tokens: Tokens) -> Record:
+    dense, mass = subject.dense(tokens)
+    found = scored(subject, reader, tokens)
+    nll = -found.log_probs.gather(1, torch.tensor(tokens.continuation[1:])[:, None])
     kl = (dense.log_probs.exp() * (dense.log_probs - found.log_probs)).sum(1)
     same = found.log_probs.argmax(1) == dense.log_probs.argmax(1)
     return {
@@ -120,7 +143,8 @@ def _text(subject: Subject, reader: Reader, example: Example) -> Record:
         "kl": kl.mean().item(),
         "top1": same.float().mean().item(),
         "attention_error": [_relative(a, b) for a, b in zip(found.attention, dense.attention, strict=True)],
-        "context": len(subject.encode(example.context, first=True)),
+        "captured_mass": attention.captured(mass, found.stored),
+        "context": len(tokens.context),
     }
 
 
@@ -129,31 +153,14 @@ def _relative(found: torch.Tensor, dense: torch.Tensor) -> float:
     return float(((found - dense).norm(dim=1) / dense.norm(dim=1).clamp_min(1e-9)).mean())
 
 
-def scored(subject: Subject, reader: Reader, example: Example) -> Scored:
+def scored(subject: Subject, reader: Reader, tokens: Tokens) -> Scored:
     """Reads the context, compresses, then the continuation in one forward."""
-    reader.read(subject.encode(example.context, first=True))
+    reader.read(tokens.context)
     reader.compress()
-    ids = subject.encode(example.continuation)
-    with _attention_outputs(subject.model) as outputs:
-        logits = reader.read(ids, logits=len(ids))
-    return Scored(logits[:-1].float().log_softmax(-1), outputs)
-
-
-@contextmanager
-def _attention_outputs(model: Any) -> Iterator[list[torch.Tensor]]:
-    """f32 [T, width] of every attention module, in order of the layers, while inside."""
-    outputs: list[torch.Tensor] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output)[0].float())
-
-    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "layer_idx")]
-    hooks = [m.register_forward_hook(keep) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+    stored = attention.stored(reader.cache, len(tokens.context))
+    with attention.outputs(subject.model) as outputs:
+        logits = reader.read(tokens.continuation, logits=len(tokens.continuation))
+    return Scored(logits[:-1].float().log_softmax(-1), outputs, stored)
 
 
 def _memory(cache: Any) -> Record:

@@ -90,8 +90,15 @@ def _likelihood(members: list[Record]) -> Cell:
         "perplexity": float(np.exp(nll)),
         "kl": _mean(m["kl"] for m in members),
         "top1": _mean(m["top1"] for m in members),
-        "attention_error": [_mean(layer) for layer in zip(*(m["attention_error"] for m in members), strict=True)],
+        "attention_error": _by_layer(members, "attention_error"),
+        "captured_mass": _by_layer(members, "captured_mass"),
     }
+
+
+def _by_layer(members: list[Record], field: str) -> list[float] | None:
+    """Means over contexts; None where the contender cannot say."""
+    rows = [m.get(field) for m in members]
+    return None if None in rows else [_mean(layer) for layer in zip(*rows, strict=True)]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.budget import Budget
-from kvstrata.quality.contenders import PREFIX, Contender, dense_bytes
-from kvstrata.quality.measure import Record, Subject, allowance, judged, size
+from kvstrata.quality.contenders import PREFIX, Contender
+from kvstrata.quality.measure import Record, Subject, Tokens, judged, whole
 from kvstrata.quality.tasks import Example
 
 HOME = Path("bench/quality/peers")
@@ -39,13 +39,13 @@ def refusal(contender: Contender, example: Example) -> str | None:
     return None
 
 
-def prompt(asked: Subject, name: str, example: Example, mode: str) -> Prompt:
-    """What the other side needs of one example, in token ids."""
+def prompt(asked: Subject, name: str, tokens: Tokens, mode: str) -> Prompt:
+    """What the other side needs of one example."""
     return {
         "id": name,
-        "context": asked.encode(example.context, first=True),
-        "questions": [asked.encode(q) for q in example.questions],
-        "most": [allowance(asked, a) for a in example.answers],
+        "context": tokens.context,
+        "questions": tokens.questions,
+        "most": tokens.most,
         "stop": sorted(asked.stops),
         "aware": mode == "query-aware",
     }
@@ -77,9 +77,7 @@ def answered(
             yield row["id"], row
 
 
-def record(asked: Subject, example: Example, row: Record) -> Record:
+def record(asked: Subject, tokens: Tokens, row: Record) -> Record:
     """A row as one of our records."""
-    total = size(asked, example)
-    found = judged(asked, row["answers"], example)
-    found |= {"decoded": row["decoded"], "ms": row["ms"], "bytes": row["bytes"], "peak_bytes": row["peak_bytes"]}
-    return found | {"dense_bytes": dense_bytes(asked.model, total), "tokens": total}
+    taken = {field: row[field] for field in ("decoded", "ms", "bytes", "peak_bytes")}
+    return judged(asked, row["answers"], tokens.example) | taken | whole(asked, tokens)

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kvstrata.quality.contenders import label
 from kvstrata.quality.metrics import Cell
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#000000", "#994455", "#997700", "#888888")
@@ -80,7 +81,7 @@ def _needle(depths: list[Cell], file: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(columns)), [f"{100 * c:.0f}" for c in columns])
-    axes.set_yticks(range(len(rows)), [" ".join(map(str, filter(None, r))) for r in rows])
+    axes.set_yticks(range(len(rows)), [f"{label(name, budget)} {length}" for name, budget, length in rows])
     axes.set_xlabel("depth of the fact, % of the context")
     axes.set_title("needle: exact match, %")
     for i, line in enumerate(grid):
@@ -94,17 +95,17 @@ def _time(timings: list[Cell], file: Path) -> None:
     """ms per decoded token: lines over contexts, or bars where there is one context only."""
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    labels = list(dict.fromkeys(" ".join(filter(None, (t["contender"], t["budget"]))) for t in timings))
-    lengths = sorted({t["length"] for t in timings})
-    by_label = {(" ".join(filter(None, (t["contender"], t["budget"]))), t["length"]): t["ms_p50"] for t in timings}
+    by_label = {(label(t["contender"], t["budget"]), t["length"]): t["ms_p50"] for t in timings}
+    labels = list(dict.fromkeys(name for name, _ in by_label))
+    lengths = sorted({length for _, length in by_label})
     if len(lengths) == 1:
-        axes.barh(labels[::-1], [by_label[label, lengths[0]] for label in labels[::-1]], color=COLOURS[0])
+        axes.barh(labels[::-1], [by_label[name, lengths[0]] for name in labels[::-1]], color=COLOURS[0])
         axes.set_xlabel(f"ms per decoded token, median, {lengths[0]} tokens")
     else:
         styles = _styles(labels)
-        for label in labels:
-            points = [(n, by_label[label, n]) for n in lengths if (label, n) in by_label]
-            axes.plot(*zip(*points, strict=True), label=label, **styles[label])
+        for name in labels:
+            points = [(n, by_label[name, n]) for n in lengths if (name, n) in by_label]
+            axes.plot(*zip(*points, strict=True), label=name, **styles[name])
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("ms per decoded token, median")
         axes.legend(fontsize=7)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.quality import metrics
+from kvstrata.quality.contenders import label
 from kvstrata.quality.measure import Record
 from kvstrata.quality.metrics import Cell
 from kvstrata.quality.run import MANIFEST, Key, load_records, write
@@ -18,8 +19,8 @@ from kvstrata.quality.run import MANIFEST, Key, load_records, write
 COLUMNS = ("task", "length", "index", "contender", "budget", "question", "expected", "answer", "right")
 
 
-def make(folder: Path, complaints: Sequence[str] = ()) -> list[str]:
-    """Writes every file that follows from the records. Returns the names of what was written.
+def make(folder: Path, complaints: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
+    """Writes every file that follows from the records. Returns the names of what was written, and the metrics.
 
     OSError if the folder holds no run. Plots are left out where matplotlib is not installed.
     """
@@ -37,7 +38,7 @@ def make(folder: Path, complaints: Sequence[str] = ()) -> list[str]:
 
         plots = drawing.draw(folder / "plots", numbers, timings)
     write(folder / "report.md", markdown(manifest, numbers, plots, complaints))
-    return ["metrics.json", "timings.json", "predictions.csv", "report.md", *(f"plots/{p}" for p in plots)]
+    return ["metrics.json", "timings.json", "predictions.csv", "report.md", *(f"plots/{p}" for p in plots)], numbers
 
 
 def predictions(records: dict[Key, Record]) -> str:
@@ -63,7 +64,8 @@ def markdown(manifest: dict[str, Any], numbers: dict[str, Any], plots: list[str]
         f"{manifest['versions']['transformers']}; {machine['processor']}, {machine['cores']} cores.\n",
         "KV bytes and peak: what the allocator holds at the end and at the most, metadata included, as a share of the "
         "dense cache's keys and values of the same tokens. Accuracy: exact match, mean over contexts, with a bootstrap "
-        "95 % interval. Relative: to the dense cache.\n",
+        "95 % interval. Relative: to the dense cache. Attention mass held: of what the "
+        "continuation's queries give to the context in a dense cache, the share on tokens that are still held.\n",
     ]
     for length in sorted({c["length"] for c in numbers["cells"]}):
         parts.append(f"## {length or 'Own'} tokens\n")
@@ -77,7 +79,7 @@ def markdown(manifest: dict[str, Any], numbers: dict[str, Any], plots: list[str]
 
 
 def _label(c: Cell) -> str:
-    return c["contender"] if c["budget"] is None else f"{c['contender']} {c['budget']}"
+    return label(c["contender"], c["budget"])
 
 
 def _percent(c: Cell, field: str) -> str:
@@ -137,15 +139,18 @@ def _answers(cells: list[Cell]) -> list[str]:
     return table(header, rows)
 
 
+LAYERS = {"attention error by layer %": "attention_error", "attention mass held by layer %": "captured_mass"}
+
+
 def _text(cells: list[Cell]) -> list[str]:
-    header = ["cache", "perplexity", "KL, nats", "top-1 as dense %", "attention error by layer %", "KV bytes %", "n"]
+    header = ["cache", "perplexity", "KL, nats", "top-1 as dense %", *LAYERS, "KV bytes %", "n"]
     rows = [
         [
             _label(c),
             f"{c['perplexity']:.3f}",
             f"{c['kl']:.4f}",
             _percent(c, "top1"),
-            " ".join(f"{100 * e:.1f}" for e in c["attention_error"]),
+            *(" ".join(f"{100 * x:.1f}" for x in c[field]) if c[field] else "-" for field in LAYERS.values()),
             _percent(c, "bytes_share"),
             str(c["n"]),
         ]

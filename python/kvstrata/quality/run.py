@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -133,8 +135,8 @@ class Run:
                 refused.append((key(*at, contender), {"refused": reason}))
             else:
                 name = json.dumps(at)
-                examples[name] = made
-                prompts.append(outside.prompt(asked, name, made, self.config.mode))
+                examples[name] = asked.tokens(made)
+                prompts.append(outside.prompt(asked, name, examples[name], self.config.mode))
         self._keep(refused)
         dtype = str(asked.model.dtype).removeprefix("torch.")
         rows = outside.answered(contender, self.config.model, dtype, prompts, self.folder / "outside")
@@ -143,7 +145,7 @@ class Run:
                 task, length, index = json.loads(name)
                 self._keep([(key(task, length, index, contender), outside.record(asked, examples[name], row))])
         except RuntimeError as error:
-            self.complaints = sorted({*self.complaints, str(error)})
+            self._complain(str(error))
 
     def _keep(self, found: Iterable[tuple[Key, Record]]) -> None:
         with (self.folder / RECORDS).open("a", encoding="utf-8") as file:
@@ -159,13 +161,16 @@ class Run:
             if reason is None:
                 present.append(c)
             else:
-                self.complaints = sorted({*self.complaints, f"{c.name}: {reason}"})
+                self._complain(f"{c.name}: {reason}")
         return present
 
     def _file(self, task: str) -> list[Example]:
-        examples, complaints = jsonl.read(Path(task))
-        self.complaints = sorted({*self.complaints, *complaints})
+        examples, complaints = own_examples(task)
+        self._complain(*complaints)
         return examples
+
+    def _complain(self, *complaints: str) -> None:
+        self.complaints = sorted({*self.complaints, *complaints})
 
 
 def key(task: str, length: int, index: int, contender: Contender) -> Key:
@@ -207,25 +212,45 @@ def _measured(config: Config, units: list[Unit]) -> Iterator[tuple[Unit, list[Re
         return
     threads = max(1, torch.get_num_threads() // config.jobs)
     with ProcessPoolExecutor(
-        config.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        config.jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,)
     ) as pool:
         yield from zip(units, pool.map(one, units), strict=True)
+
+
+def _begin(threads: int) -> None:
+    """A worker starts. It ends with the run: a run that was killed cannot tell it to."""
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measured(config: Config, unit: Unit) -> list[Record]:
     """The records of one example, one per contender."""
     asked, _ = subject(config.model, config.dtype)
     example = made_example(config, unit.task, unit.length, unit.index)
-    found = [measure(asked, example, contender, config.mode) for contender in unit.contenders]
+    tokens = asked.tokens(example)
+    found = [measure(asked, tokens, contender, config.mode) for contender in unit.contenders]
     return [record | ({} if example.depth is None else {"depth": example.depth}) for record in found]
 
 
 def made_example(config: Config, task: str, length: int, index: int) -> Example:
     """One example of the run."""
     if task not in TASKS:
-        return jsonl.read(Path(task))[0][index]
+        return own_examples(task)[0][index]
     _, world = subject(config.model, config.dtype)
     return TASKS[task](length, EVAL_SEEDS + config.seed * 1_000_003 + index, world)
+
+
+@cache
+def own_examples(path: str) -> tuple[list[Example], list[str]]:
+    """A user's file, read once per process: examples and complaints."""
+    return jsonl.read(Path(path))
 
 
 @cache
