@@ -79,8 +79,8 @@ class Unit {
         std::fill_n(acc, static_cast<int64_t>(n) * stride_, 0.0f);
         std::fill_n(s_.sum, n * kSlots, 0.0f);
         std::fill_n(s_.maximum, n, kMinusInf);
-        AttendTile tile{s_.q,       acc,      s_.maximum, s_.sum, s_.z,        s_.p,    s_.rescale, s_.live,
-                        s_.decoded, s_.masks, nullptr,    n,      p_.head_dim, stride_, p_.scale,   p_.softcap};
+        AttendTile tile{s_.q,     acc,     s_.maximum, s_.sum,      s_.z,    s_.p,     s_.rescale, s_.live, s_.decoded,
+                        s_.masks, nullptr, n,          p_.head_dim, stride_, p_.scale, p_.softcap, nullptr, {}};
         const int first_query = first / p_.group, last_query = (first + n - 1) / p_.group;
         MaskWalk walk(p_, row_, first_query, last_query - first_query + 1, begin);
         for (int e = begin; e < end; ++e) {

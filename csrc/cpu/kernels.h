@@ -12,10 +12,18 @@ namespace kvstrata::cpu {
 
 inline constexpr int kTileRows = 64;  // query rows that visit a page together
 
+// Query rows as quantized pages read them: R q = delta * codes.
+struct QueryCodes {
+    int16_t* codes;   // [rows, stride] dims of each quad in the order 0, 2, 1, 3
+    float* delta;     // [rows] max |R q| / 32639; 0 for a zero query, NaN or Inf for one that holds them
+    float* centre;    // [rows] q . centre
+    int32_t* totals;  // [rows, 32] sums of the codes of each int2 group
+};
+
 // The running online softmax of up to kTileRows query rows over the pages of one KV row.
 struct AttendTile {
     const float* q;         // [rows, stride] queries, f32
-    float* acc;             // [rows, stride] sum of p * v, relative to `maximum`
+    float* acc;             // [rows, stride] sum of p * v over full pages, relative to `maximum`
     float* maximum;         // [rows]         running maximum of z, -inf before the first slot
     float* sum;             // [rows, 16]     running sum of p, one lane per slot
     float* z;               // [rows, 16]     out: the page's logits, -inf where unread
@@ -27,11 +35,16 @@ struct AttendTile {
     const float* bias;      // [16] or null
     int32_t rows, head_dim, stride;
     float scale, softcap;
+    // Read by quantized pages only; acc_rotated is null until a unit meets its first one.
+    float* acc_rotated;  // [rows, stride] sum of p * R v over quantized pages, relative to `maximum`
+    QueryCodes query;
 };
 
 struct Kernels {
-    // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format f32, bf16, f16.
-    void (*attend_page[3])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
+    // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format.
+    void (*attend_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
+    // Only the page's finished logits, tile.z. Reads q or query, masks, bias, scale, softcap; writes z and `decoded`.
+    void (*logits_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
 
     // dst[0..n) = src[0..n) converted by round-to-nearest-even; equal types are copied bit for bit.
     void (*convert)(void* dst, DType dst_type, const void* src, DType src_type, int32_t n);

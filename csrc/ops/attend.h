@@ -1,6 +1,7 @@
 // attend: attention of each row's queries over a list of pages.
 //
 //   z   = scale * q . k_i                                        (f32)
+//   z   = scale * (sum_j s_j * (q'_j . c_j) + q . centre)        quantized pages: q' = R q (rotate.h), groups j (quantize.h)
 //   z   = softcap * tanh(z / softcap)                            if softcap > 0
 //   z   = z + bias[k, i]                                         -inf where the slot may not be read
 //   lse = log(sum exp z + exp sink[g])      out = sum exp(z - lse) * v_i
@@ -39,6 +40,7 @@ struct AttendRow {       // one (sequence, KV head)
     const float* centre;      // [D] what the row's quantized keys are relative to, or null: zeros
     const int32_t* q_pos;     // [T] positions of the queries; null unless window > 0
     const uint64_t* tree;     // [T] or null
+    const float* centre;      // [D] subtracted from the keys of quantized pages before rotation, or null: zeros
     float* logits;            // [G, T, M, 16] receives z (-inf where unread), or null
     int32_t entries;          // M
     int32_t queries;          // T

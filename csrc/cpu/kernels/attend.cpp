@@ -1,17 +1,16 @@
-// attend, one page at a time: QK, online softmax, PV, all in f32.
+// attend, one full page at a time: QK, online softmax, PV, all in f32.
 //
 // The bits of a query row depend on its own data only: rows share loads, never an accumulator, and the order of
 // additions is the same whether a row is computed alone, in a register tile, or from a page decoded for many rows.
 #include "cpu/kernels/level.h"
 #if KV_OWN_KERNELS
 #include "common/layout.h"
-#include "cpu/kernels/math.h"
+#include "cpu/kernels/softmax.h"
 
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
 constexpr int kDecodeRows = 12;  // from this many query rows on, a 16-bit page is decoded once for all
-constexpr float kMinusInf = -__builtin_inff();
 
 // A pair of operands: two K dims of all slots, or sixteen dims of two V slots. 16-bit formats hold both in one line,
 // f32 in two lines `stride` bytes apart.
@@ -115,47 +114,6 @@ KV_INLINE void pv_rows(const AttendTile& t, int row, const unsigned char* v, con
     for (; d < t.stride; d += 16) pv<F, N, 1, Partial>(t, row, d, v, keep, ahead);
 }
 
-// The softmax step of one row: z finished and masked, p and rescale for PV, running maximum and sum brought up to date.
-KV_INLINE bool soften(const AttendTile& t, int row) {
-    const uint16_t mask = t.masks[row];
-    V z = mul(load(t.z + row * kSlots), set1(t.scale));
-    if (t.softcap > 0) z = mul(set1(t.softcap), tanh(div(z, set1(t.softcap))));
-    if (t.bias) z = add(z, load(t.bias));
-    z = blend(mask, z, set1(kMinusInf));
-    store(t.z + row * kSlots, z);
-    if (!differ(z, set1(kMinusInf))) return false;  // nothing read; NaN counts as something
-    const float before = t.maximum[row];
-    float rescale = 1.0f, lanes[16];
-    if (less(set1(before), z)) {
-        const float now = max_lane(z);
-        store(lanes, exp(set1(before - now)));
-        rescale = lanes[0];
-        t.maximum[row] = now;
-    }
-    const V p = exp(sub(z, set1(t.maximum[row])));
-    store(t.p + row * kSlots, p);
-    store(t.sum + row * kSlots, fma(load(t.sum + row * kSlots), set1(rescale), p));
-    t.rescale[row] = rescale;
-    return true;
-}
-
-// Calls call(Rows<n>) for the n <= kTile rows of a register tile.
-template <int N>
-struct Rows {
-    static constexpr int n = N;
-};
-template <class Call>
-KV_INLINE void with_rows(int n, Call call) {
-    if constexpr (kTile >= 4) {
-        if (n == 4) return call(Rows<4>{});
-        if (n == 3) return call(Rows<3>{});
-    }
-    if constexpr (kTile >= 2) {
-        if (n == 2) return call(Rows<2>{});
-    }
-    call(Rows<1>{});
-}
-
 template <Format F>
 void all_qk(const AttendTile& t, const unsigned char* k, const unsigned char* ahead) {
     for (int row = 0; row < t.rows; row += kTile, ahead = nullptr) {
@@ -185,15 +143,21 @@ void all_pv(const AttendTile& t, const unsigned char* v, const unsigned char* ah
     }
 }
 
-// A 16-bit page as f32: K [D][16], V [16][stride].
+// K of a 16-bit page as f32 [D][16], and V as [16][stride].
 template <Format F>
-void decode(const AttendTile& t, const unsigned char* k, const unsigned char* v, float* k32, float* v32) {
+const unsigned char* decode_k(const AttendTile& t, const unsigned char* k) {
     V a, b;
     for (int p = 0; p < t.stride / 2; ++p) {
         load_pair<F>(k + p * 64, 0, a, b);
-        store(k32 + p * 32, a);
-        store(k32 + p * 32 + 16, b);
+        store(t.decoded + p * 32, a);
+        store(t.decoded + p * 32 + 16, b);
     }
+    return reinterpret_cast<const unsigned char*>(t.decoded);
+}
+template <Format F>
+const unsigned char* decode_v(const AttendTile& t, const unsigned char* v) {
+    float* const v32 = t.decoded + kSlots * t.stride;
+    V a, b;
     for (int u = 0; u < kSlots / 2; ++u) {
         for (int d = 0; d < t.stride; d += 16) {
             load_pair<F>(v + (static_cast<int64_t>(u) * t.stride + d) * 4, 0, a, b);
@@ -201,32 +165,46 @@ void decode(const AttendTile& t, const unsigned char* k, const unsigned char* v,
             store(v32 + (2 * u + 1) * t.stride + d, b);
         }
     }
+    return reinterpret_cast<const unsigned char*>(v32);
 }
 
-void soften_all(const AttendTile& t) {
-    for (int row = 0; row < t.rows; ++row) {
-        t.live[row] = soften(t, row) ? t.masks[row] : uint16_t{0};
-    }
+template <Format F>
+int64_t half_page(const AttendTile& t) {
+    return static_cast<int64_t>(kSlots) * t.stride * (F == Format::f32 ? 4 : 2);
+}
+template <Format F>
+bool decodes(const AttendTile& t) {
+    return F != Format::f32 && t.rows >= kDecodeRows;
+}
+KV_INLINE void prefetch_all(const unsigned char* ahead, int64_t bytes) {
+    for (int64_t i = 0; ahead && i < bytes; i += 64) prefetch(ahead + i);
 }
 
 template <Format F>
 void attend_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
-    const int64_t half = static_cast<int64_t>(kSlots) * t.stride * (F == Format::f32 ? 4 : 2);
-    if (F != Format::f32 && t.rows >= kDecodeRows) {
-        float* const k32 = t.decoded;
-        float* const v32 = t.decoded + kSlots * t.stride;
-        if (ahead) {
-            for (int64_t i = 0; i < 2 * half; i += 64) prefetch(ahead + i);
-        }
-        decode<F>(t, page, page + half, k32, v32);
-        all_qk<Format::f32>(t, reinterpret_cast<const unsigned char*>(k32), nullptr);
-        soften_all(t);
-        all_pv<Format::f32>(t, reinterpret_cast<const unsigned char*>(v32), nullptr);
+    const int64_t half = half_page<F>(t);
+    if (decodes<F>(t)) {
+        prefetch_all(ahead, 2 * half);
+        const unsigned char* const v32 = decode_v<F>(t, page + half);
+        all_qk<Format::f32>(t, decode_k<F>(t, page), nullptr);
+        soften_all(t, t.acc_rotated);
+        all_pv<Format::f32>(t, v32, nullptr);
         return;
     }
     all_qk<F>(t, page, ahead);
-    soften_all(t);
+    soften_all(t, t.acc_rotated);
     all_pv<F>(t, page + half, ahead ? ahead + half : nullptr);
+}
+
+template <Format F>
+void logits_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    if (decodes<F>(t)) {
+        prefetch_all(ahead, half_page<F>(t));
+        all_qk<Format::f32>(t, decode_k<F>(t, page), nullptr);
+    } else {
+        all_qk<F>(t, page, ahead);
+    }
+    for (int row = 0; row < t.rows; ++row) finish_logits(t, row);
 }
 
 }  // namespace
@@ -235,6 +213,9 @@ void fill_attend(Kernels* table) {
     table->attend_page[0] = attend_page<Format::f32>;
     table->attend_page[1] = attend_page<Format::bf16>;
     table->attend_page[2] = attend_page<Format::f16>;
+    table->logits_page[0] = logits_page<Format::f32>;
+    table->logits_page[1] = logits_page<Format::bf16>;
+    table->logits_page[2] = logits_page<Format::f16>;
 }
 
 }  // namespace kvstrata::cpu::KV_ISA
