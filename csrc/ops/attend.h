@@ -37,7 +37,6 @@ struct AttendRow {       // one (sequence, KV head)
     const uint16_t* visible;  // [M] slot masks, or null: all slots
     const float* bias;        // [M, 16] or null
     const float* sinks;       // [G] sink logits or null
-    const float* centre;      // [D] what the row's quantized keys are relative to, or null: zeros
     const int32_t* q_pos;     // [T] positions of the queries; null unless window > 0
     const uint64_t* tree;     // [T] or null
     const float* centre;      // [D] subtracted from the keys of quantized pages before rotation, or null: zeros
