@@ -10,7 +10,7 @@ import torch
 from sight import C_FULL, C_INT4, PAGE_BYTES, seen_of
 
 from kvstrata import policy
-from kvstrata.budget import AdaptiveHeads, Allocation, EntropyShare, Pyramid, RowsSeen, Uniform
+from kvstrata.budget import AdaptiveHeads, Allocation, EntropyShare, Knapsack, Pyramid, RowsSeen, Uniform
 from kvstrata.policy import (
     NAMED,
     AccumulatedMass,
@@ -182,6 +182,29 @@ def test_ada_kv_sums_to_h_times_b() -> None:
     assert (spread.max(1).values > spread.min(1).values).any(), "heads differ"
     even = allocate(policy.adakv(alpha=1.0), sights, 12_000).bytes
     assert (even == 1000).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
+def test_a_knapsack_is_followed(share: float) -> None:
+    """Formats token by token, from scores of attention: the plan is the allocation, and costs what it says."""
+    made = replace(policy.arkv(), allocator=Knapsack(("bf16", "int4")))
+    sights = layers_seen(3, made)
+    movable = torch.stack([s.stored & ~s.protected for s in sights])
+    total = int(((movable.sum(2) + 15) // 16).sum() * C_FULL * share)
+    got = allocate(made, sights, total)
+    assert got.formats is not None
+    front = movable.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices
+    states = torch.tensor([EVICTED, FULL, INT4], dtype=torch.uint8)[got.formats.long()]
+    formats = torch.zeros_like(states).scatter_(2, front, states)
+    used = 0
+    for seen, row_bytes, told, free in zip(sights, got.bytes, formats, movable, strict=True):
+        assert made.planner is not None
+        state = made.planner.plan(replace(seen, allowance=Allowance(row_bytes, PAGE_BYTES, formats=told))).state
+        assert state is not None and torch.equal(state, torch.where(free, told, seen.state))
+        pages = [(((state == s) & free).sum(1) + 15) // 16 * c for s, c in ((FULL, C_FULL), (INT4, C_INT4))]
+        assert torch.equal(sum(pages), row_bytes)
+        used += int(row_bytes.sum())
+    assert total - C_FULL < used <= total
 
 
 # --- OQ -----------------------------------------------------------------------------------------------------------------
