@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvstrata.policy.base import Plan, Planner, Policy, Seen
+from kvstrata.policy.adakv import adakv
+from kvstrata.policy.arkv import MeanSpread, arkv
+from kvstrata.policy.base import Allowance, Plan, Planner, Policy, Reader, Scorer, Seen
+from kvstrata.policy.choose import choose_states
 from kvstrata.policy.full import full
+from kvstrata.policy.h2o import AccumulatedMass, h2o
+from kvstrata.policy.keep_top import KeepTop
+from kvstrata.policy.keydiff import KeyDiversity, keydiff
+from kvstrata.policy.keynorm import KeyNorm, keynorm
+from kvstrata.policy.kivi import QuantizeAll, kivi
+from kvstrata.policy.pyramidkv import pyramidkv
+from kvstrata.policy.snapkv import WindowVote, snapkv
 from kvstrata.policy.streaming import SinksAndTail, streaming
+from kvstrata.policy.three_states import ThreeStates
 
-NAMED: dict[str, Callable[[], Policy]] = {"full": full, "streaming": streaming}
+NAMED: dict[str, Callable[[], Policy]] = {
+    "full": full,
+    "streaming": streaming,
+    "h2o": h2o,
+    "snapkv": snapkv,
+    "pyramidkv": pyramidkv,
+    "adakv": adakv,
+    "kivi": kivi,
+    "keynorm": keynorm,
+    "keydiff": keydiff,
+    "arkv": arkv,
+}
 """Policies that a name stands for, each with its defaults."""
 
 
@@ -23,4 +45,34 @@ def resolve(spec: Policy | str | None) -> Policy:
     raise ValueError(f"policy: {spec!r} is unknown, expected a Policy or one of {', '.join(NAMED)}")
 
 
-__all__ = ["NAMED", "Plan", "Planner", "Policy", "Seen", "SinksAndTail", "full", "resolve", "streaming"]
+__all__ = [
+    "NAMED",
+    "AccumulatedMass",
+    "Allowance",
+    "KeepTop",
+    "KeyDiversity",
+    "KeyNorm",
+    "MeanSpread",
+    "Plan",
+    "Planner",
+    "Policy",
+    "QuantizeAll",
+    "Reader",
+    "Scorer",
+    "Seen",
+    "SinksAndTail",
+    "ThreeStates",
+    "WindowVote",
+    "adakv",
+    "arkv",
+    "choose_states",
+    "full",
+    "h2o",
+    "keydiff",
+    "keynorm",
+    "kivi",
+    "pyramidkv",
+    "resolve",
+    "snapkv",
+    "streaming",
+]

@@ -1,0 +1,83 @@
+"""``arkv``: Full, Quantized or Evicted, with shares by the statistics of each layer's attention (ARKV, arXiv 2603.08727)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvstrata.budget import EntropyShare
+from kvstrata.policy.base import Policy
+from kvstrata.policy.snapkv import WindowVote
+from kvstrata.policy.three_states import ThreeStates
+
+
+@dataclass(frozen=True)
+class MeanSpread(WindowVote):
+    """The mean attention of a row's last queries to each token plus their spread, pooled over its neighbours (ARKV).
+
+    spread: "std", mean + beta * standard deviation (ours), or "variance", mean + gamma * variance (paper; gamma of the code).
+    Variance is mass squared, so gamma means another thing at each number of tokens. Both unbiased over the queries; 0 for one
+    query. beta, gamma >= 0. The rest as in :class:`kvstrata.policy.snapkv.WindowVote`. ValueError for parameters.
+    """
+
+    queries: int = 32
+    spread: Literal["std", "variance"] = "std"
+    beta: float = 1.0
+    gamma: float = 263.81
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spread not in ("std", "variance"):
+            raise ValueError(f"MeanSpread: spread is {self.spread!r}, expected 'std' or 'variance'")
+        for name in ("beta", "gamma"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"MeanSpread: {name} is {value}, expected a finite number >= 0")
+
+    def _spread(self) -> tuple[Literal["mean", "std", "variance"], float]:
+        return self.spread, self.beta if self.spread == "std" else self.gamma
+
+
+def arkv(
+    quantized: str = "int4",
+    cover: bool = True,
+    spread: Literal["std", "variance"] = "std",
+    queries: int = 32,
+    kernel: int = 5,
+    divide: Literal["present", "kernel"] = "present",
+    *,
+    beta: float = 1.0,
+    gamma: float = 263.81,
+    allocator: EntropyShare | None = None,
+    combine: Literal["replace", "sum", "max"] = "max",
+    decay: float = 0.95,
+    window: int = 64,
+    sinks: int = 16,
+    interval: int = 64,
+    chunk: int = 2048,
+) -> Policy:
+    """Keeps what matters most Full, quantizes the middle, evicts the rest.
+
+    quantized, cover: of :class:`kvstrata.policy.three_states.ThreeStates`; spread, queries, kernel, divide, beta, gamma: of
+    :class:`MeanSpread`; allocator: None is ``EntropyShare`` of as many queries; combine, decay: how a new score joins the last
+    one; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three multiples of 16; sinks:
+    first tokens kept. ValueError for parameters.
+
+    The paper's settings: ``arkv("int8", cover=False, spread="variance", divide="kernel", combine="replace", window=32,
+    sinks=0, allocator=EntropyShare(stats="code"))``. Deviations: its code cuts the prompt without quantizing, decides by one
+    query while decoding, and overwrites what it has quantized; here quantized tokens live on, and one plan serves prompt
+    and decoding. Its FP8 with one scale for all heads is int8 per token. The code's own count budget is not rebuilt.
+    """
+    return Policy(
+        "arkv",
+        ThreeStates(quantized, cover),
+        MeanSpread(queries, kernel, divide=divide, spread=spread, beta=beta, gamma=gamma),
+        EntropyShare(queries=queries) if allocator is None else allocator,
+        formats=(quantized,),
+        sinks=sinks,
+        window=window,
+        interval=interval,
+        chunk=chunk,
+        combine=combine,
+        decay=decay,
+    )
