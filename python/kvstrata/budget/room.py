@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstrata import pools
+from kvstrata.budget.allocate import Uniform
 from kvstrata.budget.protect import LEAST_CHUNK, concretise, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape
@@ -86,6 +87,8 @@ def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[i
     Without an allocator: :func:`kvstrata.budget.protect.concretise`. A share is taken of at least REFERENCE tokens: it
     grows with the sequences, sinks and tail do not.
     """
+    if policy.allocator is None and policy.formats and budget is not None:
+        policy = replace(policy, allocator=Uniform())  # what quantizes all keeps to a limit in equal shares
     if policy.allocator is None:
         return concretise(policy, shape, budget, batch=len(lengths))
     if budget is None:
