@@ -67,7 +67,8 @@ FORMS = (("{n}", 8), ("{n} is", 9), ("The {n} is", 10), ("{k}", 9), ("{k} is", 1
 @dataclass(frozen=True)
 class Stage:
     """At most so many steps of ``tokens`` tokens at a context length; shares of copies and verbatim facts, the rest are
-    tasks; share of contexts whose positions skip. ``until``: the stage ends early once answers are so accurate."""
+    tasks; share of contexts whose positions skip. ``until``: the stage ends early once answers are so accurate.
+    ``even``: chains and several values are asked nearly as often as codes, which are five questions of six otherwise."""
 
     steps: int
     tokens: int
@@ -76,6 +77,7 @@ class Stage:
     verbatim: float
     skip: float
     until: float = 1.0
+    even: bool = False
 
 
 CURRICULUM = (
@@ -86,6 +88,8 @@ CURRICULUM = (
     Stage(600, 8192, 512, 0.03, 0.02, 0.5, until=0.99),
     Stage(400, 8192, 1024, 0.02, 0.0, 0.4, until=0.993),
     Stage(400, 8192, 2048, 0.02, 0.0, 0.3),
+    Stage(600, 8192, 1024, 0.0, 0.0, 0.4, even=True),
+    Stage(300, 8192, 2048, 0.0, 0.0, 0.3, even=True),
 )
 
 
@@ -147,7 +151,7 @@ class Sampler:
             return self.copy(stage.context)
         if u < stage.copy + stage.verbatim:
             return self.verbatim(stage.context)
-        return self.task(stage.context)
+        return self.task(stage.context, stage.even)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids
@@ -180,22 +184,22 @@ class Sampler:
                 ids, kinds = ids + a + b, kinds + [0] * len(a) + [2] * len(b)
         return ids, kinds
 
-    def task(self, context: int) -> tuple[list[int], list[int]]:
+    def task(self, context: int, even: bool = False) -> tuple[list[int], list[int]]:
         """Contexts, each with its questions, until ``context`` tokens are full; mostly one."""
-        ids, kinds = self.asked(context)
+        ids, kinds = self.asked(context, even)
         while context - len(ids) > 96:
-            more, more_kinds = self.asked(context - len(ids))
+            more, more_kinds = self.asked(context - len(ids), even)
             ids, kinds = ids + more, kinds + more_kinds
         return ids, kinds
 
-    def asked(self, context: int) -> tuple[list[int], list[int]]:
+    def asked(self, context: int, even: bool) -> tuple[list[int], list[int]]:
         """A talk, or facts of several tasks in filler; then each question once, while there is room."""
         room = int(context * self.rng.choice((0.5, 0.65, 0.8)))
-        if self.rng.random() < 0.25:
+        if self.rng.random() < (0.1 if even else 0.25):
             part = talk(self.rng, room, self.world)
             text = "".join(part.facts)
         else:
-            part = self.mixed(room)
+            part = self.mixed(room, even)
             text = weave(self.rng, room, part.facts, self.world)
         ids = self.encode(text)
         kinds = [1] * len(ids)
@@ -207,7 +211,7 @@ class Sampler:
                 break
         return ids, kinds
 
-    def mixed(self, room: int) -> Part:
+    def mixed(self, room: int, even: bool) -> Part:
         """Facts of one to three tasks under different names; never more than two thirds of ``room``."""
         facts: list[str] = []
         asks: list[tuple[str, str]] = []
@@ -220,6 +224,7 @@ class Sampler:
             lambda: chains(self.rng, names[-4 * max(1, n // 4) :]),
             lambda: marks(self.rng, min(96, 4 * n)),
         ]
+        makers = [*makers[1:], *makers[2:4], makers[3]] if even else makers
         for make in self.rng.sample(makers, self.rng.randint(1, 2)):
             part = make()
             if sum(map(self.world.tokens, facts + part.facts)) <= 2 * room // 3 or not facts:
