@@ -83,7 +83,7 @@ def accumulate(score: Tensor, mass: Tensor, decay: float = 1.0, combine: str = "
 def score_keys(k: Tensor, slots: Tensor, kind: str) -> Tensor:
     """[R, K, 16] of k [R, K, 16, D]: -|k|, or -cos(k, anchor), the anchor the mean of a row's visible k / |k|."""
     clean = torch.where(slots.unsqueeze(-1), k, torch.zeros((), dtype=k.dtype))
-    size = clean.norm(dim=-1)
+    size: Tensor = clean.norm(dim=-1)
     if kind == "norm":
         return -size
     unit = torch.where((size == 0).unsqueeze(-1), clean, clean / size.unsqueeze(-1))
