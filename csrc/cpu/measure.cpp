@@ -115,18 +115,18 @@ void measure(const ops::MeasureParams& p) {
     if (!p.n_rows) return;
     const Kernels& k = kernels();
     const WindowPlan plan(p, kSums);
-    parallel(plan.units(), p.threads, [&](int64_t index, int worker) {
+    parallel(plan.units(), plan.threads(), [&](int64_t index, int worker) {
         WindowUnit unit(p, plan, k, static_cast<int>(index), worker);
         unit.sum_up(summed(p, unit.row()));
     });
-    parallel(p.n_rows, p.threads, [&](int64_t r, int) {
+    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) {
         const bool whole = p.which == ops::Stats::code;  // a sink logit has no part in shares of the past
         merge_lse(p, plan, static_cast<int>(r), whole ? p.rows[r].sinks : nullptr);
         plan.part(static_cast<int>(r)).past = count_past(p, p.rows[r]);
     });
-    parallel(plan.units(), p.threads,
+    parallel(plan.units(), plan.threads(),
              [&](int64_t unit, int worker) { Measurer(p, plan, k, static_cast<int>(unit), worker).run(); });
-    parallel(p.n_rows, p.threads, [&](int64_t r, int) { finish(p, plan, static_cast<int>(r)); });
+    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) { finish(p, plan, static_cast<int>(r)); });
 }
 
 }  // namespace kvstrata::cpu

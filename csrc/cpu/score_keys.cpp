@@ -12,6 +12,7 @@ namespace kvstrata::cpu {
 namespace {
 
 constexpr int kUnitEntries = 32;           // entries of a unit of work
+constexpr int kAloneUnits = 2;             // units in all up to which the caller works alone
 enum Domain { plain, rotated, kDomains };  // of full pages; of quantized pages
 
 // The workspace: sums of directions [R, U, 2, D'] and anchors [R, 2, D'], U units of the longest row; then of each thread
@@ -144,15 +145,16 @@ int64_t score_keys_workspace_bytes(const ops::ScoreKeysParams& p) { return Works
 void score_keys(const ops::ScoreKeysParams& p) {
     const Kernels& k = kernels();
     const Workspace w(p);
+    const int threads = p.n_rows * w.units <= kAloneUnits ? 1 : p.threads;
     const auto each_unit = [&](auto work) {
-        parallel(p.n_rows * w.units, p.threads, [&](int64_t index, int worker) {
+        parallel(p.n_rows * w.units, threads, [&](int64_t index, int worker) {
             KeysUnit unit(p, w, k, index, worker);
             work(unit);
         });
     };
     if (p.kind == ops::KeyScore::diversity) {
         each_unit([](KeysUnit& unit) { unit.add_up(); });
-        parallel(p.n_rows, p.threads, [&](int64_t r, int) { find_anchor(p, w, k, r); });
+        parallel(p.n_rows, threads, [&](int64_t r, int) { find_anchor(p, w, k, r); });
     }
     each_unit([](KeysUnit& unit) { unit.score(); });
 }

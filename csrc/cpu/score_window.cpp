@@ -65,13 +65,13 @@ void score_window(const ops::ScoreWindowParams& p) {
     if (!p.n_rows) return;
     const Kernels& k = kernels();
     const WindowPlan plan(p, 0);
-    parallel(plan.units(), p.threads,
+    parallel(plan.units(), plan.threads(),
              [&](int64_t unit, int worker) { WindowUnit(p, plan, k, static_cast<int>(unit), worker).sum_up({}); });
-    parallel(p.n_rows, p.threads, [&](int64_t r, int) {
+    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) {
         merge_lse(p, plan, static_cast<int>(r), p.rows[r].sinks);
         write_lse(p, plan, static_cast<int>(r));
     });
-    parallel(plan.units(), p.threads,
+    parallel(plan.units(), plan.threads(),
              [&](int64_t unit, int worker) { Scorer(p, plan, k, static_cast<int>(unit), worker).run(); });
 }
 

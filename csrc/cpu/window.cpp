@@ -6,6 +6,7 @@ namespace kvstrata::cpu {
 namespace {
 
 constexpr int kUnitEntries = 32;    // entries of a unit
+constexpr int kAloneUnits = 2;      // units in all up to which the caller works alone
 constexpr int kLanes = 4 * kSlots;  // floats in which a unit adds up a head
 
 int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -91,6 +92,8 @@ WindowPlan::WindowPlan(const ops::WindowParams& p, int head_sums)
         base + round64(static_cast<int64_t>(p.n_rows) * static_cast<int64_t>(sizeof(WindowPart))));
     scratch_ = reinterpret_cast<unsigned char*>(floats_ + floats);
 }
+
+int WindowPlan::threads() const { return units_ <= kAloneUnits ? 1 : p_.threads; }
 
 int WindowPlan::row_of(int unit) const {
     const WindowPart* after = std::upper_bound(parts_, parts_ + p_.n_rows, unit,

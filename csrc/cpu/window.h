@@ -31,6 +31,7 @@ class WindowPlan {
     static int64_t bytes(const ops::WindowParams& params, int head_sums);
 
     int units() const { return units_; }
+    int threads() const;  // that its work is worth
     int row_of(int unit) const;
     WindowPart& part(int row) const { return parts_[row]; }
     float* partial(int row, int unit) const;  // [max(T, head_sums) * G] of unit 0, 1, ... of the row

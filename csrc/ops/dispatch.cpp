@@ -189,7 +189,10 @@ void compact(const CompactParams& p) {
     cpu::compact(p);
 }
 
-int64_t score_window_workspace_bytes(const ScoreWindowParams& p) { return cpu::score_window_workspace_bytes(p); }
+int64_t score_window_workspace_bytes(const ScoreWindowParams& p) {
+    check_shape("score_window", p.head_dim, p.group);
+    return cpu::score_window_workspace_bytes(p);
+}
 
 void score_window(const ScoreWindowParams& p) {
     check_window("score_window", p);
@@ -199,7 +202,10 @@ void score_window(const ScoreWindowParams& p) {
     cpu::score_window(p);
 }
 
-int64_t measure_workspace_bytes(const MeasureParams& p) { return cpu::measure_workspace_bytes(p); }
+int64_t measure_workspace_bytes(const MeasureParams& p) {
+    check_shape("measure", p.head_dim, p.group);
+    return cpu::measure_workspace_bytes(p);
+}
 
 void measure(const MeasureParams& p) {
     check_window("measure", p);
@@ -224,7 +230,10 @@ void accumulate(const AccumulateParams& p) {
     cpu::accumulate(p);
 }
 
-int64_t score_keys_workspace_bytes(const ScoreKeysParams& p) { return cpu::score_keys_workspace_bytes(p); }
+int64_t score_keys_workspace_bytes(const ScoreKeysParams& p) {
+    check_shape("score_keys", p.head_dim);
+    return cpu::score_keys_workspace_bytes(p);
+}
 
 void score_keys(const ScoreKeysParams& p) {
     check_shape("score_keys", p.head_dim);

@@ -192,6 +192,8 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(ValueError, match=f"score_window: {message}"):
             case.score(**more)
+    with pytest.raises(ValueError, match="score_window: group is 0 query heads per KV head, expected 1 to 16"):
+        ops.score_window(case.q[:, :, :0], case.pages, case.pools)
     with pytest.raises(ValueError, match=r"q is \[2, 8, 64\], expected"):
         ops.score_window(case.q[:, :, 0], case.pages, case.pools)
     with pytest.raises(ValueError, match="row 0 has 257 queries, expected 0 to 256"):
