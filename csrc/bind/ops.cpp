@@ -73,13 +73,14 @@ int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, i
 }
 
 struct AttendArguments {
-    Argument q, pages, visible, bias, sinks, own, tree, q_pos, out, lse, logits, workspace;
+    Argument q, pages, visible, bias, centre, sinks, own, tree, q_pos, out, lse, logits, workspace;
 
     explicit AttendArguments(const py::dict& d)
         : q("attend", "q", d["q"]),
           pages("attend", "pages", d["pages"]),
           visible("attend", "visible", d["visible"]),
           bias("attend", "bias", d["bias"]),
+          centre("attend", "centre", d["centre"]),
           sinks("attend", "sinks", d["sinks"]),
           own("attend", "own", d["own"]),
           tree("attend", "tree", d["tree"]),
@@ -97,6 +98,7 @@ struct AttendArguments {
         pages.expect({DType::i32}, {R, K}, "R set by q");
         visible.expect({DType::u16}, {R, K}, "K set by pages");
         bias.expect({DType::f32}, {R, K, S}, "K set by pages").expect_contiguous();
+        centre.expect({DType::f32}, {R, D}, "set by q");
         sinks.expect({DType::f32}, {R, G}, "set by q");
         own.expect({DType::i32}, {R}, "set by q").expect_contiguous();
         tree.expect({DType::u64, DType::i64}, {R, T}, "set by q");
@@ -130,6 +132,7 @@ struct AttendArguments {
             row.pages = pages.row<PageId>(r);
             row.visible = visible.row<uint16_t>(r);
             row.bias = bias.row<float>(r);
+            row.centre = centre.row<float>(r);
             row.sinks = sinks.row<float>(r);
             row.q_pos = q_pos.row<int32_t>(r);
             row.tree = tree.row<uint64_t>(r);
@@ -145,7 +148,7 @@ struct AttendArguments {
 // One dict of tensors, because an op with this many of them is easier to call wrongly by position.
 void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, int window, int threads) {
     const AttendArguments a(tensors);
-    const Pools pools("attend", pools_);
+    const Pools pools("attend", pools_, true);
     a.check_ids(pools);
     if (window > 0) pools.check_positions("a window is given");
     std::vector<ops::AttendRow> rows = a.rows();

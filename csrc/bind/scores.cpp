@@ -138,7 +138,7 @@ void score_window(py::dict tensors, const py::sequence& pools_, float scale, flo
     lse.expect({DType::f32}, {R, G, {"W", a.q.shape(1)}}, "set by q");
     check(score.stride(2) == kSlots || score.shape(2) <= 1, "score_window: score has stride ", score.stride(2),
           " in dimension 2, expected ", kSlots);
-    const Pools pools(a.op, pools_);
+    const Pools pools(a.op, pools_, true);
     a.check_pools(pools);
     const std::vector<ops::WindowRow> rows = a.rows();
     ops::ScoreWindowParams p{};
@@ -158,7 +158,7 @@ void measure(py::dict tensors, const py::sequence& pools_, float scale, float so
     const WindowArguments a("measure", tensors);
     const Argument stats(a.op, "out", tensors["out"]);
     stats.expect({DType::f32}, {a.lists.rows(), a.group(), {"3", 3}}, "set by q").expect_contiguous();
-    const Pools pools(a.op, pools_);
+    const Pools pools(a.op, pools_, true);
     a.check_pools(pools);
     const std::vector<ops::WindowRow> rows = a.rows();
     ops::MeasureParams p{};

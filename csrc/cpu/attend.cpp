@@ -4,6 +4,7 @@
 
 #include "cpu/attend_masks.h"
 #include "cpu/attend_plan.h"
+#include "cpu/attend_queries.h"
 #include "cpu/isa.h"
 #include "cpu/merge.h"
 #include "cpu/parallel.h"
@@ -73,14 +74,24 @@ class Unit {
         return next < end && visible_slots(row_, next) ? page_at(p_.pools, row_.pages[next]) : nullptr;
     }
 
+    // Before a quantized page: a unit pays for the rotation once it meets the first.
+    void expect_quantized(AttendTile& tile, Format format) {
+        tile.group = group_size(format, p_.head_dim);
+        if (tile.acc_rotated) return;
+        encode_queries(kernels_, tile, row_.centre);
+        tile.acc_rotated = rotated_ = s_.acc_rotated;
+        std::fill_n(rotated_, static_cast<int64_t>(tile.rows) * stride_, 0.0f);
+    }
+
     // Running softmax of query rows [first, first + n) over entries [begin, end): acc, s_.maximum, s_.sum.
     void attend_rows(int first, int n, int begin, int end, float* acc) {
         load_queries(first, n);
         std::fill_n(acc, static_cast<int64_t>(n) * stride_, 0.0f);
         std::fill_n(s_.sum, n * kSlots, 0.0f);
         std::fill_n(s_.maximum, n, kMinusInf);
-        AttendTile tile{s_.q,     acc,     s_.maximum, s_.sum,      s_.z,    s_.p,     s_.rescale, s_.live, s_.decoded,
-                        s_.masks, nullptr, n,          p_.head_dim, stride_, p_.scale, p_.softcap, nullptr, {}};
+        AttendTile tile{s_.q,     acc,        s_.maximum, s_.sum,   s_.z, s_.p,        s_.rescale,
+                        s_.live,  s_.decoded, s_.masks,   nullptr,  n,    p_.head_dim, stride_,
+                        p_.scale, p_.softcap, nullptr,    s_.query, 0};
         const int first_query = first / p_.group, last_query = (first + n - 1) / p_.group;
         MaskWalk walk(p_, row_, first_query, last_query - first_query + 1, begin);
         for (int e = begin; e < end; ++e) {
@@ -88,8 +99,9 @@ class Unit {
                 for (int i = 0; i < n; ++i) s_.masks[i] = s_.query_masks[(first + i) / p_.group - first_query];
                 tile.bias = row_.bias ? row_.bias + static_cast<int64_t>(e) * kSlots : nullptr;
                 const PageId id = row_.pages[e];
-                const int format = static_cast<int>(p_.pools[page_pool(id)].format);
-                kernels_.attend_page[format](tile, page_at(p_.pools, id), ahead_of(e, end));
+                const Format format = p_.pools[page_pool(id)].format;
+                if (!is_full(format)) expect_quantized(tile, format);
+                kernels_.attend_page[static_cast<int>(format)](tile, page_at(p_.pools, id), ahead_of(e, end));
             } else if (row_.logits) {
                 std::fill_n(s_.z, n * kSlots, kMinusInf);
             }
@@ -97,13 +109,20 @@ class Unit {
         }
     }
 
-    // acc to outputs, sums to log-sum-exps. A row that read nothing keeps its zeros.
+    // acc to outputs, sums to log-sum-exps; what quantized pages gave is rotated back, once. A row that read nothing keeps
+    // its zeros.
     void normalise(int n, float* acc, float* lse) {
         for (int i = 0; i < n; ++i) {
             float total = 0.0f;
             for (int lane = 0; lane < kSlots; ++lane) total += s_.sum[i * kSlots + lane];
             lse[i] = total == 0.0f ? kMinusInf : s_.maximum[i] + std::log(total);
-            if (total != 0.0f) kernels_.divide(acc + static_cast<int64_t>(i) * stride_, total, stride_);
+            if (total == 0.0f) continue;
+            if (rotated_) {
+                float* const part = rotated_ + static_cast<int64_t>(i) * stride_;
+                kernels_.rotate(part, p_.head_dim, true);
+                kernels_.axpy(acc + static_cast<int64_t>(i) * stride_, part, 1.0f, p_.head_dim);
+            }
+            kernels_.divide(acc + static_cast<int64_t>(i) * stride_, total, stride_);
         }
     }
 
@@ -143,6 +162,7 @@ class Unit {
     const int index_;
     const Scratch s_;
     const int stride_;
+    float* rotated_ = nullptr;  // the rotated accumulator, once there is a quantized page
 };
 
 }  // namespace

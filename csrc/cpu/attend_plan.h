@@ -27,6 +27,8 @@ struct Scratch {
     float *maximum, *rescale;              // [kTileRows]
     float *sum, *z, *p;                    // [kTileRows, 16]
     uint16_t *live, *masks, *query_masks;  // [kTileRows]
+    float* acc_rotated;                    // [kTileRows, D'] of quantized pages, like `query`
+    QueryCodes query;
 };
 
 class Plan {

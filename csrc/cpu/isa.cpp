@@ -1,5 +1,6 @@
 #include "cpu/isa.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -67,16 +68,17 @@ std::string obstacle(Isa level) { return level == Isa::scalar ? "" : "not built 
 #endif
 
 void fill(Isa level, Kernels* table) {
-#define KVSTRATA_FILL(name)         \
-    case Isa::name:                 \
-        name::fill_attend(table);   \
-        name::fill_elements(table); \
-        name::fill_encode(table);   \
-        name::fill_keys(table);     \
-        name::fill_pages(table);    \
-        name::fill_rotate(table);   \
-        name::fill_scores(table);   \
-        name::fill_slots(table);    \
+#define KVSTRATA_FILL(name)                 \
+    case Isa::name:                         \
+        name::fill_attend(table);           \
+        name::fill_attend_quantized(table); \
+        name::fill_elements(table);         \
+        name::fill_encode(table);           \
+        name::fill_keys(table);             \
+        name::fill_pages(table);            \
+        name::fill_rotate(table);           \
+        name::fill_scores(table);           \
+        name::fill_slots(table);            \
         break
     switch (level) {
         KVSTRATA_FILL(scalar);
@@ -106,7 +108,8 @@ struct Levels {
             if (available) {
                 if (i) tables[i] = tables[i - 1];
                 fill(static_cast<Isa>(i), &tables[i]);
-                const bool own = i == 0 || tables[i].attend_page[0] != tables[i - 1].attend_page[0];
+                const auto& page = tables[i].attend_page;  // a level's own kernels attend, if they do anything
+                const bool own = i == 0 || !std::equal(page, page + std::size(page), tables[i - 1].attend_page);
                 if (own) info[i].kernels = kNames[i];
             } else if (below.empty()) {
                 below = std::string("needs ") + kNames[i] + ": " + reason;

@@ -38,6 +38,7 @@ struct AttendTile {
     // Read by quantized pages only; acc_rotated is null until a unit meets its first one.
     float* acc_rotated;  // [rows, stride] sum of p * R v over quantized pages, relative to `maximum`
     QueryCodes query;
+    int32_t group;  // dims that share a scale in the page's format
 };
 
 struct Kernels {
@@ -45,6 +46,11 @@ struct Kernels {
     void (*attend_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
     // Only the page's finished logits, tile.z. Reads q or query, masks, bias, scale, softcap; writes z and `decoded`.
     void (*logits_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
+
+    // Codes and totals (QueryCodes) of one rotated query [dim]; `group` is that of int2. Returns its delta.
+    float (*encode_query)(const float* rotated, int32_t dim, int32_t group, int16_t* codes, int32_t* totals);
+    // a . b, n a multiple of 16, in one order of additions for all levels.
+    float (*dot_product)(const float* a, const float* b, int32_t n);
 
     // dst[0..n) = src[0..n) converted by round-to-nearest-even; equal types are copied bit for bit.
     void (*convert)(void* dst, DType dst_type, const void* src, DType src_type, int32_t n);
@@ -98,16 +104,17 @@ struct Kernels {
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
-#define KVSTRATA_LEVEL(level)           \
-    namespace level {                   \
-    void fill_attend(Kernels* table);   \
-    void fill_elements(Kernels* table); \
-    void fill_encode(Kernels* table);   \
-    void fill_keys(Kernels* table);     \
-    void fill_pages(Kernels* table);    \
-    void fill_rotate(Kernels* table);   \
-    void fill_scores(Kernels* table);   \
-    void fill_slots(Kernels* table);    \
+#define KVSTRATA_LEVEL(level)                   \
+    namespace level {                           \
+    void fill_attend(Kernels* table);           \
+    void fill_attend_quantized(Kernels* table); \
+    void fill_elements(Kernels* table);         \
+    void fill_encode(Kernels* table);           \
+    void fill_keys(Kernels* table);             \
+    void fill_pages(Kernels* table);            \
+    void fill_rotate(Kernels* table);           \
+    void fill_scores(Kernels* table);           \
+    void fill_slots(Kernels* table);            \
     }
 KVSTRATA_LEVEL(scalar)
 KVSTRATA_LEVEL(avx2)

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/attend_queries.h"
+
 namespace kvstrata::cpu {
 namespace {
 
@@ -39,7 +41,9 @@ int64_t scratch_floats(Largest most, int stride, int group) {
     return line(rows * stride) + 2 * rows * kSlots + line(rows) + 2 * kSlots * stride + group * kLanes;
 }
 int64_t scratch_bytes(Largest most, int stride, int group) {
-    return 4 * scratch_floats(most, stride, group) + round64(2 * most.rows) + round64(2 * most.queries);
+    const int64_t rows = most.rows,
+                  encoded = rows * 4 * kMaxGroups + 2 * round64(4 * rows) + round64(2 * rows * stride);
+    return 4 * scratch_floats(most, stride, group) + encoded + round64(2 * rows) + round64(2 * most.queries);
 }
 
 const int32_t* positions_at(const ops::WindowParams& p, const ops::WindowRow& row, int entry) {
@@ -117,7 +121,11 @@ WindowScratch WindowPlan::scratch(int worker) const {
     s.maximum = s.sum + rows * kSlots;
     s.decoded = s.maximum + line(rows);
     s.lanes = s.decoded + 2 * kSlots * stride;
-    s.masks = reinterpret_cast<uint16_t*>(base + 4 * scratch_floats(most, stride, p_.group));
+    s.query.totals = reinterpret_cast<int32_t*>(base + 4 * scratch_floats(most, stride, p_.group));
+    s.query.delta = reinterpret_cast<float*>(s.query.totals + rows * kMaxGroups);
+    s.query.centre = s.query.delta + line(rows);
+    s.query.codes = reinterpret_cast<int16_t*>(s.query.centre + line(rows));
+    s.masks = reinterpret_cast<uint16_t*>(s.query.codes) + round64(2 * rows * stride) / 2;
     s.query_masks = s.masks + round64(2 * rows) / 2;
     return s;
 }
@@ -139,12 +147,23 @@ WindowUnit::WindowUnit(const ops::WindowParams& params, const WindowPlan& plan, 
 void WindowUnit::load(int head, int heads) {
     const int bytes = dtype_bytes(p_.q_dtype);
     float* q = s_.q;
+    encoded_ = false;
     for (int g = head; g < head + heads; ++g) {
         for (int t = 0; t < row_.queries; ++t, q += stride_) {
             const int64_t at = (row_.tokens ? row_.tokens[t] : t) * row_.q_stride_t + g * row_.q_stride_g;
             kernels_.convert(q, DType::f32, static_cast<const char*>(row_.q) + at * bytes, p_.q_dtype, p_.head_dim);
         }
     }
+}
+
+// A unit pays for the rotation of its queries once it meets the first quantized page.
+void WindowUnit::encode(int rows) {
+    AttendTile tile{};
+    tile.q = s_.q;
+    tile.rows = rows, tile.head_dim = p_.head_dim, tile.stride = stride_;
+    tile.query = s_.query;
+    encode_queries(kernels_, tile, row_.centre);
+    encoded_ = true;
 }
 
 // Of every query, to query_masks; returns the union.
@@ -173,7 +192,8 @@ bool WindowUnit::logits(int entry, int heads, PositionRange range) {
     const int rows = heads * row_.queries;
     for (int n = 0; n < rows; n += row_.queries) std::copy_n(s_.query_masks, row_.queries, s_.masks + n);
     const PageId id = row_.pages[entry];
-    const int format = static_cast<int>(p_.pools[page_pool(id)].format);
+    const Format format = p_.pools[page_pool(id)].format;
+    if (!is_full(format) && !encoded_) encode(rows);
     for (int first = 0; first < rows; first += kTileRows) {
         AttendTile tile{};
         tile.q = s_.q + static_cast<int64_t>(first) * stride_;
@@ -183,7 +203,10 @@ bool WindowUnit::logits(int entry, int heads, PositionRange range) {
         tile.rows = std::min(kTileRows, rows - first);
         tile.head_dim = p_.head_dim, tile.stride = stride_;
         tile.scale = p_.scale, tile.softcap = p_.softcap;
-        kernels_.logits_page[format](tile, page_at(p_.pools, id), nullptr);
+        tile.query = {s_.query.codes + static_cast<int64_t>(first) * stride_, s_.query.delta + first,
+                      s_.query.centre + first, s_.query.totals + first * kMaxGroups};
+        tile.group = is_full(format) ? 0 : group_size(format, p_.head_dim);
+        kernels_.logits_page[static_cast<int>(format)](tile, page_at(p_.pools, id), nullptr);
     }
     return true;
 }

@@ -22,6 +22,7 @@ struct WindowPart {      // of one row
 struct WindowScratch {                               // of one thread; B rows are the queries of a block of heads
     float *q, *z, *sum, *maximum, *decoded, *lanes;  // [B, D'], [B, 16], [B, 16], [B], [2, 16 * D'], [G, 4, 16]
     uint16_t *masks, *query_masks;                   // [B], [T]
+    QueryCodes query;                                // of B rows, once a quantized page is met
 };
 
 class WindowPlan {
@@ -81,6 +82,7 @@ class WindowUnit {
 
   private:
     void load(int head, int heads);
+    void encode(int rows);
     uint16_t masks(int entry, PositionRange range);
 
     const ops::WindowParams& p_;
@@ -92,6 +94,7 @@ class WindowUnit {
     const WindowScratch s_;
     const int stride_, heads_;
     int begin_, end_;
+    bool encoded_ = false;  // the loaded queries, for quantized pages
 };
 
 // Between the passes: a row's log-sum-exps [G, T] from its units' in order, with sink logits [G] or null.

@@ -59,6 +59,11 @@ void check_moves(const char* op, const Move* moves, int count, const PoolView* p
     }
 }
 
+// Likewise, or a format that cannot hold this head dimension.
+void check_readable_page(const char* op, const AttendParams& p, PageId id, int row, int entry) {
+    if (!is_full(check_page(op, p.pools, id, row, entry).format)) check_quantizable(op, p.head_dim);
+}
+
 void check_own(const AttendRow& row, int r) {
     const int most = row.tree ? kMaxTreeOwn : row.queries;
     check(row.own >= 0 && row.own <= most, "attend: own[", r, "] is ", row.own, ", expected 0 to ", most,
@@ -80,8 +85,7 @@ void check_row(const AttendParams& p, int r) {
           ")");
     if (!settings().check) return;
     for (int e = 0; e < row.entries; ++e) {
-        if (row.pages[e] >= 0 && (!row.visible || row.visible[e]))
-            check_full_page("attend", p.pools, row.pages[e], r, e);
+        if (row.pages[e] >= 0 && (!row.visible || row.visible[e])) check_readable_page("attend", p, row.pages[e], r, e);
     }
 }
 

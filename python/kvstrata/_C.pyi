@@ -28,6 +28,7 @@ class AttendTensors(TypedDict):
     pages: Tensor
     visible: Tensor | None
     bias: Tensor | None
+    centre: Tensor | None
     sinks: Tensor | None
     own: Tensor | None
     tree: Tensor | None

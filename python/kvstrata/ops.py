@@ -91,6 +91,7 @@ def attend(
     scale: float | None = None,
     visible: Tensor | None = None,
     bias: Tensor | None = None,
+    centre: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     own: Tensor | None = None,
@@ -106,10 +107,11 @@ def attend(
     """Attention of each row's queries over its list of pages. Returns (out, lse[, mass][, logits]).
 
     q            [R, G, D] or [R, T, G, D] f32, bf16 or f16, any strides over R, T and G
-    pages        i32 [R, K] page ids in order; -1 is skipped
+    pages        i32 [R, K] page ids in order, of any formats; -1 is skipped. Quantized: D a multiple of 16 in 32..512
     scale        of q.k; default 1 / sqrt(D)
     visible      u16 [R, K] bit i: slot i may be read; default all. An entry with no bit is not looked at
     bias         f32 [R, K, 16] added to the logits (log n: a slot that stands for n tokens)
+    centre       f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
     softcap      z = softcap * tanh(z / softcap) before the bias; 0: none
     sinks        f32 [R, G] logits without a value; pass them in one of several calls that are merged
     own          i32 [R] the last `own` visible slots are this call's tokens in order: query t sees own tokens 0..t
@@ -122,7 +124,8 @@ def attend(
     workspace    uint8 of at least `attend_workspace_bytes`, 64-byte aligned, reusable between calls
     threads      default torch.get_num_threads()
 
-    lse is f32 with out's leading shape, natural log. Nothing visible: out 0, lse -inf (or the sink). All sums in f32.
+    lse is f32 with out's leading shape, natural log. Nothing visible: out 0, lse -inf (or the sink). Sums in f32, over
+    codes in whole numbers: logits of quantized pages, without softcap, have the same bits at every instruction set.
     """
     if q.dim() not in (3, 4):
         raise ValueError(f"attend: q is {list(q.shape)}, expected [R, G, D] or [R, T, G, D]")
@@ -144,6 +147,7 @@ def attend(
         "pages": view("attend", "pages", pages),
         "visible": maybe_view("attend", "visible", visible),
         "bias": maybe_view("attend", "bias", bias),
+        "centre": maybe_view("attend", "centre", centre),
         "sinks": maybe_view("attend", "sinks", sinks),
         "own": maybe_view("attend", "own", own),
         "tree": maybe_view("attend", "tree", tree),

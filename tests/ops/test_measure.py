@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tolerances import STATS, STATS_CODE, assert_close
+from tolerances import STATS, STATS_CODE, STATS_QUANTIZED, assert_close
 from torch import Tensor
 from windows import FULL, Window, make_window
 
@@ -21,7 +21,8 @@ def check(case: Window, stats: str, skip: int = 0) -> Tensor:
     share, _ = case.shares()
     past = case.past(skip if stats == "sound" else 0)
     ref = reference.measure(share.nan_to_num(0.0), past, case.queries, stats)
-    for i, tolerance in enumerate(STATS if stats == "sound" else STATS_CODE):
+    quantized = case.centre is not None
+    for i, tolerance in enumerate(STATS_QUANTIZED if quantized else STATS if stats == "sound" else STATS_CODE):
         assert_close(got[..., i], ref[..., i], tolerance, floor=1e-2)
     return got
 
@@ -31,6 +32,14 @@ def check(case: Window, stats: str, skip: int = 0) -> Tensor:
 @pytest.mark.parametrize("formats", [("f32",), ("bf16",), ("f16",)], ids=lambda f: f[0])
 def test_lengths(isa: str, formats: tuple[str, ...], masks: str, stats: str) -> None:
     check(make_window(LENGTHS, formats=formats, masks=masks, width=16, late=20), stats, skip=5)
+
+
+@pytest.mark.parametrize("stats", ["sound", "code"])
+@pytest.mark.parametrize(
+    "formats", [("int8",), ("int4",), ("int2",), ("f32", "f16", "int8", "int4", "int2")], ids="+".join
+)
+def test_quantized_and_mixed_formats(isa: str, formats: tuple[str, ...], stats: str) -> None:
+    check(make_window(LENGTHS, formats=formats, masks="ragged", width=16, late=20), stats, skip=5)
 
 
 @pytest.mark.parametrize("stats", ["sound", "code"])
@@ -154,7 +163,7 @@ def test_sinks_and_sink_logits_take_no_part(isa: str) -> None:
 
 
 def test_heads_and_batch_mates_are_independent(isa: str) -> None:
-    case = make_window([40, 70, 3], width=16, group=5, formats=FULL, masks="ragged")
+    case = make_window([40, 70, 3], width=16, group=5, formats=(*FULL, "int8", "int2"), masks="ragged")
     for stats in ("sound", "code"):
         once = case.measure(stats=stats)
         for threads in (2, 3, 8):
@@ -162,7 +171,7 @@ def test_heads_and_batch_mates_are_independent(isa: str) -> None:
         for r, length in enumerate((40, 70, 3)):
             assert torch.equal(case.row(r, length).measure(stats=stats)[0], once[r])
     order = torch.tensor([3, 1, 4, 0, 2])
-    turned = make_window([40, 70, 3], width=16, group=5, formats=FULL, masks="ragged")
+    turned = make_window([40, 70, 3], width=16, group=5, formats=(*FULL, "int8", "int2"), masks="ragged")
     turned.q = turned.q[:, :, order].contiguous()
     assert torch.equal(turned.measure(), case.measure()[:, order])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import LSE, SHARE, assert_close
+from tolerances import LSE, LSE_QUANTIZED, SHARE, SHARE_QUANTIZED, assert_close
 from torch import Tensor
 from windows import FULL, Window, make_window
 
@@ -14,21 +14,22 @@ from kvstrata import ops, reference
 
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 SPREADS = [("none", 0.0), ("variance", 263.81), ("std", 1.0)]
+MIXED = [("int8",), ("int4",), ("int2",), ("bf16", "int4"), ("f32", "f16", "int8", "int4", "int2")]
 INF, NAN = float("inf"), float("nan")
 
 
 def check(case: Window, spread: str = "none", weight: float = 0.0, **more: Any) -> tuple[Tensor, Tensor]:
     score, lse = case.score(spread=spread, weight=weight, **more)
     share, ref_lse = case.shares(
-        **{n: v for n, v in more.items() if n != "q_pos"}, q_pos=more.get("q_pos", 1) is not None
+        **{n: v for n, v in more.items() if n not in ("q_pos", "centre")}, q_pos=more.get("q_pos", 1) is not None
     )
-    queries = case.queries
+    queries, whole = case.queries, case.centre is not None
     ref = reference.score_window(share.nan_to_num(0.0), queries, spread, weight)
     for r, count in enumerate(queries.tolist()):
-        assert_close(lse[r, :, :count], ref_lse[r, :, :count], LSE)
+        assert_close(lse[r, :, :count], ref_lse[r, :, :count], LSE_QUANTIZED if whole else LSE)
         assert torch.all(lse[r, :, count:] == -INF)
         near = score[r].double().amax().clamp_min(1e-30).item() if score.numel() else 1.0
-        assert_close(score[r], ref[r], SHARE, floor=1e-2 * near)
+        assert_close(score[r], ref[r], SHARE_QUANTIZED if whole else SHARE, floor=1e-2 * near)
     return score, lse
 
 
@@ -39,6 +40,22 @@ def test_lengths(isa: str, formats: tuple[str, ...], masks: str, spread: tuple[s
     case = make_window(LENGTHS, formats=formats, masks=masks)
     score, _ = check(case, *spread)
     assert torch.all(score[~case.slots.unsqueeze(1).expand_as(score)] == 0), "hidden slots score 0"
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=lambda s: s[0])
+@pytest.mark.parametrize("masks", ["full", "ragged"])
+@pytest.mark.parametrize("formats", MIXED, ids="+".join)
+def test_quantized_and_mixed_formats(isa: str, formats: tuple[str, ...], masks: str, spread: tuple[str, float]) -> None:
+    check(make_window(LENGTHS, formats=formats, masks=masks, width=9), *spread)
+
+
+@pytest.mark.parametrize("width", [1, 17, 64, 130])
+@pytest.mark.parametrize("dim", [32, 48, 80, 96, 112, 128, 160, 192, 256, 512])
+def test_head_dims_of_quantized_pages(isa: str, dim: int, width: int) -> None:
+    case = make_window([9, 4], formats=MIXED[-1], dim=dim, width=width, masks="ragged", late=20, seed=dim)
+    check(case, "std", 1.0)
+    case.k -= torch.where((case.pages >> 28 > 1)[..., None, None], case.centre.double()[:, None, None], 0.0)  # type: ignore[union-attr]
+    check(case, "std", 1.0, centre=None)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 130, 256])
@@ -119,7 +136,7 @@ def test_holes_and_hostile_entries(isa: str) -> None:
 
 def test_what_lies_elsewhere_does_not_matter(isa: str) -> None:
     """Bits are the same alone or in a batch, with or without trailing -1, on any number of threads."""
-    case = make_window([40, 70, 3], width=16, formats=FULL, masks="ragged")
+    case = make_window([40, 70, 3], width=16, formats=(*FULL, "int8", "int2"), masks="ragged")
     score, lse = case.score(spread="std", weight=1.0)
     for threads in (1, 2, 3, 8):
         again = case.score(spread="std", weight=1.0, threads=threads)

@@ -1,5 +1,5 @@
-// Which kernels this level has of its own. The levels above avx512 differ in dot products of formats that no kernel
-// uses yet, so their objects only say "as below", and compile to nothing else.
+// Which kernels this level has of its own: KV_OWN_KERNELS all of them, KV_DOT_KERNELS those of whole-number dot products.
+// What a level lacks compiles to nothing and says "as below".
 #pragma once
 
 #include "cpu/kernels.h"
@@ -8,4 +8,9 @@
 #define KV_OWN_KERNELS 1
 #else
 #define KV_OWN_KERNELS 0
+#endif
+#if KV_OWN_KERNELS || defined(KV_ISA_avx512_vnni)
+#define KV_DOT_KERNELS 1
+#else
+#define KV_DOT_KERNELS 0
 #endif

@@ -22,11 +22,13 @@ from kvstrata.reference.pages import (
     round_up_bf16,
     splitmix64,
     unpack,
+    widen,
 )
 from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "compact", "decode", "dequantize", "encode",
     "group_size", "logits", "mass", "measure", "merge", "pack", "padded", "pool", "quantize", "readable", "rotate",
-    "round_up_bf16", "score_keys", "score_window", "shares", "splitmix64", "unpack", "visible_slots", "window_read",
+    "round_up_bf16", "score_keys", "score_window", "shares", "splitmix64", "unpack", "visible_slots", "widen",
+    "window_read",
 ]  # fmt: skip

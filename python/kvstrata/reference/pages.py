@@ -209,6 +209,23 @@ def dequantize(codes: Tensor, scales: Tensor, format: str, centre: Tensor | None
     return x if centre is None else x + centre
 
 
+def widen(page: Tensor, format: str, head_dim: int, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """k, v f64 [P, 16, D] of pages uint8 [P, bytes] of any format, as `attend` may read them; centre [D].
+
+    Attention over mixed formats is `attend` over these: rotation is orthonormal, so q . k = (R q) . (R k).
+    """
+    k, v, *scales = unpack(page, format, head_dim)
+    if not scales:
+        return k.double(), v.double()
+    by_slot = scales[0].double().permute(1, 0, 3, 2)  # [2, P, 16, groups]
+    pair = []
+    for codes, scale in zip((k, v), by_slot, strict=True):
+        c = codes.double().view(*scale.shape, -1)
+        x = scale.unsqueeze(-1) * (2 * c - 3 if format == "int2" else c)
+        pair.append(rotate(x.reshape(codes.shape), inverse=True))
+    return pair[0] if centre is None else pair[0] + centre.double(), pair[1]
+
+
 def compact(source: Tensor, target: Tensor, moves: Tensor) -> None:
     """Copies slots of canonical source [P, 16, ...] to target, in place, by moves [n, 4]; an entry with a -1 is skipped."""
     for page, slot, to, to_slot in moves.tolist():

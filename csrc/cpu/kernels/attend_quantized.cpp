@@ -1,0 +1,258 @@
+// attend, one quantized page at a time, in the rotated domain and in whole numbers.
+//
+// QK: R q = delta * n with n of 16 bits, so n . c of a group is an exact sum: the same bits at every level.
+// PV: p * s of a page's slots = sigma * n likewise, one sigma per row, page and group of dims. Codes are expanded to 16
+// bits in registers; codes of hidden slots are whole numbers like any other, so only their scales and logits are masked.
+#include "cpu/kernels/level.h"
+#if KV_DOT_KERNELS
+#include "cpu/kernels/dot.h"
+#include "cpu/kernels/softmax.h"
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+constexpr float kMost = 32639.0f;  // largest n: 127 * 257, two signed bytes of it fit where a kernel wants bytes
+constexpr float kLeast = 7.8886090522e-31f;  // 2^-100: queries below it count as zero
+constexpr uint16_t kAllLanes = 0xFFFF;
+
+template <Format F>
+constexpr int kBits = format_bits(F);
+template <Format F>
+constexpr int kShare = 8 / kBits<F>;  // codes in a byte
+
+// Where things lie in a page (common/layout.h).
+template <Format F>
+KV_INLINE int64_t half_page(const AttendTile& t) {
+    return static_cast<int64_t>(kSlots) * t.head_dim * kBits<F> / 8;
+}
+KV_INLINE int64_t scale_bytes_of(const AttendTile& t) { return 2 * kSlots * (t.head_dim / t.group); }
+
+KV_INLINE V magnitude(V x) { return bits_and(x, 0x7FFFFFFFu); }
+
+// sum[n][k % 2] += the codes of field k . the numbers of row n, for the fields from K on. `numbers` are those of the first
+// quad of the line.
+template <int Bits, int K, int N>
+KV_INLINE void dot_fields(I (&sum)[N][2], I line, const int16_t* numbers, int stride) {
+    constexpr int kFields = 16 / Bits, kQuads = 8 / Bits;
+    if constexpr (K < kFields) {
+        const I codes = field<Bits, K>(line);
+        const int16_t* const pair = numbers + 4 * (K % kQuads) + 2 * (K / kQuads);
+        for (int n = 0; n < N; ++n) sum[n][K % 2] = dot(sum[n][K % 2], codes, pair + n * stride);
+        dot_fields<Bits, K + 1>(sum, line, numbers, stride);
+    }
+}
+
+// z[n, slot] = q[n] . k[slot] for N rows from `row` on: delta * (sum over groups of scale * n . c) + q . centre.
+template <Format F, int N>
+KV_INLINE void qk(const AttendTile& t, int row, const unsigned char* k, const unsigned char* scales,
+                  const unsigned char* ahead) {
+    constexpr int kLineDims = 4 * kShare<F>;
+    const int group = t.group;
+    const int16_t* numbers = t.query.codes + row * t.stride;
+    V z[N];
+    for (int n = 0; n < N; ++n) z[n] = zero();
+    for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
+        I sum[N][2];
+        for (int n = 0; n < N; ++n) {
+            sum[n][0] = whole(F == Format::int2 ? -3 * t.query.totals[(row + n) * kMaxGroups + g] : 0);
+            sum[n][1] = whole(0);
+        }
+        for (int d = 0; d < group; d += kLineDims, k += 64, numbers += kLineDims) {
+            if (ahead) {
+                prefetch(ahead);
+                ahead += 64;
+            }
+            dot_fields<kBits<F>, 0>(sum, load_line(k), numbers, t.stride);
+        }
+        const V scale = load_bf16(scales + g * kSlots * 2);
+        for (int n = 0; n < N; ++n) z[n] = add(z[n], mul(scale, to_f32(add(sum[n][0], sum[n][1]))));
+    }
+    for (int n = 0; n < N; ++n) {
+        const V whole_z = add(mul(z[n], set1(t.query.delta[row + n])), set1(t.query.centre[row + n]));
+        store(t.z + (row + n) * kSlots, whole_z);
+    }
+}
+
+// The scales of V of a page, of slots that some row reads, as shares of the largest of their group.
+struct Shares {
+    float of[kMaxGroups][kSlots];  // 0 where no row reads the slot or its scale is not finite
+    float most[kMaxGroups];
+    uint16_t bad[kMaxGroups];  // slots whose scale is not finite
+};
+KV_INLINE void find_shares(Shares& shares, const unsigned char* scales, int count, uint16_t read) {
+    for (int g = 0; g < count; ++g) {
+        const V s = load_bf16(scales + g * kSlots * 2);
+        const uint16_t finite = less(magnitude(s), set1(__builtin_inff()));
+        const V plain = blend(read & finite, s, zero());
+        const float most = max_lane(magnitude(plain));
+        shares.most[g] = most;
+        shares.bad[g] = static_cast<uint16_t>(~finite);
+        store(shares.of[g], most > 0 ? div(plain, set1(most)) : zero());
+    }
+}
+
+// p * scale of N rows as numbers of 16 bits: sigma * n, for each group of dims.
+template <int N>
+struct Weights {
+    int16_t n[N][kMaxGroups][kSlots];
+    float sigma[N][kMaxGroups];
+    int32_t total[N][kMaxGroups];  // int2 only
+};
+template <Format F, int N>
+KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, int row, const Shares& shares, int count) {
+    for (int n = 0; n < N; ++n) {
+        const V p = load(t.p + (row + n) * kSlots);
+        const float most = max_lane(p);
+        const V part = most > 0 ? mul(div(p, set1(most)), set1(kMost)) : zero();
+        const bool broken = differ(p, p);
+        for (int g = 0; g < count; ++g) {
+            const bool bad = broken || (shares.bad[g] & t.live[row + n]);
+            w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
+            store_quads(w.n[n][g], bad ? zero() : mul(part, load(shares.of[g])));
+            if (F == Format::int2) w.total[n][g] = total_of(w.n[n][g]);
+        }
+    }
+}
+
+// acc_rotated[n] = acc_rotated[n] * rescale[n] + sum over slots of p * R v, for N rows, in W groups of sixteen dims from d
+// on, all of scale group g.
+template <Format F, int N, int W>
+KV_INLINE void pv(const AttendTile& t, int row, int d, int g, const Weights<N>& w, const unsigned char* v,
+                  const unsigned char* ahead) {
+    constexpr int kLines = 4 / kShare<F>;
+    I sum[W][N][2];
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < W; ++i) {
+            sum[i][n][0] = whole(F == Format::int2 ? -3 * w.total[n][g] : 0);
+            sum[i][n][1] = whole(0);
+        }
+    }
+    for (int line = 0; line < kLines; ++line) {
+        const int64_t at = (static_cast<int64_t>(line) * t.head_dim + d) * 4;
+        for (int i = 0; i < W; ++i) {
+            if (ahead) prefetch(ahead + at + 64 * i);
+            dot_fields<kBits<F>, 0>(sum[i], load_line(v + at + 64 * i), w.n[0][g] + 4 * kShare<F> * line,
+                                    kMaxGroups * kSlots);
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int i = 0; i < W; ++i) {
+            float* const acc = t.acc_rotated + (row + n) * t.stride + d + 16 * i;
+            const V whole_sum = to_f32(add(sum[i][n][0], sum[i][n][1]));
+            store(acc, fma(set1(w.sigma[n][g]), whole_sum, mul(load(acc), set1(t.rescale[row + n]))));
+        }
+    }
+}
+
+template <Format F>
+void all_qk(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    const unsigned char* const scales = page + 2 * half_page<F>(t);
+    for (int row = 0; row < t.rows; row += kTile, ahead = nullptr) {
+        with_rows(t.rows - row < kTile ? t.rows - row : kTile,
+                  [&](auto rows) { qk<F, rows.n>(t, row, page, scales, ahead); });
+    }
+}
+
+template <Format F, int N>
+KV_INLINE void pv_rows(const AttendTile& t, int row, const Shares& shares, const unsigned char* v,
+                       const unsigned char* ahead) {
+    Weights<N> w;
+    const int group = t.group;
+    find_weights<F>(w, t, row, shares, t.head_dim / group);
+    for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
+        int d = first;
+        for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) pv<F, N, kPvWide>(t, row, d, g, w, v, ahead);
+        for (; d < first + group; d += 16) pv<F, N, 1>(t, row, d, g, w, v, ahead);
+    }
+}
+
+template <Format F>
+void all_pv(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    uint16_t read = 0;
+    for (int row = 0; row < t.rows; ++row) read |= t.live[row];
+    if (!read) return;
+    Shares shares;
+    const int64_t half = half_page<F>(t);
+    find_shares(shares, page + 2 * half + scale_bytes_of(t), t.head_dim / t.group, read);
+    for (int row = 0, n = 1; row < t.rows; row += n) {  // rows that read nothing have no p
+        if (!t.live[row]) {
+            n = 1;
+            continue;
+        }
+        for (n = 1; n < kTile && row + n < t.rows && t.live[row + n];) ++n;
+        with_rows(n,
+                  [&](auto rows) { pv_rows<F, rows.n>(t, row, shares, page + half, ahead ? ahead + half : nullptr); });
+        ahead = nullptr;
+    }
+}
+
+template <Format F>
+KV_INLINE void prefetch_scales(const AttendTile& t, const unsigned char* ahead, int64_t bytes) {
+    if (!ahead) return;
+    const unsigned char* const scales = ahead + 2 * half_page<F>(t);
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(scales + at);
+}
+
+template <Format F>
+void attend_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    prefetch_scales<F>(t, ahead, 2 * scale_bytes_of(t));
+    all_qk<F>(t, page, ahead);
+    soften_all(t, t.acc);
+    all_pv<F>(t, page, ahead);
+}
+
+template <Format F>
+void logits_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
+    prefetch_scales<F>(t, ahead, scale_bytes_of(t));
+    all_qk<F>(t, page, ahead);
+    for (int row = 0; row < t.rows; ++row) finish_logits(t, row);
+}
+
+float encode_query(const float* rotated, int32_t dim, int32_t group, int16_t* codes, int32_t* totals) {
+    V most = zero();
+    uint16_t finite = kAllLanes;
+    for (int d = 0; d < dim; d += 16) {
+        const V x = magnitude(load(rotated + d));
+        finite &= less(x, set1(__builtin_inff()));
+        most = max(most, x);
+    }
+    const float largest = max_lane(most);
+    const bool plain = finite == kAllLanes && largest >= kLeast;
+    const V inverse = set1(plain ? kMost / largest : 0.0f);
+    for (int d = 0; d < dim; d += 16) store_quads(codes + d, plain ? mul(load(rotated + d), inverse) : zero());
+    for (int first = 0, g = 0; first < dim; first += group, ++g) {
+        totals[g] = 0;
+        for (int d = first; d < first + group; d += 16) totals[g] += total_of(codes + d);
+    }
+    if (finite != kAllLanes) return __builtin_nanf("");
+    return plain ? largest / kMost : 0.0f;
+}
+
+float dot_product(const float* a, const float* b, int32_t n) {
+    V sum = zero();
+    for (int d = 0; d < n; d += 16) sum = add(sum, mul(load(a + d), load(b + d)));
+    float lanes[16], total = 0.0f;
+    store(lanes, sum);
+    for (float lane : lanes) total += lane;
+    return total;
+}
+
+}  // namespace
+
+void fill_attend_quantized(Kernels* table) {
+    table->attend_page[3] = attend_page<Format::int8>;
+    table->attend_page[4] = attend_page<Format::int4>;
+    table->attend_page[5] = attend_page<Format::int2>;
+    table->logits_page[3] = logits_page<Format::int8>;
+    table->logits_page[4] = logits_page<Format::int4>;
+    table->logits_page[5] = logits_page<Format::int2>;
+    table->encode_query = encode_query;
+    table->dot_product = dot_product;
+}
+
+}  // namespace kvstrata::cpu::KV_ISA
+#else
+namespace kvstrata::cpu::KV_ISA {
+void fill_attend_quantized(Kernels*) {}
+}  // namespace kvstrata::cpu::KV_ISA
+#endif
