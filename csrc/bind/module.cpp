@@ -10,5 +10,6 @@ PYBIND11_MODULE(_C, m) {
     kvstrata::bind::bind_isa(m);
     kvstrata::bind::bind_ops(m);
     kvstrata::bind::bind_formats(m);
+    kvstrata::bind::bind_scores(m);
     kvstrata::bind::bind_store(m);
 }

@@ -150,7 +150,7 @@ void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, i
     const AttendArguments a(tensors);
     const Pools pools("attend", pools_, true);
     a.check_ids(pools);
-    if (window > 0) pools.check_positions();
+    if (window > 0) pools.check_positions("a window is given");
     std::vector<ops::AttendRow> rows = a.rows();
     ops::AttendParams params =
         attend_params(rows, static_cast<int>(a.q.shape(2)), static_cast<int>(a.q.shape(3)), threads);

@@ -159,10 +159,10 @@ void Pools::check_id(PageId id, int head_dim, Place place) const {
 
 int Pools::head_dim(PageId id) const { return id >= 0 && page_pool(id) < count_ ? slabs_[page_pool(id)].head_dim : 0; }
 
-void Pools::check_positions() const {
+void Pools::check_positions(const char* why) const {
     for (int i = 0; i < count_; ++i) {
         for (const int32_t* positions : slabs_[i].positions) {
-            check(positions, op_, ": pools[", i, "] has no positions, expected them (a window is given)");
+            check(positions, op_, ": pools[", i, "] has no positions, expected them (", why, ")");
         }
     }
 }

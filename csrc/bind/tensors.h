@@ -73,8 +73,8 @@ class Pools {
 
     // Throws unless `id` is a page of a pool whose head_dim is D.
     void check_id(PageId id, int head_dim, Place place) const;
-    void check_positions() const;   // every pool has them
-    int head_dim(PageId id) const;  // of the page's pool; 0 if there is no such pool
+    void check_positions(const char* why) const;  // every pool has them
+    int head_dim(PageId id) const;                // of the page's pool; 0 if there is no such pool
 
   private:
     struct Slabs {

@@ -74,8 +74,10 @@ void fill(Isa level, Kernels* table) {
         name::fill_attend_quantized(table); \
         name::fill_elements(table);         \
         name::fill_encode(table);           \
+        name::fill_keys(table);             \
         name::fill_pages(table);            \
         name::fill_rotate(table);           \
+        name::fill_scores(table);           \
         name::fill_slots(table);            \
         break
     switch (level) {

@@ -83,6 +83,24 @@ struct Kernels {
     void (*get_codes[3])(const unsigned char* page, int32_t slot, int32_t dim, unsigned char* k, unsigned char* v);
     void (*put_codes[3])(unsigned char* page, int32_t dim, uint16_t slots, const unsigned char* k,
                          const unsigned char* v, int32_t stride);
+
+    // The running softmax of logits z [rows, 16] without values: maximum [rows], sum [rows, 16].
+    void (*soften_rows)(const float* z, int32_t rows, float* maximum, float* sum);
+    // Of one head's shares on a page, exp(z - lse) for z [queries, 16] and lse [queries], which replace z: mean and, if
+    // not null, unbiased variance [16]; or what measure sums up, added to lanes [16] each. sound, of n p: n p log p summed
+    // over queries, mean square, population variance m2, m4 / m2. code: unbiased variance, m4 / max(m2, 1e-8)^2.
+    void (*share_moments)(float* z, const float* lse, int32_t queries, float* mean, float* variance);
+    void (*sound_sums)(float* z, const float* lse, float log_n, int32_t queries, float* sums);
+    void (*code_sums)(float* z, const float* lse, int32_t queries, float* sums);
+
+    // The keys of a page as f32 k [padded dim, 16 slots], those of quantized pages in the rotated domain plus
+    // centre [dim] if not null; `scales` bf16 [dim / group, 16] are theirs. Indexed by Format.
+    void (*widen_keys[6])(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group,
+                          const float* centre, float* k);
+    // Of such keys: |k|^2 [16]; k . x [16]; sums [dim, 16] += weight * k for the slots of a mask.
+    void (*square_keys)(const float* k, int32_t dim, float* squares);
+    void (*dot_keys)(const float* k, const float* x, int32_t dim, float* dots);
+    void (*sum_keys)(const float* k, const float* weight, uint16_t slots, int32_t dim, float* sums);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -92,8 +110,10 @@ struct Kernels {
     void fill_attend_quantized(Kernels* table); \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \
+    void fill_keys(Kernels* table);             \
     void fill_pages(Kernels* table);            \
     void fill_rotate(Kernels* table);           \
+    void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \
     }
 KVSTRATA_LEVEL(scalar)

@@ -3,7 +3,7 @@
 #include <atomic>
 
 #include "cpu/openmp.h"
-#include "cpu/pool.h"
+#include "cpu/thread_pool.h"
 
 namespace kvstrata::cpu {
 namespace {

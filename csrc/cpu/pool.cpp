@@ -1,107 +1,107 @@
-#include "cpu/pool.h"
+#include "ops/pool.h"
 
-#include <pthread.h>
+#include <algorithm>
 
-#include <chrono>
-#include <system_error>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/parallel.h"
+#include "ops/backends.h"
 
 namespace kvstrata::cpu {
 namespace {
 
-constexpr std::chrono::microseconds kSpin{20};  // as long as a decode step's gap between two ops, then sleep
+struct Token {
+    int32_t position;
+    int32_t place;  // entry * 16 + slot
+};
+constexpr int64_t kTokenBytes = sizeof(Token) + sizeof(float);
 
-void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
+int64_t worker_bytes(const ops::PoolParams& p) {
+    int64_t most = 0;
+    for (int r = 0; r < p.n_rows; ++r) most = std::max<int64_t>(most, p.rows[r].entries);
+    return (most * kSlots * kTokenBytes + 63) / 64 * 64;
 }
 
-template <class Done>
-bool spin_until(Done done) {
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    do {
-        for (int i = 0; i < 32; ++i) {
-            if (done()) return true;
-            relax();
+bool earlier(const Token& a, const Token& b) {
+    return a.position != b.position ? a.position < b.position : a.place < b.place;
+}
+
+// One row: its tokens in order of position, then head by head.
+class Pooling {
+  public:
+    Pooling(const ops::PoolParams& params, int row, int worker)
+        : p_(params),
+          row_(params.rows[row]),
+          tokens_(
+              reinterpret_cast<Token*>(static_cast<unsigned char*>(params.workspace) + worker_bytes(params) * worker)),
+          values_(reinterpret_cast<float*>(tokens_ + static_cast<int64_t>(row_.entries) * kSlots)) {}
+
+    void run() {
+        collect();
+        std::fill_n(row_.out, static_cast<int64_t>(row_.entries) * kSlots, 0.0f);
+        for (int g = 0; g < p_.group; ++g) {
+            const float* const score = row_.score + g * row_.score_stride_g;
+            for (int i = 0; i < count_; ++i) values_[i] = score[tokens_[i].place];
+            pool();
         }
-    } while (std::chrono::steady_clock::now() < end);
-    return done();
-}
+        for (int i = 0; i < count_; ++i) row_.out[tokens_[i].place] /= static_cast<float>(p_.group);
+    }
 
-std::atomic<ThreadPool*> current{nullptr};
-std::atomic<bool> forked{false};
+  private:
+    void collect() {
+        bool ordered = true;
+        for (int e = 0; e < row_.entries; ++e) {
+            const PageId id = row_.pages[e];
+            unsigned slots = id < 0 ? 0u : row_.visible ? row_.visible[e] : kAllSlots;
+            if (!slots) continue;
+            const int32_t* const positions = p_.pools[page_pool(id)].positions[page_slab(id)] + page_index(id) * kSlots;
+            for (; slots; slots &= slots - 1) {
+                const int slot = __builtin_ctz(slots);
+                tokens_[count_] = {positions[slot], e * kSlots + slot};
+                ordered = ordered && (count_ == 0 || tokens_[count_ - 1].position <= positions[slot]);
+                ++count_;
+            }
+        }
+        if (!ordered) std::sort(tokens_, tokens_ + count_, earlier);
+    }
 
-void in_child() {
-    current.store(nullptr, std::memory_order_relaxed);  // the parent's object stays as it is: its locks may be held
-    forked.store(true, std::memory_order_relaxed);
-}
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, in_child);
+    // Adds the pooled values of one head to out.
+    void pool() {
+        const int64_t reach = p_.kernel / 2;
+        int first = 0, end = 0;
+        for (int i = 0; i < count_; ++i) {
+            const int64_t here = tokens_[i].position;
+            while (tokens_[first].position < here - reach) ++first;
+            while (end < count_ && tokens_[end].position <= here + reach) ++end;
+            row_.out[tokens_[i].place] += p_.kind == ops::PoolKind::max ? most(first, end) : average(first, end);
+        }
+    }
+
+    float average(int first, int end) const {
+        float total = 0.0f;
+        for (int j = first; j < end; ++j) total += values_[j];
+        return total / static_cast<float>(p_.divide == ops::PoolDivide::present ? end - first : p_.kernel);
+    }
+
+    float most(int first, int end) const {
+        float m = values_[first];
+        for (int j = first + 1; j < end; ++j) {
+            if (values_[j] > m || values_[j] != values_[j]) m = values_[j];
+        }
+        return m;
+    }
+
+    const ops::PoolParams& p_;
+    const ops::PoolRow& row_;
+    Token* const tokens_;
+    float* const values_;
+    int count_ = 0;
+};
 
 }  // namespace
 
-void ThreadPool::grow(int helpers) {
-    while (static_cast<int>(workers_.size()) < helpers) {
-        const int index = static_cast<int>(workers_.size());
-        try {
-            workers_.emplace_back([this, index] { work(index); });
-        } catch (const std::system_error&) {
-            return;  // no more threads to be had: the work is done with those there are
-        }
-    }
-}
+int64_t pool_workspace_bytes(const ops::PoolParams& p) { return worker_bytes(p) * std::max(1, p.threads); }
 
-void ThreadPool::run(int helpers, void (*job)(void*), void* context) {
-    std::unique_lock<std::mutex> owner(in_use_, std::try_to_lock);
-    if (!owner.owns_lock()) return job(context);
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        grow(helpers);
-        wanted_ = helpers;
-        job_ = job;
-        context_ = context;
-        epoch_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    job(context);
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        wanted_ = 0;  // whoever wakes up only now has nothing left to do
-    }
-    while (running_.load(std::memory_order_acquire) > 0) relax();
+void pool(const ops::PoolParams& p) {
+    parallel(p.n_rows, p.threads, [&](int64_t row, int worker) { Pooling(p, static_cast<int>(row), worker).run(); });
 }
-
-void ThreadPool::work(int index) {
-    for (uint64_t seen = 0;;) {
-        spin_until([&] { return epoch_.load(std::memory_order_acquire) != seen; });
-        void (*job)(void*) = nullptr;
-        void* context = nullptr;
-        {
-            std::unique_lock<std::mutex> lock(mutex_);
-            wake_.wait(lock, [&] { return epoch_.load(std::memory_order_relaxed) != seen; });
-            seen = epoch_.load(std::memory_order_relaxed);
-            if (index >= wanted_) continue;
-            running_.fetch_add(1, std::memory_order_relaxed);
-            job = job_;
-            context = context_;
-        }
-        job(context);
-        running_.fetch_sub(1, std::memory_order_release);
-    }
-}
-
-ThreadPool& thread_pool() {
-    ThreadPool* pool = current.load(std::memory_order_acquire);
-    if (pool) return *pool;
-    ThreadPool* fresh = new ThreadPool;  // no threads yet
-    if (current.compare_exchange_strong(pool, fresh, std::memory_order_acq_rel)) return *fresh;
-    delete fresh;
-    return *pool;
-}
-
-bool after_fork() { return forked.load(std::memory_order_relaxed); }
 
 }  // namespace kvstrata::cpu

@@ -1,14 +1,19 @@
 // The backends of every op. Only dispatch.cpp calls them; it has checked the params by then.
 #pragma once
 
+#include "ops/accumulate.h"
 #include "ops/append.h"
 #include "ops/attend.h"
 #include "ops/compact.h"
 #include "ops/mass.h"
+#include "ops/measure.h"
 #include "ops/merge.h"
 #include "ops/pack.h"
+#include "ops/pool.h"
 #include "ops/quantize.h"
 #include "ops/rotate.h"
+#include "ops/score_keys.h"
+#include "ops/score_window.h"
 
 namespace kvstrata::cpu {
 
@@ -23,5 +28,14 @@ void rotate(const ops::RotateParams& params);
 void quantize(const ops::QuantizeParams& params);
 void dequantize(const ops::DequantizeParams& params);
 void compact(const ops::CompactParams& params);
+int64_t score_window_workspace_bytes(const ops::ScoreWindowParams& params);
+void score_window(const ops::ScoreWindowParams& params);
+int64_t measure_workspace_bytes(const ops::MeasureParams& params);
+void measure(const ops::MeasureParams& params);
+int64_t pool_workspace_bytes(const ops::PoolParams& params);
+void pool(const ops::PoolParams& params);
+void accumulate(const ops::AccumulateParams& params);
+int64_t score_keys_workspace_bytes(const ops::ScoreKeysParams& params);
+void score_keys(const ops::ScoreKeysParams& params);
 
 }  // namespace kvstrata::cpu

@@ -89,6 +89,30 @@ void check_row(const AttendParams& p, int r) {
     }
 }
 
+// Under KVSTRATA_CHECK: every entry that a row reads.
+template <class Row>
+void check_entries(const char* op, const PoolView* pools, const Row& row, int r) {
+    for (int e = 0; settings().check && e < row.entries; ++e) {
+        if (row.pages[e] >= 0 && (!row.visible || row.visible[e])) check_page(op, pools, row.pages[e], r, e);
+    }
+}
+
+void check_window(const char* op, const WindowParams& p) {
+    check_shape(op, p.head_dim, p.group);
+    check_float(op, "q", p.q_dtype);
+    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
+    check(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap is ", p.softcap, ", expected 0 (none) or more");
+    check(p.window >= 0, op, ": window is ", p.window, ", expected 0 (none) or more");
+    for (int r = 0; r < p.n_rows; ++r) {
+        const WindowRow& row = p.rows[r];
+        check(row.queries >= 0 && row.queries <= kMaxWindowQueries, op, ": row ", r, " has ", row.queries,
+              " queries, expected 0 to ", kMaxWindowQueries);
+        check(row.q_pos || !p.window || !row.queries, op, ": q_pos is missing, expected [W] (window is ", p.window,
+              ")");
+        check_entries(op, p.pools, row, r);
+    }
+}
+
 }  // namespace
 
 void append(const AppendParams& p) {
@@ -167,6 +191,58 @@ void compact(const CompactParams& p) {
     check_shape("compact", p.head_dim);
     check_moves("compact", p.moves, p.n_moves, p.pools);
     cpu::compact(p);
+}
+
+int64_t score_window_workspace_bytes(const ScoreWindowParams& p) {
+    check_shape("score_window", p.head_dim, p.group);
+    return cpu::score_window_workspace_bytes(p);
+}
+
+void score_window(const ScoreWindowParams& p) {
+    check_window("score_window", p);
+    check(p.spread <= Spread::std, "score_window: spread is ", static_cast<int>(p.spread),
+          ", expected none, variance or std");
+    check(p.weight >= 0 && std::isfinite(p.weight), "score_window: weight is ", p.weight, ", expected 0 or more");
+    cpu::score_window(p);
+}
+
+int64_t measure_workspace_bytes(const MeasureParams& p) {
+    check_shape("measure", p.head_dim, p.group);
+    return cpu::measure_workspace_bytes(p);
+}
+
+void measure(const MeasureParams& p) {
+    check_window("measure", p);
+    check(p.which <= Stats::code, "measure: stats is ", static_cast<int>(p.which), ", expected sound or code");
+    for (int r = 0; r < p.n_rows; ++r) {
+        check(p.rows[r].q_pos || !p.rows[r].queries, "measure: q_pos is missing, expected [W]");
+    }
+    cpu::measure(p);
+}
+
+int64_t pool_workspace_bytes(const PoolParams& p) { return cpu::pool_workspace_bytes(p); }
+
+void pool(const PoolParams& p) {
+    check_shape("pool", 1, p.group);
+    check(p.kernel > 0 && p.kernel % 2 == 1, "pool: kernel is ", p.kernel, ", expected an odd number of tokens");
+    for (int r = 0; r < p.n_rows; ++r) check_entries("pool", p.pools, p.rows[r], r);
+    cpu::pool(p);
+}
+
+void accumulate(const AccumulateParams& p) {
+    check(std::isfinite(p.decay), "accumulate: decay is ", p.decay, ", expected a finite number");
+    cpu::accumulate(p);
+}
+
+int64_t score_keys_workspace_bytes(const ScoreKeysParams& p) {
+    check_shape("score_keys", p.head_dim);
+    return cpu::score_keys_workspace_bytes(p);
+}
+
+void score_keys(const ScoreKeysParams& p) {
+    check_shape("score_keys", p.head_dim);
+    for (int r = 0; r < p.n_rows; ++r) check_entries("score_keys", p.pools, p.rows[r], r);
+    cpu::score_keys(p);
 }
 
 }  // namespace kvstrata::ops

@@ -38,6 +38,23 @@ class AttendTensors(TypedDict):
     want_logits: Tensor | None
     workspace: Tensor | None
 
+class WindowTensors(TypedDict):
+    q: Tensor
+    pages: Tensor
+    q_pos: Tensor | None
+    queries: Tensor | None
+    visible: Tensor | None
+    centre: Tensor | None
+    sinks: Tensor | None
+    workspace: Tensor
+
+class ScoreTensors(WindowTensors):
+    score: Tensor
+    lse: Tensor
+
+class MeasureTensors(WindowTensors):
+    out: Tensor
+
 # --- instruction sets, threads, settings
 def isa() -> str: ...
 def isa_levels() -> list[tuple[str, bool, str, str]]: ...
@@ -72,6 +89,56 @@ def dequantize(
     threads: int,
 ) -> None: ...
 def compact(moves: Tensor, pools: Sequence[Pool], threads: int) -> None: ...
+def score_window_workspace_bytes(
+    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int
+) -> int: ...
+def score_window(
+    tensors: ScoreTensors,
+    pools: Sequence[Pool],
+    scale: float,
+    softcap: float,
+    window: int,
+    spread: int,
+    weight: float,
+    threads: int,
+) -> None: ...
+def measure_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def measure(
+    tensors: MeasureTensors,
+    pools: Sequence[Pool],
+    scale: float,
+    softcap: float,
+    window: int,
+    which: int,
+    skip: int,
+    threads: int,
+) -> None: ...
+def pool_workspace_bytes(entries: int, threads: int) -> int: ...
+def pool(
+    score: Tensor,
+    pages: Tensor,
+    visible: Tensor | None,
+    out: Tensor,
+    workspace: Tensor,
+    pools: Sequence[Pool],
+    kernel: int,
+    kind: int,
+    divide: int,
+    threads: int,
+) -> None: ...
+def accumulate(score: Tensor, mass: Tensor, decay: float, combine: int, threads: int) -> None: ...
+def score_keys_workspace_bytes(rows: int, head_dim: int, entries: int, kind: int, threads: int) -> int: ...
+def score_keys(
+    pages: Tensor,
+    visible: Tensor | None,
+    centre: Tensor | None,
+    out: Tensor,
+    workspace: Tensor,
+    pools: Sequence[Pool],
+    head_dim: int,
+    kind: int,
+    threads: int,
+) -> None: ...
 def page_bytes(format: int, head_dim: int) -> int: ...
 def scale_groups(format: int, head_dim: int) -> int: ...
 def supported() -> Supported: ...

@@ -29,10 +29,21 @@ from kvstrata.pools import (
     thread_count,
     view,
 )
+from kvstrata.scores import (
+    Spread,
+    Stats,
+    accumulate,
+    measure,
+    pool,
+    score_keys,
+    score_window,
+    score_window_workspace_bytes,
+)
 
 __all__ = [
-    "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "append", "attend", "attend_workspace_bytes", "compact",
-    "dequantize", "make_page", "mass", "merge", "pack", "page_bytes", "quantize", "rotate", "scale_groups", "unpack",
+    "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "Spread", "Stats", "accumulate", "append", "attend",
+    "attend_workspace_bytes", "compact", "dequantize", "make_page", "mass", "measure", "merge", "pack", "page_bytes",
+    "pool", "quantize", "rotate", "scale_groups", "score_keys", "score_window", "score_window_workspace_bytes", "unpack",
 ]  # fmt: skip
 
 Reduce = Literal["sum", "mean", "max"]

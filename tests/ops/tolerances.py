@@ -24,6 +24,21 @@ LOGITS = 2e-6
 LOGITS_QUANTIZED = 5e-4
 # Attention mass: exp within 2^-20 and up to G * T = 64 additions.
 MASS = 5e-6
+# Window scores, relative to the row's largest hundredth: exp of logits that are themselves within LOGITS, and the square of
+# a share's distance from its mean, weighted up to 264-fold. Measured: below 2e-6.
+SHARE = 2e-5
+# Over quantized pages, whose queries are rounded to 16 bits of their largest element: logits are off by some 1e-5 of it.
+SHARE_QUANTIZED = 1e-3
+LSE_QUANTIZED = 1e-4
+# Pooled scores: f32 sums of the neighbours, thousands of them with the largest kernel, then of the heads.
+POOL = 5e-6
+# Norms and cosines: f32 sums of up to 512 squares or products, directions of up to 4,096 tokens.
+KEYS = 5e-6
+# E, V, K. sound: ratios of f32 sums of up to W * N terms; K's fourth powers count twice. code: sums; where the clamp of its
+# kurtosis begins, a term is the fourth power of a share over the square of its variance.
+STATS = (1e-5, 1e-5, 5e-5)
+STATS_CODE = (1e-5, 2e-5, 1e-4)
+STATS_QUANTIZED = (1e-4, 1e-3, 2e-3)
 # Merging associates to 4 ulp of f32.
 MERGE_ULP = 4 * 2.0**-23
 # The elementary functions, as specified.

@@ -1,0 +1,81 @@
+"""score_keys beside the same formulas in torch operators on dense keys."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal
+
+import torch
+from common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
+from torch import Tensor
+
+from kvstrata import ops
+
+Kind = Literal["norm", "diversity"]
+
+
+def dense(k: Tensor, kind: Kind) -> Tensor:
+    x = k.float()
+    if kind == "norm":
+        return -x.norm(dim=-1)
+    anchor = torch.nn.functional.normalize(x, dim=-1).mean(1, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(x, anchor, dim=-1)
+
+
+def case(args: argparse.Namespace, fmt: str, kind: Kind, read_gbps: float) -> dict[str, Any]:
+    count = args.kv_rows * (args.tokens // SLOTS)
+    size = (
+        count * ops.page_bytes(fmt, args.dim) // 2 * (1 if kind == "norm" else 2)
+    )  # keys, and how often they are read
+    source = fmt if fmt in ops.FORMATS else "bf16"
+    data = [filled(source, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
+    pools, pages = [[d.pool] for d in data], [d.pages for d in data]
+    if source != fmt:
+        pools, pages = [], []
+        for d in data:
+            pool = ops.Pool.allocate(fmt, args.dim, count)
+            at = torch.arange(count * SLOTS)
+            columns = (d.pages.view(-1)[at // SLOTS], at % SLOTS, at // SLOTS + ops.make_page(1, 0, 0), at % SLOTS)
+            d.pool.positions()[:] = 0
+            ops.quantize(torch.stack(columns, 1).to(torch.int32), [d.pool, pool])
+            pools.append([pool])
+            pages.append(torch.arange(count, dtype=torch.int32).view(args.kv_rows, -1))
+    out = torch.empty(args.kv_rows, args.tokens // SLOTS, SLOTS)
+    times, base = measure(
+        [
+            lambda i: ops.score_keys(pages[i % len(data)], pools[i % len(data)], kind, out=out),
+            lambda i: dense(data[i % len(data)].k, kind),
+        ],
+        args.reps,
+    )
+    ops.score_keys(pages[0], pools[0], kind, out=out)
+    gbps = size / times.p50 / 1e6
+    return {
+        "kind": "score_keys",
+        "score": kind,
+        "format": fmt,
+        "kv_rows": args.kv_rows,
+        "head_dim": args.dim,
+        "tokens": args.tokens,
+        "bytes_read": size,
+        "reps": args.reps,
+        **times.row(),
+        "gbps": gbps,
+        "share_read": gbps / read_gbps,
+        "digest": digest(out),
+        "baseline": {"name": f"torch operators on dense {source} keys", "ms_p50": base.p50},
+        "speedup_vs_torch": base.p50 / times.p50,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__ or "", tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
+    begin(args)
+    run = run_facts(args)
+    kinds: list[Kind] = ["norm", "diversity"]
+    rows = [case(args, fmt, kind, run["read_gbps"]) for fmt in args.format.split(",") for kind in kinds]
+    show("score_keys", run, rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+// The ops that rank tokens: score_window, measure, pool, accumulate, score_keys.
+#include "bind/bind.h"
+#include "bind/tensors.h"
+#include "common/check.h"
+#include "ops/accumulate.h"
+#include "ops/measure.h"
+#include "ops/pool.h"
+#include "ops/score_keys.h"
+#include "ops/score_window.h"
+
+namespace kvstrata::bind {
+namespace {
+
+constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType::f16};
+
+int32_t int_of(int64_t n) { return static_cast<int32_t>(n); }
+
+// A list of pages per row with its masks.
+struct PageLists {
+    Argument pages, visible;
+
+    PageLists(const char* op, py::handle pages_, py::handle visible_)
+        : pages(op, "pages", pages_), visible(op, "visible", visible_) {
+        pages.expect_rank({"R", "K"});
+        pages.expect({DType::i32}, {rows(), entries()});
+        visible.expect({DType::u16}, {rows(), entries()}, "set by pages");
+    }
+    Dim rows() const { return {"R", pages.shape(0)}; }
+    Dim entries() const { return {"K", pages.shape(1)}; }
+
+    // head_dim 0: any, as long as all pages that are read agree. Returns it.
+    int check_ids(const Pools& pools, int head_dim) const {
+        for (int64_t r = 0; r < rows().size; ++r) {
+            const PageId* ids = pages.row<PageId>(r);
+            const uint16_t* masks = visible.row<uint16_t>(r);
+            for (int64_t e = 0; e < entries().size; ++e) {  // what is not read may hold anything
+                if (ids[e] == kNoPage || (masks && !masks[e])) continue;
+                if (!head_dim) head_dim = pools.head_dim(ids[e]);
+                pools.check_id(ids[e], head_dim, {"pages", r, e});
+            }
+        }
+        return head_dim;
+    }
+};
+
+void* workspace_of(const char* op, const Argument& workspace, int64_t bytes) {
+    const int64_t given = workspace.given() ? workspace.shape(0) : 0;
+    check(given >= bytes, op, ": workspace has ", given, " bytes, expected at least ", bytes);
+    check(reinterpret_cast<uintptr_t>(workspace.data<void>()) % 64 == 0, op, ": workspace is not 64-byte aligned");
+    return workspace.data<void>();
+}
+
+// The tensors that score_window and measure share, as a dict: both have many.
+struct WindowArguments {
+    const char* op;
+    Argument q;
+    PageLists lists;
+    Argument queries, q_pos, centre, sinks, workspace;
+
+    WindowArguments(const char* op_, const py::dict& d)
+        : op(op_),
+          q(op, "q", d["q"]),
+          lists(op, d["pages"], d["visible"]),
+          queries(op, "queries", d["queries"]),
+          q_pos(op, "q_pos", d["q_pos"]),
+          centre(op, "centre", d["centre"]),
+          sinks(op, "sinks", d["sinks"]),
+          workspace(op, "workspace", d["workspace"]) {
+        q.expect_rank({"R", "W", "G", "D"});
+        const Dim R = lists.rows(), W{"W", q.shape(1)}, G = group(), D{"D", q.shape(3)};
+        q.expect(kFloats, {R, W, G, D}, "R set by pages");
+        queries.expect({DType::i32}, {R}, "set by pages").expect_contiguous();
+        q_pos.expect({DType::i32}, {R, W}, "set by q");
+        centre.expect({DType::f32}, {R, D}, "set by q");
+        sinks.expect({DType::f32}, {R, G}, "set by q");
+        for (int64_t r = 0; queries.given() && r < R.size; ++r) {
+            const int32_t count = queries.data<int32_t>()[r];
+            check(count >= 0 && count <= W.size, op, ": queries[", r, "] is ", count, ", expected 0 to ", W.size,
+                  " (W)");
+        }
+    }
+    Dim group() const { return {"G", q.shape(2)}; }
+
+    std::vector<ops::WindowRow> rows() const {
+        std::vector<ops::WindowRow> rows(static_cast<size_t>(q.shape(0)));
+        for (int64_t r = 0; r < q.shape(0); ++r) {
+            rows[r] = {q.row<void>(r),
+                       q.stride(1),
+                       q.stride(2),
+                       nullptr,
+                       q_pos.row<int32_t>(r),
+                       lists.pages.row<PageId>(r),
+                       lists.visible.row<uint16_t>(r),
+                       centre.row<float>(r),
+                       sinks.row<float>(r),
+                       int_of(lists.pages.shape(1)),
+                       queries.given() ? queries.data<int32_t>()[r] : int_of(q.shape(1))};
+        }
+        return rows;
+    }
+
+    void check_pools(const Pools& pools) const {
+        lists.check_ids(pools, static_cast<int>(q.shape(3)));
+        if (q_pos.given()) pools.check_positions("q_pos is given");
+    }
+
+    template <class Params>
+    void fill(Params& p, const std::vector<ops::WindowRow>& rows, const Pools& pools, float scale, float softcap,
+              int window, int threads) const {
+        p.rows = rows.data();
+        p.n_rows = int_of(q.shape(0)), p.group = int_of(q.shape(2)), p.head_dim = int_of(q.shape(3));
+        p.q_dtype = q.dtype();
+        p.pools = pools.views();
+        p.scale = scale, p.softcap = softcap;
+        p.window = window, p.threads = threads;
+    }
+};
+
+// By capacity: so many rows, each of up to so many queries and entries.
+template <class Params>
+int64_t window_workspace_bytes(int64_t (*bytes)(const Params&), int rows, int queries, int group, int head_dim,
+                               int entries, int threads) {
+    ops::WindowRow row{};
+    row.entries = entries, row.queries = queries;
+    const std::vector<ops::WindowRow> all(static_cast<size_t>(rows), row);
+    Params p{};
+    p.rows = all.data();
+    p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
+    return bytes(p);
+}
+
+void score_window(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int window, int spread,
+                  float weight, int threads) {
+    const WindowArguments a("score_window", tensors);
+    const Argument score(a.op, "score", tensors["score"]), lse(a.op, "lse", tensors["lse"]);
+    const Dim R = a.lists.rows(), G = a.group();
+    score.expect({DType::f32}, {R, G, a.lists.entries(), {"16", kSlots}}, "set by q and pages");
+    lse.expect({DType::f32}, {R, G, {"W", a.q.shape(1)}}, "set by q");
+    check(score.stride(2) == kSlots || score.shape(2) <= 1, "score_window: score has stride ", score.stride(2),
+          " in dimension 2, expected ", kSlots);
+    const Pools pools(a.op, pools_, true);
+    a.check_pools(pools);
+    const std::vector<ops::WindowRow> rows = a.rows();
+    ops::ScoreWindowParams p{};
+    a.fill(p, rows, pools, scale, softcap, window, threads);
+    p.spread = static_cast<ops::Spread>(spread), p.weight = weight;
+    p.score = score.data<float>();
+    p.score_stride_r = score.stride(0), p.score_stride_g = score.stride(1);
+    p.lse = lse.data<float>();
+    p.lse_stride_r = lse.stride(0), p.lse_stride_g = lse.stride(1);
+    p.workspace = workspace_of(a.op, a.workspace, ops::score_window_workspace_bytes(p));
+    py::gil_scoped_release release;
+    ops::score_window(p);
+}
+
+void measure(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int window, int which, int skip,
+             int threads) {
+    const WindowArguments a("measure", tensors);
+    const Argument stats(a.op, "out", tensors["out"]);
+    stats.expect({DType::f32}, {a.lists.rows(), a.group(), {"3", 3}}, "set by q").expect_contiguous();
+    const Pools pools(a.op, pools_, true);
+    a.check_pools(pools);
+    const std::vector<ops::WindowRow> rows = a.rows();
+    ops::MeasureParams p{};
+    a.fill(p, rows, pools, scale, softcap, window, threads);
+    p.which = static_cast<ops::Stats>(which), p.skip = skip;
+    p.stats = stats.data<float>();
+    p.workspace = workspace_of(a.op, a.workspace, ops::measure_workspace_bytes(p));
+    py::gil_scoped_release release;
+    ops::measure(p);
+}
+
+int64_t pool_workspace_bytes(int entries, int threads) {
+    ops::PoolRow row{};
+    row.entries = entries;
+    ops::PoolParams p{};
+    p.rows = &row;
+    p.n_rows = 1, p.threads = threads;
+    return ops::pool_workspace_bytes(p);
+}
+
+void pool(py::handle score_, py::handle pages_, py::handle visible_, py::handle out_, py::handle workspace_,
+          const py::sequence& pools_, int kernel, int kind, int divide, int threads) {
+    const Argument score("pool", "score", score_), out("pool", "out", out_), space("pool", "workspace", workspace_);
+    const PageLists lists("pool", pages_, visible_);
+    score.expect_rank({"R", "G", "K", "16"});
+    const Dim S{"16", kSlots}, G{"G", score.shape(1)};
+    score.expect({DType::f32}, {lists.rows(), G, lists.entries(), S}, "set by pages").expect_contiguous();
+    out.expect({DType::f32}, {lists.rows(), lists.entries(), S}, "set by pages").expect_contiguous();
+    const Pools pools("pool", pools_, true);
+    lists.check_ids(pools, 0);
+    pools.check_positions("pool reads them");
+    std::vector<ops::PoolRow> rows(static_cast<size_t>(lists.rows().size));
+    for (int64_t r = 0; r < lists.rows().size; ++r) {
+        rows[r] = {score.row<float>(r),        score.stride(1),
+                   lists.pages.row<PageId>(r), lists.visible.row<uint16_t>(r),
+                   out.row<float>(r),          int_of(lists.entries().size)};
+    }
+    ops::PoolParams p{};
+    p.rows = rows.data();
+    p.n_rows = int_of(lists.rows().size), p.group = int_of(G.size), p.kernel = kernel;
+    p.kind = static_cast<ops::PoolKind>(kind), p.divide = static_cast<ops::PoolDivide>(divide);
+    p.pools = pools.views();
+    p.threads = threads;
+    p.workspace = workspace_of("pool", space, ops::pool_workspace_bytes(p));
+    py::gil_scoped_release release;
+    ops::pool(p);
+}
+
+void accumulate(py::handle score_, py::handle mass_, float decay, int combine, int threads) {
+    const Argument score("accumulate", "score", score_), mass("accumulate", "mass", mass_);
+    score.expect_rank({"n"});
+    const Dim n{"n", score.shape(0)};
+    score.expect({DType::f32}, {n}).expect_contiguous();
+    mass.expect({DType::f32}, {n}, "as score").expect_contiguous();
+    const ops::AccumulateParams p{
+        score.data<float>(), mass.data<float>(), n.size, decay, static_cast<ops::Combine>(combine), threads};
+    py::gil_scoped_release release;
+    ops::accumulate(p);
+}
+
+int64_t score_keys_workspace_bytes(int rows, int head_dim, int entries, int kind, int threads) {
+    ops::KeysRow row{};
+    row.entries = entries;
+    const std::vector<ops::KeysRow> all(static_cast<size_t>(rows), row);
+    return ops::score_keys_workspace_bytes(
+        {all.data(), rows, head_dim, static_cast<ops::KeyScore>(kind), nullptr, nullptr, threads});
+}
+
+void score_keys(py::handle pages_, py::handle visible_, py::handle centre_, py::handle out_, py::handle workspace_,
+                const py::sequence& pools_, int head_dim, int kind, int threads) {
+    const char* const op = "score_keys";
+    const PageLists lists(op, pages_, visible_);
+    const Argument centre(op, "centre", centre_), out(op, "out", out_), space(op, "workspace", workspace_);
+    const Dim R = lists.rows(), K = lists.entries();
+    out.expect({DType::f32}, {R, K, {"16", kSlots}}, "set by pages").expect_contiguous();
+    centre.expect({DType::f32}, {R, {"D", head_dim}}, "set by pools");
+    const Pools pools(op, pools_, true);
+    lists.check_ids(pools, head_dim);
+    std::vector<ops::KeysRow> rows(static_cast<size_t>(R.size));
+    for (int64_t r = 0; r < R.size; ++r) {
+        rows[r] = {lists.pages.row<PageId>(r), lists.visible.row<uint16_t>(r), centre.row<float>(r), out.row<float>(r),
+                   int_of(K.size)};
+    }
+    ops::ScoreKeysParams p{rows.data(),   int_of(R.size), head_dim, static_cast<ops::KeyScore>(kind),
+                           pools.views(), nullptr,        threads};
+    p.workspace = workspace_of(op, space, ops::score_keys_workspace_bytes(p));
+    py::gil_scoped_release release;
+    ops::score_keys(p);
+}
+
+}  // namespace
+
+void bind_scores(py::module_& m) {
+    const auto window_bytes = [&m](const char* name, auto bytes) {
+        m.def(
+            name,
+            [bytes](int rows, int queries, int group, int head_dim, int entries, int threads) {
+                return window_workspace_bytes(bytes, rows, queries, group, head_dim, entries, threads);
+            },
+            py::arg("rows"), py::arg("queries"), py::arg("group"), py::arg("head_dim"), py::arg("entries"),
+            py::arg("threads"));
+    };
+    window_bytes("score_window_workspace_bytes", &ops::score_window_workspace_bytes);
+    window_bytes("measure_workspace_bytes", &ops::measure_workspace_bytes);
+    m.def("score_window", &score_window, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
+          py::arg("window"), py::arg("spread"), py::arg("weight"), py::arg("threads"));
+    m.def("measure", &measure, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
+          py::arg("window"), py::arg("which"), py::arg("skip"), py::arg("threads"));
+    m.def("pool_workspace_bytes", &pool_workspace_bytes, py::arg("entries"), py::arg("threads"));
+    m.def("pool", &pool, py::arg("score"), py::arg("pages"), py::arg("visible"), py::arg("out"), py::arg("workspace"),
+          py::arg("pools"), py::arg("kernel"), py::arg("kind"), py::arg("divide"), py::arg("threads"));
+    m.def("accumulate", &accumulate, py::arg("score"), py::arg("mass"), py::arg("decay"), py::arg("combine"),
+          py::arg("threads"));
+    m.def("score_keys_workspace_bytes", &score_keys_workspace_bytes, py::arg("rows"), py::arg("head_dim"),
+          py::arg("entries"), py::arg("kind"), py::arg("threads"));
+    m.def("score_keys", &score_keys, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("out"),
+          py::arg("workspace"), py::arg("pools"), py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
+}
+
+}  // namespace kvstrata::bind

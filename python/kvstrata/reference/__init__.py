@@ -1,0 +1,34 @@
+"""Every op in plain torch, straight from its formula, to contradict the native ones.
+
+Imports torch and nothing of ours. Works on canonical elements: k, v [R, K, 16, D] of each row's page list. Written to be
+read, not to be fast. Pass f64 tensors for a reference that rounding does not touch.
+"""
+
+from kvstrata.reference.attention import attend, logits, mass, merge, readable, visible_slots
+from kvstrata.reference.pages import (
+    BITS,
+    ELEMENT,
+    SLOTS,
+    append,
+    compact,
+    decode,
+    dequantize,
+    encode,
+    group_size,
+    pack,
+    padded,
+    quantize,
+    rotate,
+    round_up_bf16,
+    splitmix64,
+    unpack,
+    widen,
+)
+from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
+
+__all__ = [
+    "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "compact", "decode", "dequantize", "encode",
+    "group_size", "logits", "mass", "measure", "merge", "pack", "padded", "pool", "quantize", "readable", "rotate",
+    "round_up_bf16", "score_keys", "score_window", "shares", "splitmix64", "unpack", "visible_slots", "widen",
+    "window_read",
+]  # fmt: skip
