@@ -163,6 +163,29 @@ void bind_store(py::module_& m) {
         .def("commit", &Store::commit, NoGil())
         .def("rollback", &Store::rollback, NoGil())
         .def_property_readonly("in_step", &Store::in_step)
+        .def("score_window",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, int queries, int spread, float weight, float scale,
+                float softcap, Address out, int64_t columns) {
+                 s.score_window(layer, seqs, queries, static_cast<ops::Spread>(spread), weight, {scale, softcap},
+                                reinterpret_cast<float*>(out), columns);
+             })
+        .def("measure",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, int queries, int which, float scale, float softcap,
+                Address out) {
+                 s.measure(layer, seqs, queries, static_cast<ops::Stats>(which), {scale, softcap},
+                           reinterpret_cast<float*>(out));
+             })
+        .def("score_keys",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, int kind, Address out, int64_t columns) {
+                 s.score_keys(layer, seqs, static_cast<ops::KeyScore>(kind), reinterpret_cast<float*>(out), columns);
+             })
+        .def("pool_scores",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address score, int64_t columns, int kernel,
+                int kind, int divide, Address out) {
+                 s.pool_scores(layer, seqs, reinterpret_cast<const float*>(score), columns, kernel,
+                               static_cast<ops::PoolKind>(kind), static_cast<ops::PoolDivide>(divide),
+                               reinterpret_cast<float*>(out));
+             })
         .def("check_plan",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
                  s.check_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);

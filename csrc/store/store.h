@@ -15,7 +15,11 @@
 #include "common/types.h"
 #include "ops/append.h"
 #include "ops/attend.h"
+#include "ops/measure.h"
+#include "ops/pool.h"
 #include "ops/pool_view.h"
+#include "ops/score_keys.h"
+#include "ops/score_window.h"
 #include "pages/pool.h"
 #include "pages/row.h"
 #include "store/queries.h"
@@ -71,6 +75,12 @@ struct AttendCall {
     float scale;
     float softcap;  // 0: none
     int32_t threads;
+};
+
+// How a layer's model turns q . k into logits; softcap 0: none.
+struct Arithmetic {
+    float scale;
+    float softcap;
 };
 
 // Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
@@ -141,6 +151,16 @@ class Store {
     void set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns);  // f32 [R, N]
     int queries(int layer, SeqId seq, void* out) const;  // the last queries, oldest first, [Hq, count, D] -> count
 
+    // What scorers read (scores.cpp): f32 [R, N] in table order, zeros beyond a row's last token; G query heads apart in
+    // score_window [R, G, N] and measure [R, G, 3]. The last `queries` queries of each row take part.
+    void score_window(int layer, std::span<const SeqId> seqs, int queries, ops::Spread spread, float weight,
+                      const Arithmetic& arithmetic, float* out, int64_t columns);
+    void measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
+                 float* out);
+    void score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns);
+    void pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int64_t columns, int kernel,
+                     ops::PoolKind kind, ops::PoolDivide divide, float* out);
+
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
     std::vector<int64_t> plan_pages(int layer, SeqId seq, int head, const uint8_t* state);  // pages per pool
@@ -152,6 +172,9 @@ class Store {
         int32_t first, count;  // its tokens: tokens_[first .. first + count)
     };
 
+    struct Scored;
+    Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb);
+    void fill(ops::WindowParams& p, const Scored& s, int layer, const Arithmetic& a, const PoolView* pools) const;
     Sequence& find(SeqId seq, const char* verb);
     void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
     void check_layer(int layer, const char* verb) const;

@@ -81,7 +81,7 @@ class Plans:
             tail,
             state,
             self._cache.policy.sinks,
-            read=Rows(self._store, self._cache.shape, layer, ids, columns, ends, arithmetic),
+            read=Rows(self._store, self._cache.shape, layer, ids, columns, arithmetic),
         )
 
     def _scored(self, seen: Seen, ids: list[int]) -> Seen:

@@ -19,12 +19,12 @@ from kvstrata.pools import SLOTS, Pool, maybe_view, native_pools, thread_count, 
 Spread = Literal["none", "variance", "std"]
 Stats = Literal["sound", "code"]
 
-_SPREAD: dict[str, int] = {"none": 0, "variance": 1, "std": 2}
-_STATS: dict[str, int] = {"sound": 0, "code": 1}
-_POOL: dict[str, int] = {"avg": 0, "max": 1}
-_DIVIDE: dict[str, int] = {"present": 0, "kernel": 1}
-_COMBINE: dict[str, int] = {"sum": 0, "max": 1}
-_KEYS: dict[str, int] = {"norm": 0, "diversity": 1}
+SPREAD: dict[str, int] = {"none": 0, "variance": 1, "std": 2}
+STATS: dict[str, int] = {"sound": 0, "code": 1}
+POOL: dict[str, int] = {"avg": 0, "max": 1}
+DIVIDE: dict[str, int] = {"present": 0, "kernel": 1}
+COMBINE: dict[str, int] = {"sum": 0, "max": 1}
+KEYS: dict[str, int] = {"norm": 0, "diversity": 1}
 
 
 def _code(op: str, name: str, value: str, known: dict[str, int]) -> int:
@@ -117,7 +117,7 @@ def score_window(
         "lse": view(op, "lse", lse),
     }
     factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
-    kind = _code(op, "spread", spread, _SPREAD)
+    kind = _code(op, "spread", spread, SPREAD)
     _C.score_window(tensors, native_pools(op, pools), factor, softcap, window, kind, weight, count)
     return score, lse
 
@@ -171,7 +171,7 @@ def measure(
         "out": view("measure", "out", result),
     }
     factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
-    which = _code("measure", "stats", stats, _STATS)
+    which = _code("measure", "stats", stats, STATS)
     _C.measure(tensors, native_pools("measure", pools), factor, softcap, window, which, skip, count)
     return result
 
@@ -212,8 +212,8 @@ def pool(
         view("pool", "workspace", workspace),
         native_pools("pool", pools),
         kernel,
-        _code("pool", "kind", kind, _POOL),
-        _code("pool", "divide", divide, _DIVIDE),
+        _code("pool", "kind", kind, POOL),
+        _code("pool", "divide", divide, DIVIDE),
         count,
     )
     return result
@@ -240,7 +240,7 @@ def accumulate(
         view("accumulate", "score", score.view(-1)),
         view("accumulate", "mass", mass.view(-1)),
         decay,
-        _code("accumulate", "combine", combine, _COMBINE),
+        _code("accumulate", "combine", combine, COMBINE),
         thread_count("accumulate", threads),
     )
 
@@ -268,7 +268,7 @@ def score_keys(
     if not pools:
         raise ValueError("score_keys: pools has 0 pools, expected at least 1")
     (rows, entries), dim, count = pages.shape, pools[0].head_dim, thread_count("score_keys", threads)
-    code = _code("score_keys", "kind", kind, _KEYS)
+    code = _code("score_keys", "kind", kind, KEYS)
     result = torch.empty(rows, entries, SLOTS) if out is None else out
     workspace = torch.empty(_C.score_keys_workspace_bytes(rows, dim, entries, code, count), dtype=torch.uint8)
     _C.score_keys(

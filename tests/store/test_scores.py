@@ -82,7 +82,7 @@ class Dense:
 def rows(cache: Cache, seq: object, layer: int) -> Rows:
     i = seq.id  # type: ignore[attr-defined]
     columns = cache._store.columns(layer, [i])
-    return Rows(cache._store, cache.shape, layer, [i], columns, [cache._store.length(i)], (32**-0.5, 0.0))
+    return Rows(cache._store, cache.shape, layer, [i], columns, (32**-0.5, 0.0))
 
 
 def test_mass_is_that_of_all_queries() -> None:

@@ -1,0 +1,172 @@
+// What scorers read of a store's rows: window votes, pooled scores, keys, statistics, each op over the rows of one layer.
+//
+// Ops work on slots, [M, 16] of each row; policies on stored tokens in table order, [N]. Here one becomes the other.
+#include <algorithm>
+#include <bit>
+
+#include "common/check.h"
+#include "common/layout.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+namespace {
+
+// Alive slots of [M, 16] to the front of a line of `columns`, the rest zeros.
+void compact(const pages::Row& row, const float* slots, float* out, int64_t columns) {
+    float* const end = out + columns;
+    for (int e = 0; e < row.entries(); ++e) {
+        for (uint16_t m = row.alive[e]; m; m &= m - 1) *out++ = slots[e * kSlots + std::countr_zero(m)];
+    }
+    std::fill(out, end, 0.0f);
+}
+
+void expand(const pages::Row& row, const float* line, float* slots) {
+    for (int e = 0; e < row.entries(); ++e) {
+        for (uint16_t m = row.alive[e]; m; m &= m - 1) slots[e * kSlots + std::countr_zero(m)] = *line++;
+    }
+}
+
+void* aligned(std::vector<unsigned char>& memory, int64_t bytes) {
+    memory.resize(static_cast<size_t>(bytes) + 64);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+}  // namespace
+
+// The rows of some sequences in one layer, with the last of their queries.
+struct Store::Scored {
+    std::vector<const pages::Row*> rows;        // [R]
+    std::vector<ops::WindowRow> windows;        // [R]
+    std::vector<std::vector<unsigned char>> q;  // per sequence
+    std::vector<std::vector<int32_t>> q_pos;    // per sequence
+    int most = 0;                               // entries of the longest row
+};
+
+Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb) {
+    check_layer(layer, verb);
+    const LayerShape& shape = layers_[layer];
+    const int64_t group = shape.q_heads / shape.kv_heads;
+    const int64_t vector = static_cast<int64_t>(shape.head_dim) * dtype_bytes(options_.dtype);
+    Scored s;
+    for (SeqId id : seqs) {
+        const Sequence& sequence = find(id, verb);
+        const int count = queries > 0 ? this->queries(layer, id, nullptr) : 0;
+        s.q.emplace_back(static_cast<size_t>(count) * shape.q_heads * vector);
+        if (count > 0) this->queries(layer, id, s.q.back().data());
+        int64_t end = sequence.length;
+        for (const StepSequence& t : step_) {
+            if (open_ && t.sequence == &sequence && done_[layer] > 0) end += t.count;
+        }
+        const int n = std::min(count, queries);
+        std::vector<int32_t>& at = s.q_pos.emplace_back(n);
+        for (int t = 0; t < n; ++t) at[t] = static_cast<int32_t>(end - n + t);
+        for (int h = 0; h < shape.kv_heads; ++h) {
+            const pages::Row& row = sequence.rows[first_row_[layer] + h];
+            s.rows.push_back(&row);
+            s.most = std::max(s.most, row.entries());
+            s.windows.push_back({s.q.back().data() + (h * group * count + count - n) * vector, shape.head_dim,
+                                 int64_t{count} * shape.head_dim, nullptr, at.data(), row.page.data(),
+                                 row.visible.data(), centre(sequence, layer, h), nullptr, row.entries(), n});
+        }
+    }
+    return s;
+}
+
+void Store::fill(ops::WindowParams& p, const Scored& s, int layer, const Arithmetic& a, const PoolView* pools) const {
+    p.rows = s.windows.data();
+    p.n_rows = static_cast<int32_t>(s.windows.size());
+    p.group = layers_[layer].q_heads / layers_[layer].kv_heads;
+    p.head_dim = layers_[layer].head_dim;
+    p.q_dtype = options_.dtype;
+    p.pools = pools;
+    p.scale = a.scale;
+    p.softcap = a.softcap;
+    p.window = 0;
+    p.threads = threads_;
+}
+
+void Store::score_window(int layer, std::span<const SeqId> seqs, int queries, ops::Spread spread, float weight,
+                         const Arithmetic& arithmetic, float* out, int64_t columns) {
+    const Scored s = scored(layer, seqs, queries, "score_window");
+    PoolView pools[kMaxPools];
+    views(pools);
+    ops::ScoreWindowParams p{};
+    fill(p, s, layer, arithmetic, pools);
+    const int64_t line = static_cast<int64_t>(s.most) * kSlots;
+    std::vector<float> slots(s.rows.size() * p.group * line), lse(s.rows.size() * p.group * std::max(queries, 1));
+    p.spread = spread;
+    p.weight = weight;
+    p.score = slots.data();
+    p.score_stride_r = p.group * line;
+    p.score_stride_g = line;
+    p.lse = lse.data();
+    p.lse_stride_r = int64_t{p.group} * std::max(queries, 1);
+    p.lse_stride_g = std::max(queries, 1);
+    std::vector<unsigned char> memory;
+    p.workspace = aligned(memory, ops::score_window_workspace_bytes(p));
+    ops::score_window(p);
+    for (size_t r = 0; r < s.rows.size() * p.group; ++r) {
+        compact(*s.rows[r / p.group], &slots[r * line], out + r * columns, columns);
+    }
+}
+
+void Store::measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
+                    float* out) {
+    const Scored s = scored(layer, seqs, queries, "measure");
+    PoolView pools[kMaxPools];
+    views(pools);
+    ops::MeasureParams p{};
+    fill(p, s, layer, arithmetic, pools);
+    p.which = which;
+    p.skip = options_.sinks;
+    p.stats = out;
+    std::vector<unsigned char> memory;
+    p.workspace = aligned(memory, ops::measure_workspace_bytes(p));
+    ops::measure(p);
+}
+
+void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns) {
+    const Scored s = scored(layer, seqs, 0, "score_keys");
+    PoolView pools[kMaxPools];
+    views(pools);
+    const int64_t line = static_cast<int64_t>(s.most) * kSlots;
+    std::vector<float> slots(s.rows.size() * line);
+    std::vector<ops::KeysRow> rows;
+    for (size_t r = 0; r < s.rows.size(); ++r) {
+        const ops::WindowRow& w = s.windows[r];
+        rows.push_back({w.pages, w.visible, w.centre, &slots[r * line], w.entries});
+    }
+    ops::ScoreKeysParams p{
+        rows.data(), static_cast<int32_t>(rows.size()), layers_[layer].head_dim, kind, pools, nullptr, threads_};
+    std::vector<unsigned char> memory;
+    p.workspace = aligned(memory, ops::score_keys_workspace_bytes(p));
+    ops::score_keys(p);
+    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &slots[r * line], out + r * columns, columns);
+}
+
+// score f32 [R, G, N] -> out f32 [R, N].
+void Store::pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int64_t columns, int kernel,
+                        ops::PoolKind kind, ops::PoolDivide divide, float* out) {
+    const Scored s = scored(layer, seqs, 0, "pool_scores");
+    PoolView pools[kMaxPools];
+    views(pools);
+    const int group = layers_[layer].q_heads / layers_[layer].kv_heads;
+    const int64_t line = static_cast<int64_t>(s.most) * kSlots;
+    std::vector<float> slots(s.rows.size() * group * line), pooled(s.rows.size() * line);
+    std::vector<ops::PoolRow> rows;
+    for (size_t r = 0; r < s.rows.size(); ++r) {
+        for (int g = 0; g < group; ++g) {
+            expand(*s.rows[r], score + (r * group + g) * columns, &slots[(r * group + g) * line]);
+        }
+        const ops::WindowRow& w = s.windows[r];
+        rows.push_back({&slots[r * group * line], line, w.pages, w.visible, &pooled[r * line], w.entries});
+    }
+    ops::PoolParams p{rows.data(), static_cast<int32_t>(rows.size()), group, kernel, kind, divide, pools, nullptr,
+                      threads_};
+    std::vector<unsigned char> memory;
+    p.workspace = aligned(memory, ops::pool_workspace_bytes(p));
+    ops::pool(p);
+    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &pooled[r * line], out + r * columns, columns);
+}
+
+}  // namespace kvstrata::store
