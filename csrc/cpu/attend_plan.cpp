@@ -37,7 +37,7 @@ int tile_rows(const ops::AttendParams& p) {
 
 int64_t scratch_bytes(int rows, int stride) {
     const int64_t floats = static_cast<int64_t>(rows) * (2 * stride + 3 * kSlots) + 2 * kSlots * stride;
-    const int64_t rotated = static_cast<int64_t>(rows) * (stride * 6 + kMaxGroups * 4);  // and codes and totals
+    const int64_t rotated = static_cast<int64_t>(rows) * stride * 6;  // and codes
     return round64(floats * 4) + round64(rotated) + 4 * round64(rows * 4) + 3 * round64(rows * 2);
 }
 
@@ -126,7 +126,6 @@ Scratch Plan::scratch(int worker) const {
     s.query.delta = floats(round64(rows * 4) / 4);
     s.query.centre = floats(round64(rows * 4) / 4);
     s.acc_rotated = floats(rows * stride_);
-    s.query.totals = reinterpret_cast<int32_t*>(floats(rows * kMaxGroups));
     s.query.codes = reinterpret_cast<int16_t*>(take(rows * stride_ * 2));
     return s;
 }

@@ -16,9 +16,8 @@ inline void encode_queries(const Kernels& kernels, const AttendTile& tile, const
         const float* const q = tile.q + static_cast<int64_t>(row) * tile.stride;
         std::copy_n(q, dim, rotated);
         kernels.rotate(rotated, dim, false);
-        tile.query.delta[row] = kernels.encode_query(rotated, dim, group_size(Format::int2, dim),
-                                                     tile.query.codes + static_cast<int64_t>(row) * tile.stride,
-                                                     tile.query.totals + static_cast<int64_t>(row) * kMaxGroups);
+        int16_t* const codes = tile.query.codes + static_cast<int64_t>(row) * tile.stride;
+        tile.query.delta[row] = kernels.encode_query(rotated, dim, codes);
         tile.query.centre[row] = centre ? kernels.dot_product(q, centre, dim) : 0.0f;
     }
 }

@@ -14,10 +14,9 @@ inline constexpr int kTileRows = 64;  // query rows that visit a page together
 
 // Query rows as quantized pages read them: R q = delta * codes.
 struct QueryCodes {
-    int16_t* codes;   // [rows, stride] dims of each quad in the order 0, 2, 1, 3
-    float* delta;     // [rows] max |R q| / 32639; 0 for a zero query, NaN or Inf for one that holds them
-    float* centre;    // [rows] q . centre
-    int32_t* totals;  // [rows, 32] sums of the codes of each int2 group
+    int16_t* codes;  // [rows, stride] dims of each quad in the order 0, 2, 1, 3
+    float* delta;    // [rows] max |R q| / 32639; 0 for a zero query, NaN or Inf for one that holds them
+    float* centre;   // [rows] q . centre
 };
 
 // The running online softmax of up to kTileRows query rows over the pages of one KV row.
@@ -47,8 +46,8 @@ struct Kernels {
     // Only the page's finished logits, tile.z. Reads q or query, masks, bias, scale, softcap; writes z and `decoded`.
     void (*logits_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
 
-    // Codes and totals (QueryCodes) of one rotated query [dim]; `group` is that of int2. Returns its delta.
-    float (*encode_query)(const float* rotated, int32_t dim, int32_t group, int16_t* codes, int32_t* totals);
+    // Codes (QueryCodes) of one rotated query [dim]; returns its delta.
+    float (*encode_query)(const float* rotated, int32_t dim, int16_t* codes);
     // a . b, n a multiple of 16, in one order of additions for all levels.
     float (*dot_product)(const float* a, const float* b, int32_t n);
 

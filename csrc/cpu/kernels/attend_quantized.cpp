@@ -12,7 +12,8 @@ namespace kvstrata::cpu::KV_ISA {
 namespace {
 
 constexpr float kMost = 32639.0f;  // largest n: 127 * 257, two signed bytes of it fit where a kernel wants bytes
-constexpr float kLeast = 7.8886090522e-31f;  // 2^-100: queries below it count as zero
+constexpr float kLeast = 7.888609052210118e-31f;  // 2^-100: queries and shares p below it count as zero
+constexpr float kLeastScale = 1e-36f;             // no code has a smaller scale
 constexpr uint16_t kAllLanes = 0xFFFF;
 
 template <Format F>
@@ -54,8 +55,7 @@ KV_INLINE void qk(const AttendTile& t, int row, const unsigned char* k, const un
     for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
         I sum[N][2];
         for (int n = 0; n < N; ++n) {
-            sum[n][0] = whole(F == Format::int2 ? -3 * t.query.totals[(row + n) * kMaxGroups + g] : 0);
-            sum[n][1] = whole(0);
+            sum[n][0] = sum[n][1] = none();
         }
         for (int d = 0; d < group; d += kLineDims, k += 64, numbers += kLineDims) {
             if (ahead) {
@@ -87,7 +87,7 @@ KV_INLINE void find_shares(Shares& shares, const unsigned char* scales, int coun
         const float most = max_lane(magnitude(plain));
         shares.most[g] = most;
         shares.bad[g] = static_cast<uint16_t>(~finite);
-        store(shares.of[g], most > 0 ? div(plain, set1(most)) : zero());
+        store(shares.of[g], mul(plain, set1(most >= kLeastScale ? 1.0f / most : 0.0f)));
     }
 }
 
@@ -96,20 +96,18 @@ template <int N>
 struct Weights {
     int16_t n[N][kMaxGroups][kSlots];
     float sigma[N][kMaxGroups];
-    int32_t total[N][kMaxGroups];  // int2 only
 };
-template <Format F, int N>
+template <int N>
 KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, int row, const Shares& shares, int count) {
     for (int n = 0; n < N; ++n) {
         const V p = load(t.p + (row + n) * kSlots);
         const float most = max_lane(p);
-        const V part = most > 0 ? mul(div(p, set1(most)), set1(kMost)) : zero();
+        const V part = mul(p, set1(most >= kLeast ? kMost / most : 0.0f));
         const bool broken = differ(p, p);
         for (int g = 0; g < count; ++g) {
             const bool bad = broken || (shares.bad[g] & t.live[row + n]);
             w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
             store_quads(w.n[n][g], bad ? zero() : mul(part, load(shares.of[g])));
-            if (F == Format::int2) w.total[n][g] = total_of(w.n[n][g]);
         }
     }
 }
@@ -123,8 +121,7 @@ KV_INLINE void pv(const AttendTile& t, int row, int d, int g, const Weights<N>& 
     I sum[W][N][2];
     for (int n = 0; n < N; ++n) {
         for (int i = 0; i < W; ++i) {
-            sum[i][n][0] = whole(F == Format::int2 ? -3 * w.total[n][g] : 0);
-            sum[i][n][1] = whole(0);
+            sum[i][n][0] = sum[i][n][1] = none();
         }
     }
     for (int line = 0; line < kLines; ++line) {
@@ -158,7 +155,7 @@ KV_INLINE void pv_rows(const AttendTile& t, int row, const Shares& shares, const
                        const unsigned char* ahead) {
     Weights<N> w;
     const int group = t.group;
-    find_weights<F>(w, t, row, shares, t.head_dim / group);
+    find_weights(w, t, row, shares, t.head_dim / group);
     for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
         int d = first;
         for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) pv<F, N, kPvWide>(t, row, d, g, w, v, ahead);
@@ -208,7 +205,7 @@ void logits_page(const AttendTile& t, const unsigned char* page, const unsigned 
     for (int row = 0; row < t.rows; ++row) finish_logits(t, row);
 }
 
-float encode_query(const float* rotated, int32_t dim, int32_t group, int16_t* codes, int32_t* totals) {
+float encode_query(const float* rotated, int32_t dim, int16_t* codes) {
     V most = zero();
     uint16_t finite = kAllLanes;
     for (int d = 0; d < dim; d += 16) {
@@ -220,10 +217,6 @@ float encode_query(const float* rotated, int32_t dim, int32_t group, int16_t* co
     const bool plain = finite == kAllLanes && largest >= kLeast;
     const V inverse = set1(plain ? kMost / largest : 0.0f);
     for (int d = 0; d < dim; d += 16) store_quads(codes + d, plain ? mul(load(rotated + d), inverse) : zero());
-    for (int first = 0, g = 0; first < dim; first += group, ++g) {
-        totals[g] = 0;
-        for (int d = first; d < first + group; d += 16) totals[g] += total_of(codes + d);
-    }
     if (finite != kAllLanes) return __builtin_nanf("");
     return plain ? largest / kMost : 0.0f;
 }

@@ -9,7 +9,7 @@ struct I {
 };
 constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time: kTile x kPvWide accumulators
 
-KV_INLINE I whole(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
+KV_INLINE I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 KV_INLINE I load_line(const void* p) {
     const __m256i* halves = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
@@ -17,16 +17,14 @@ KV_INLINE I load_line(const void* p) {
 KV_INLINE I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 KV_INLINE V to_f32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
-// The codes of field K, sign-extended; of two bits, twice the code as it is stored: 0, 2, 4, 6.
+// The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.
 template <int Bits, int K>
 KV_INLINE __m256i half_field(__m256i x) {
     constexpr int kLow = Bits * K, kLeft = 16 - Bits - kLow;
     if constexpr (Bits == 2) {
-        const __m256i six = _mm256_set1_epi16(6);
-        if constexpr (K == 0)
-            return _mm256_and_si256(_mm256_slli_epi16(x, 1), six);
-        else
-            return _mm256_and_si256(_mm256_srli_epi16(x, kLow - 1), six);
+        const __m256i moved = K == 0 ? _mm256_slli_epi16(x, 1) : _mm256_srli_epi16(x, K == 0 ? 0 : kLow - 1);
+        const __m256i twice = _mm256_and_si256(moved, _mm256_set1_epi16(6));
+        return _mm256_sub_epi16(twice, _mm256_set1_epi16(3));
     } else if constexpr (kLeft == 0) {
         return _mm256_srai_epi16(x, kLow);
     } else {
@@ -52,13 +50,6 @@ KV_INLINE void store_quads(int16_t* to, V x) {
     const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
     const __m256i n = _mm256_permute4x64_epi64(packed, 0xD8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(n, 0xD8), 0xD8));
-}
-KV_INLINE int32_t total_of(const int16_t* sixteen) {
-    const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sixteen));
-    const __m256i pairs = _mm256_madd_epi16(n, _mm256_set1_epi16(1));
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
 }
 
 }  // namespace

@@ -9,21 +9,19 @@ struct I {
 };
 constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time: kTile x kPvWide accumulators
 
-KV_INLINE I whole(int32_t n) { return {_mm512_set1_epi32(n)}; }
+KV_INLINE I none() { return {_mm512_setzero_si512()}; }
 KV_INLINE I load_line(const void* p) { return {_mm512_loadu_si512(p)}; }
 KV_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.x, b.x)}; }
 KV_INLINE V to_f32(I a) { return {_mm512_cvtepi32_ps(a.x)}; }
 
-// The codes of field K, sign-extended; of two bits, twice the code as it is stored: 0, 2, 4, 6.
+// The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.
 template <int Bits, int K>
 KV_INLINE I field(I line) {
     constexpr int kLow = Bits * K, kLeft = 16 - Bits - kLow;
     if constexpr (Bits == 2) {
-        const __m512i six = _mm512_set1_epi16(6);
-        if constexpr (K == 0)
-            return {_mm512_and_si512(_mm512_slli_epi16(line.x, 1), six)};
-        else
-            return {_mm512_and_si512(_mm512_srli_epi16(line.x, kLow - 1), six)};
+        const __m512i moved = K == 0 ? _mm512_slli_epi16(line.x, 1) : _mm512_srli_epi16(line.x, K == 0 ? 0 : kLow - 1);
+        const __m512i twice = _mm512_and_si512(moved, _mm512_set1_epi16(6));
+        return {_mm512_sub_epi16(twice, _mm512_set1_epi16(3))};
     } else if constexpr (kLeft == 0) {
         return {_mm512_srai_epi16(line.x, kLow)};
     } else {
@@ -46,13 +44,6 @@ KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
 KV_INLINE void store_quads(int16_t* to, V x) {
     const __m256i n = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(n, 0xD8), 0xD8));
-}
-KV_INLINE int32_t total_of(const int16_t* sixteen) {
-    const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sixteen));
-    const __m256i pairs = _mm256_madd_epi16(n, _mm256_set1_epi16(1));
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
 }
 
 }  // namespace

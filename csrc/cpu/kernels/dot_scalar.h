@@ -13,7 +13,7 @@ constexpr int kPvWide = 1;  // groups of sixteen dims that PV sums at a time: kT
     type r;                                             \
     for (int i = 0; i < 16; ++i) r.x[i] = (expression); \
     return r
-KV_INLINE I whole(int32_t n) { KV_LANES(I, n); }
+KV_INLINE I none() { return {}; }
 KV_INLINE I load_line(const void* p) {
     I r;
     __builtin_memcpy(r.x, p, 64);
@@ -23,11 +23,11 @@ KV_INLINE I add(I a, I b) { KV_LANES(I, a.x[i] + b.x[i]); }
 KV_INLINE V to_f32(I a) { KV_LANES(V, static_cast<float>(a.x[i])); }
 
 KV_INLINE uint32_t half_word(int32_t word, int half) { return static_cast<uint32_t>(word) >> 16 * half & 0xFFFF; }
-// The codes of field K, sign-extended; of two bits, twice the code as it is stored: 0, 2, 4, 6.
+// The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.
 template <int Bits, int K>
 KV_INLINE int32_t code_of(uint32_t half) {
     const int32_t code = static_cast<int32_t>(half >> (Bits * K) & ((1u << Bits) - 1));
-    return Bits == 2 ? 2 * code : code - (code >> (Bits - 1) << Bits);
+    return Bits == 2 ? 2 * code - 3 : code - (code >> (Bits - 1) << Bits);
 }
 template <int Bits, int K>
 KV_INLINE I field(I line) {
@@ -55,11 +55,6 @@ KV_INLINE void store_quads(int16_t* to, V x) {
         to[i + 2] = static_cast<int16_t>(n.x[i + 1]);
         to[i + 3] = static_cast<int16_t>(n.x[i + 3]);
     }
-}
-KV_INLINE int32_t total_of(const int16_t* sixteen) {
-    int32_t total = 0;
-    for (int i = 0; i < 16; ++i) total += sixteen[i];
-    return total;
 }
 #undef KV_LANES
 
