@@ -129,8 +129,26 @@ class Filled:
 
     pool: ops.Pool
     pages: Tensor  # i32 [R, K]
-    k: Tensor  # [R, N, D], what the pages hold
+    k: Tensor  # [R, N, D], what full pages hold; what quantized ones were made of, as bf16
     v: Tensor
+
+
+def element(fmt: str) -> torch.dtype:
+    """Of a full format; bf16 for a quantized one, whose tokens come from a model in it."""
+    return ops.FORMATS.get(fmt, torch.bfloat16)
+
+
+def write_quantized(pool: ops.Pool, pages: Tensor, k: Tensor, v: Tensor, at_once: int = 4096) -> None:
+    """Tokens k, v [P, 16, D] into pages [P] of a quantized pool, by way of bf16 pages."""
+    source = ops.Pool.allocate("bf16", pool.head_dim, at_once)
+    for first in range(0, len(pages), at_once):
+        part = slice(first, min(first + at_once, len(pages)))
+        count = (part.stop - first) * SLOTS
+        at = torch.arange(count)
+        full = torch.arange(count // SLOTS, dtype=torch.int32)
+        ops.pack(k[part], v[part], full, [source])
+        columns = (at // SLOTS, at % SLOTS, pages[part][at // SLOTS] | 1 << 28, at % SLOTS)
+        ops.quantize(torch.stack(columns, 1).to(torch.int32), [source, pool])
 
 
 def filled(fmt: str, rows: int, tokens: int, dim: int, order: str = "random") -> Filled:
@@ -142,8 +160,11 @@ def filled(fmt: str, rows: int, tokens: int, dim: int, order: str = "random") ->
     pool = ops.Pool.allocate(fmt, dim, per_slab, slabs)
     places = torch.randperm(count) if order == "random" else torch.arange(count)
     pages = (places // per_slab << 16 | places % per_slab).to(torch.int32).view(rows, entries)
-    k, v = (torch.randn(rows, tokens, dim).to(ops.FORMATS[fmt]) for _ in range(2))
-    ops.pack(k.view(-1, SLOTS, dim), v.view(-1, SLOTS, dim), pages.view(-1), [pool])
+    k, v = (torch.randn(rows, tokens, dim).to(element(fmt)) for _ in range(2))
+    if fmt in ops.FORMATS:
+        ops.pack(k.view(-1, SLOTS, dim), v.view(-1, SLOTS, dim), pages.view(-1), [pool])
+    else:
+        write_quantized(pool, pages.view(-1), k.view(-1, SLOTS, dim), v.view(-1, SLOTS, dim))
     return Filled(pool, pages, k, v)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 SLOTS = 16
-POISON = 0xFF  # every byte of it: NaN in f32, bf16 and f16
+POISON = 0xFF  # every byte of it: NaN in f32, bf16 and f16, and in the scales of quantized pages
 
 
 @dataclass
@@ -108,6 +108,22 @@ def write_pages(pool: ops.Pool, slab: int, index: Tensor, k: Tensor, v: Tensor, 
     return whole[0, ..., :dim].double(), whole[1, ..., :dim].double()
 
 
+def write_quantized(
+    pool: ops.Pool, slab: int, index: Tensor, k: Tensor, v: Tensor, masks: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Likewise into quantized pages, keys less centre [P, D]; hidden slots hold NaN scales and codes of ones."""
+    count, _, dim = k.shape
+    whole = [reference.quantize(x.flatten(0, 1), pool.format) for x in (k - centre.unsqueeze(1), v)]
+    codes = torch.stack([c.view(count, SLOTS, dim) for c, _ in whole])
+    scales = torch.stack([s.view(count, SLOTS, -1) for _, s in whole])
+    hidden = (masks.to(torch.int64).unsqueeze(-1) >> torch.arange(SLOTS)) & 1 == 0
+    codes[:, hidden], scales[:, hidden] = -1, float("nan")
+    payload = reference.pack(codes[0], codes[1], pool.format, scales.permute(1, 0, 3, 2))
+    pool.payload(slab)[index] = payload
+    held_k, held_v = reference.widen(payload, pool.format, dim)
+    return held_k + centre.double().unsqueeze(1), held_v
+
+
 def write_page(pool: ops.Pool, slab: int, index: int, k: Tensor, v: Tensor) -> None:
     """One page of k, v [16, D], all slots visible."""
     write_pages(pool, slab, torch.tensor([index]), k.unsqueeze(0), v.unsqueeze(0), torch.tensor([0xFFFF]))
@@ -126,7 +142,10 @@ def make_case(
     seed: int = 0,
     **extra: Any,
 ) -> Case:
-    """A row per length; `holes` of the entries are -1 with full masks; pages lie scattered over pools and slabs."""
+    """A row per length; `holes` of the entries are -1 with full masks; pages lie scattered over pools and slabs.
+
+    Where a format is quantized, keys have a mean that differs by channel and row, and `centre` is part of it.
+    """
     g = torch.Generator().manual_seed(seed)
     rows, entries = len(lengths), max(lengths, default=0)
     per_slab = -(-rows * max(entries, 1) // (len(formats) * slabs)) + 1
@@ -141,13 +160,24 @@ def make_case(
     visible = slot_masks(pages, masks, g)
     k = torch.randn(rows, entries, SLOTS, dim, generator=g)
     v = torch.randn(rows, entries, SLOTS, dim, generator=g)
+    centre = None
+    if any(f in ops.QUANTIZED for f in formats):
+        mean = 3 * torch.randn(rows, dim, generator=g)
+        centre = torch.where(mean.abs() > 2, mean, 0.0)
+        k += mean.view(rows, 1, 1, dim)
+        extra["centre"] = centre
     k64, v64 = k.double(), v.double()
     positions = torch.arange(entries * SLOTS).view(1, entries, SLOTS).expand(rows, -1, -1)
     for p, pool in enumerate(pools):
         for s in range(slabs):
             here = (pages >= 0) & (pages >> 16 == p << 12 | s)
             index = (pages[here] & 0xFFFF).long()
-            k64[here], v64[here] = write_pages(pool, s, index, k[here], v[here], visible[here])
+            data = (pool, s, index, k[here], v[here], visible[here])
+            if pool.format in ops.QUANTIZED:
+                assert centre is not None
+                k64[here], v64[here] = write_quantized(*data, centre[here.nonzero()[:, 0]])
+            else:
+                k64[here], v64[here] = write_pages(*data)
             pool.positions(s)[index] = positions[here].to(torch.int32)
     q = torch.randn(rows, queries, group, dim, generator=g)
     return Case(q, pages, visible, pools, k64, v64, positions, formats, extra)

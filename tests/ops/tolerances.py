@@ -11,11 +11,17 @@ OUT_F32 = 1e-5
 # is up to 2^-9 per element, hence about 1.1e-3 in norm; measured below 1e-5 with an f32 output.
 OUT_16 = 1e-3
 OUT_BF16_OUTPUT = 4e-3
+# Quantized pages, against a reference on the dequantized pages: queries and p * s are rounded to 16 bits of their largest
+# element, 2^-16 each, and an output of random values is a sum in which much cancels. Measured below 2e-4.
+OUT_QUANTIZED = 1e-3
 OUT_F16_OUTPUT = 5e-4
 # log-sum-exp: absolute, for logits of a few units; half an ulp of the sum and of the maximum.
 LSE = 5e-6
 # Logits: relative to the largest; f32 dot products of up to 512 terms.
 LOGITS = 2e-6
+# Logits of quantized pages: sqrt D terms, each off by up to max |R q| / 65278 times its code's value; and log-sum-exps of
+# them.
+LOGITS_QUANTIZED = 5e-4
 # Attention mass: exp within 2^-20 and up to G * T = 64 additions.
 MASS = 5e-6
 # Window scores, relative to the row's largest hundredth: exp of logits that are themselves within LOGITS, and the square of
@@ -46,6 +52,8 @@ def out_tolerance(formats: tuple[str, ...], out_dtype: torch.dtype) -> float:
         return OUT_BF16_OUTPUT
     if out_dtype == torch.float16:
         return OUT_F16_OUTPUT
+    if any(f.startswith("int") for f in formats):
+        return OUT_QUANTIZED
     return OUT_F32 if formats == ("f32",) else OUT_16
 
 
