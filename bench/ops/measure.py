@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, filled, measure, parser, run_facts, show
+from common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
 from torch import Tensor
 
 from kvstrata import ops
@@ -28,7 +28,7 @@ def dense(heads: Tensor, k: Tensor, stats: ops.Stats) -> Tensor:
 def case(args: argparse.Namespace, fmt: str, stats: ops.Stats) -> dict[str, Any]:
     size = args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim) // 2
     data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(ops.FORMATS[fmt])
+    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(element(fmt))
     q_pos = torch.full((args.kv_rows, args.queries), args.tokens, dtype=torch.int32)
     for d in data:
         d.pool.positions()[: d.pages.numel()] = 0
@@ -60,7 +60,7 @@ def case(args: argparse.Namespace, fmt: str, stats: ops.Stats) -> dict[str, Any]
 
 
 def main() -> None:
-    p = parser(__doc__ or "", tokens=4096)
+    p = parser(__doc__ or "", tokens=4096, format="f32,bf16,int8,int4,int2")
     p.add_argument("--queries", type=int, default=32)
     args = p.parse_args()
     begin(args)

@@ -27,28 +27,16 @@ def case(args: argparse.Namespace, fmt: str, kind: Kind, read_gbps: float) -> di
     size = (
         count * ops.page_bytes(fmt, args.dim) // 2 * (1 if kind == "norm" else 2)
     )  # keys, and how often they are read
-    source = fmt if fmt in ops.FORMATS else "bf16"
-    data = [filled(source, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    pools, pages = [[d.pool] for d in data], [d.pages for d in data]
-    if source != fmt:
-        pools, pages = [], []
-        for d in data:
-            pool = ops.Pool.allocate(fmt, args.dim, count)
-            at = torch.arange(count * SLOTS)
-            columns = (d.pages.view(-1)[at // SLOTS], at % SLOTS, at // SLOTS + ops.make_page(1, 0, 0), at % SLOTS)
-            d.pool.positions()[:] = 0
-            ops.quantize(torch.stack(columns, 1).to(torch.int32), [d.pool, pool])
-            pools.append([pool])
-            pages.append(torch.arange(count, dtype=torch.int32).view(args.kv_rows, -1))
+    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
     out = torch.empty(args.kv_rows, args.tokens // SLOTS, SLOTS)
     times, base = measure(
         [
-            lambda i: ops.score_keys(pages[i % len(data)], pools[i % len(data)], kind, out=out),
+            lambda i: ops.score_keys(data[i % len(data)].pages, [data[i % len(data)].pool], kind, out=out),
             lambda i: dense(data[i % len(data)].k, kind),
         ],
         args.reps,
     )
-    ops.score_keys(pages[0], pools[0], kind, out=out)
+    ops.score_keys(data[0].pages, [data[0].pool], kind, out=out)
     gbps = size / times.p50 / 1e6
     return {
         "kind": "score_keys",
@@ -63,7 +51,7 @@ def case(args: argparse.Namespace, fmt: str, kind: Kind, read_gbps: float) -> di
         "gbps": gbps,
         "share_read": gbps / read_gbps,
         "digest": digest(out),
-        "baseline": {"name": f"torch operators on dense {source} keys", "ms_p50": base.p50},
+        "baseline": {"name": "torch operators on dense keys", "ms_p50": base.p50},
         "speedup_vs_torch": base.p50 / times.p50,
     }
 

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, filled, measure, parser, run_facts, show
+from common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
 
 from kvstrata import ops
 
@@ -15,7 +15,7 @@ from kvstrata import ops
 def case(args: argparse.Namespace, fmt: str, spread: ops.Spread, read_gbps: float) -> dict[str, Any]:
     size = args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim) // 2  # of the keys, once
     data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(ops.FORMATS[fmt])
+    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(element(fmt))
     q_pos = torch.full((args.kv_rows, args.queries), args.tokens, dtype=torch.int32)
     for d in data:
         d.pool.positions()[: d.pages.numel()] = 0
@@ -58,7 +58,7 @@ def case(args: argparse.Namespace, fmt: str, spread: ops.Spread, read_gbps: floa
 
 
 def main() -> None:
-    p = parser(__doc__ or "", tokens=4096)
+    p = parser(__doc__ or "", tokens=4096, format="f32,bf16,int8,int4,int2")
     p.add_argument("--queries", type=int, default=32)
     args = p.parse_args()
     begin(args)

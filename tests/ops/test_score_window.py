@@ -225,3 +225,13 @@ def test_workspace_grows_with_capacity_only() -> None:
         small, large = (ops.score_window_workspace_bytes(torch.zeros(2, w, 4, 64), 1000) for w in (width, width + 1))
         assert small <= large
     assert ops.score_window_workspace_bytes(torch.zeros(1, 64, 1, 128), 1 << 20, threads=1) < 16 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [1, 5, 33, 70])
+def test_nothing_is_written_past_the_workspace(isa: str, width: int, threads: int) -> None:
+    case = make_window([70, 3, 0], width=width, group=3, dim=96, formats=MIXED[-1], masks="ragged")
+    size = ops.score_window_workspace_bytes(case.q, 70, threads=threads)
+    space = torch.full((size + 4096,), 0xA5, dtype=torch.uint8)
+    got = case.score(workspace=space[:size], threads=threads)
+    assert torch.all(space[size:] == 0xA5) and torch.equal(got[0], case.score()[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import SLOTS, poisoned_pools, slot_masks
+from cases import SLOTS, poisoned_pools, slot_masks, write_pages, write_quantized
 from torch import Tensor
 
 from kvstrata import ops, reference
@@ -73,27 +73,6 @@ class Window:
         return self.slots & (self.positions < oldest[:, None, None]) & (self.positions >= skip)
 
 
-def _fill(pool: ops.Pool, slab: int, index: Tensor, k: Tensor, visible: Tensor, centre: Tensor) -> Tensor:
-    """Writes keys k [P, 16, D] into pages, poison in hidden slots; centre [P, D]. Returns what they hold, f64."""
-    count, _, dim = k.shape
-    hidden = (visible.to(torch.int64).unsqueeze(-1) >> torch.arange(SLOTS)) & 1 == 0
-    if pool.format in FULL:
-        kind = ops.FORMATS[pool.format]
-        whole = torch.full((2, count, SLOTS, reference.padded(dim)), float("nan"), dtype=kind)
-        whole[0, ..., :dim] = k.to(kind)
-        whole[:, hidden] = float("nan")
-        pool.payload(slab)[index] = reference.pack(whole[0], whole[1], pool.format)
-        return whole[0, ..., :dim].double()
-    middle = centre.unsqueeze(1).expand(-1, SLOTS, -1).reshape(-1, dim)
-    codes, scales = reference.quantize(k.reshape(-1, dim), pool.format, middle)
-    held = reference.rotate(reference.decode(codes, scales, pool.format).double(), inverse=True) + middle.double()
-    scales[hidden.reshape(-1)] = float("nan")
-    both = scales.view(count, SLOTS, -1).transpose(1, 2).unsqueeze(1).expand(-1, 2, -1, -1).contiguous()
-    canonical = codes.view(count, SLOTS, dim)
-    pool.payload(slab)[index] = reference.pack(canonical, canonical, pool.format, both)
-    return held.view(count, SLOTS, dim)
-
-
 def make_window(
     lengths: list[int],
     *,
@@ -138,7 +117,8 @@ def make_window(
         index = (pages[here] & 0xFFFF).long()
         row_of = torch.arange(rows).unsqueeze(1).expand(-1, entries)[here]
         if len(index):
-            held[here] = _fill(pool, 0, index, k[here], visible[here], middle[row_of])
+            data = (pool, 0, index, k[here], k[here], visible[here])
+            held[here] = write_pages(*data)[0] if pool.format in FULL else write_quantized(*data, middle[row_of])[0]
             pool.positions()[index] = positions[here].to(torch.int32)
     count = torch.tensor([width] * rows if queries is None else queries, dtype=torch.int32)
     q = torch.randn(rows, width, group, dim, generator=g)
