@@ -15,7 +15,7 @@ inline constexpr int kTileRows = 64;  // query rows that visit a page together
 // Query rows as quantized pages read them: R q = delta * codes.
 struct QueryCodes {
     int16_t* codes;  // [rows, stride] dims of each quad in the order 0, 2, 1, 3
-    float* delta;    // [rows] max |R q| / 32639; 0 for a zero query, NaN or Inf for one that holds them
+    float* delta;    // [rows] max |R q| / 32639; 0 for a zero query, NaN for one that holds NaN or Inf
     float* centre;   // [rows] q . centre
 };
 
@@ -43,7 +43,8 @@ struct AttendTile {
 struct Kernels {
     // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format.
     void (*attend_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
-    // Only the page's finished logits, tile.z. Reads q or query, masks, bias, scale, softcap; writes z and `decoded`.
+    // Only the page's finished logits, tile.z. Reads q or query and group, masks, bias, scale, softcap;
+    // writes z and `decoded`.
     void (*logits_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
 
     // Codes (QueryCodes) of one rotated query [dim]; returns its delta.

@@ -41,8 +41,7 @@ int64_t scratch_floats(Largest most, int stride, int group) {
     return line(rows * stride) + 2 * rows * kSlots + line(rows) + 2 * kSlots * stride + group * kLanes;
 }
 int64_t scratch_bytes(Largest most, int stride, int group) {
-    const int64_t rows = most.rows,
-                  encoded = rows * 4 * kMaxGroups + 2 * round64(4 * rows) + round64(2 * rows * stride);
+    const int64_t rows = most.rows, encoded = 2 * round64(4 * rows) + round64(2 * rows * stride);
     return 4 * scratch_floats(most, stride, group) + encoded + round64(2 * rows) + round64(2 * most.queries);
 }
 
@@ -121,8 +120,7 @@ WindowScratch WindowPlan::scratch(int worker) const {
     s.maximum = s.sum + rows * kSlots;
     s.decoded = s.maximum + line(rows);
     s.lanes = s.decoded + 2 * kSlots * stride;
-    s.query.totals = reinterpret_cast<int32_t*>(base + 4 * scratch_floats(most, stride, p_.group));
-    s.query.delta = reinterpret_cast<float*>(s.query.totals + rows * kMaxGroups);
+    s.query.delta = reinterpret_cast<float*>(base + 4 * scratch_floats(most, stride, p_.group));
     s.query.centre = s.query.delta + line(rows);
     s.query.codes = reinterpret_cast<int16_t*>(s.query.centre + line(rows));
     s.masks = reinterpret_cast<uint16_t*>(s.query.codes) + round64(2 * rows * stride) / 2;
@@ -204,7 +202,7 @@ bool WindowUnit::logits(int entry, int heads, PositionRange range) {
         tile.head_dim = p_.head_dim, tile.stride = stride_;
         tile.scale = p_.scale, tile.softcap = p_.softcap;
         tile.query = {s_.query.codes + static_cast<int64_t>(first) * stride_, s_.query.delta + first,
-                      s_.query.centre + first, s_.query.totals + first * kMaxGroups};
+                      s_.query.centre + first};
         tile.group = is_full(format) ? 0 : group_size(format, p_.head_dim);
         kernels_.logits_page[static_cast<int>(format)](tile, page_at(p_.pools, id), nullptr);
     }

@@ -170,10 +170,11 @@ def test_refusals_come_before_any_write(op: str, change: dict[str, Any], text: s
     assert all(torch.all(pool.slabs[0] == POISON) for pool in pools)
 
 
-def test_attend_and_append_refuse_quantized_pools() -> None:
+def test_append_refuses_quantized_pools() -> None:
     pools = poisoned_pools(("bf16", "int8"), 64, 1, 1)
-    with pytest.raises(ValueError, match=re.escape("attend: pools[1] has format int8, expected f32, bf16 or f16")):
-        ops.attend(torch.zeros(1, 1, 64), torch.zeros(1, 1).int(), pools)
+    token, place = torch.zeros(1, 1, 64), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=re.escape("append: pools[1] has format int8, expected f32, bf16 or f16")):
+        ops.append(token, token, place, place.to(torch.uint8), pools, torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dim", [16, 40, 528])
