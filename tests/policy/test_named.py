@@ -48,11 +48,10 @@ def test_roles_and_defaults() -> None:
     assert made["kivi"] == (None, None, QuantizeAll("int4"))
     assert made["keynorm"] == (KeyNorm(), Uniform(), KeepTop())
     assert made["keydiff"] == (KeyDiversity(), Uniform(), KeepTop())
-    scorer = MeanSpread(32, 5, "avg", "present", "std", 1.0)
-    assert made["arkv"] == (scorer, EntropyShare(queries=32), ThreeStates("int4", cover=True))
+    assert made["arkv"] == (KeyDiversity(), EntropyShare(full_share=0.05), ThreeStates("int4", cover=True))
     assert (policy.h2o().window, policy.h2o().window_share) == (None, 0.5)
     assert (policy.kivi().window, policy.kivi().formats) == (128, ("int4",))
-    assert (policy.arkv().combine, policy.arkv().decay, policy.arkv().formats) == ("max", 0.95, ("int4",))
+    assert (policy.arkv().combine, policy.arkv().decay, policy.arkv().formats) == ("replace", 0.95, ("int4",))
 
 
 def test_settings_of_the_papers() -> None:
@@ -63,9 +62,7 @@ def test_settings_of_the_papers() -> None:
     code = policy.arkv(
         "int8",
         cover=False,
-        spread="variance",
-        divide="kernel",
-        combine="replace",
+        scorer=MeanSpread(spread="variance", divide="kernel"),
         window=32,
         sinks=0,
         allocator=EntropyShare(stats="code"),
@@ -86,12 +83,15 @@ def test_every_policy_takes_window_sinks_interval_chunk(name: str) -> None:
         make(sinks=-1)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv", "arkv"])
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "adakv"])
 def test_a_window_below_the_queries_is_refused(name: str) -> None:
     make: Callable[..., Policy] = NAMED[name]
     with pytest.raises(ValueError, match=r"scores \d+ window queries, expected at most 16"):
         make(window=16)
     assert make(window=16, queries=16).queries == 16
+    with pytest.raises(ValueError, match=r"policy arkv: scores 32 window queries, expected at most 16"):
+        policy.arkv(window=16)
+    assert policy.arkv(window=16, allocator=EntropyShare(queries=16)).queries == 16
 
 
 # --- From bytes to states -----------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_ada_kv_sums_to_h_times_b() -> None:
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
 def test_a_knapsack_is_followed(share: float) -> None:
     """Formats token by token, from scores of attention: the plan is the allocation, and costs what it says."""
-    made = replace(policy.arkv(), allocator=Knapsack(("bf16", "int4")))
+    made = replace(policy.arkv(scorer=MeanSpread()), allocator=Knapsack(("bf16", "int4")))
     sights = layers_seen(3, made)
     movable = torch.stack([s.stored & ~s.protected for s in sights])
     total = int(((movable.sum(2) + 15) // 16).sum() * C_FULL * share)

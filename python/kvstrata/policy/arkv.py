@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvstrata.budget import EntropyShare
-from kvstrata.policy.base import Policy
+from kvstrata.policy.base import Policy, Scorer
+from kvstrata.policy.keydiff import KeyDiversity
 from kvstrata.policy.snapkv import WindowVote
 from kvstrata.policy.three_states import ThreeStates
+
+FULL_SHARE = 0.05
+"""Mean share of the pages of a row that stay Full where not all fit; layers of high OQ take more of it."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,10 @@ class MeanSpread(WindowVote):
 def arkv(
     quantized: str = "int4",
     cover: bool = True,
-    spread: Literal["std", "variance"] = "std",
-    queries: int = 32,
-    kernel: int = 5,
-    divide: Literal["present", "kernel"] = "present",
+    scorer: Scorer | None = None,
     *,
-    beta: float = 1.0,
-    gamma: float = 263.81,
     allocator: EntropyShare | None = None,
-    combine: Literal["replace", "sum", "max"] = "max",
+    combine: Literal["replace", "sum", "max"] = "replace",
     decay: float = 0.95,
     window: int = 64,
     sinks: int = 16,
@@ -58,21 +57,24 @@ def arkv(
 ) -> Policy:
     """Keeps what matters most Full, quantizes the middle, evicts the rest.
 
-    quantized, cover: of :class:`kvstrata.policy.three_states.ThreeStates`; spread, queries, kernel, divide, beta, gamma: of
-    :class:`MeanSpread`; allocator: None is ``EntropyShare`` of as many queries; combine, decay: how a new score joins the last
-    one; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three multiples of 16; sinks:
-    first tokens kept. ValueError for parameters.
+    quantized, cover: of :class:`kvstrata.policy.three_states.ThreeStates`; scorer: None is
+    :class:`kvstrata.policy.keydiff.KeyDiversity`; allocator: None is ``EntropyShare(full_share=FULL_SHARE)``; combine, decay:
+    how a new score joins the last one; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all
+    three multiples of 16; sinks: first tokens kept. ValueError for parameters.
 
-    The paper's settings: ``arkv("int8", cover=False, spread="variance", divide="kernel", combine="replace", window=32,
-    sinks=0, allocator=EntropyShare(stats="code"))``. Deviations: its code cuts the prompt without quantizing, decides by one
-    query while decoding, and overwrites what it has quantized; here quantized tokens live on, and one plan serves prompt
-    and decoding. Its FP8 with one scale for all heads is int8 per token. The code's own count budget is not rebuilt.
+    The paper's settings: ``arkv("int8", cover=False, scorer=MeanSpread(spread="variance", divide="kernel"), window=32,
+    sinks=0, allocator=EntropyShare(stats="code"))``. Deviations: the paper ranks by what the last queries attend to, which
+    knows little of questions that come later; the default here ranks by the keys alone, and :class:`MeanSpread` is for
+    prompts that end in their question. Few pages stay Full, because coverage answers more than precision does. Its code cuts
+    the prompt without quantizing, decides by one query while decoding, and overwrites what it has quantized; here quantized
+    tokens live on, and one plan serves prompt and decoding. Its FP8 with one scale for all heads is int8 per token. The
+    code's own count budget is not rebuilt.
     """
     return Policy(
         "arkv",
         ThreeStates(quantized, cover),
-        MeanSpread(queries, kernel, divide=divide, spread=spread, beta=beta, gamma=gamma),
-        EntropyShare(queries=queries) if allocator is None else allocator,
+        KeyDiversity() if scorer is None else scorer,
+        EntropyShare(full_share=FULL_SHARE) if allocator is None else allocator,
         formats=(quantized,),
         sinks=sinks,
         window=window,
