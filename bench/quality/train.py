@@ -68,7 +68,8 @@ FORMS = (("{n}", 8), ("{n} is", 9), ("The {n} is", 10), ("{k}", 9), ("{k} is", 1
 class Stage:
     """At most so many steps of ``tokens`` tokens at a context length; shares of copies and verbatim facts, the rest are
     tasks; share of contexts whose positions skip. ``until``: the stage ends early once answers are so accurate.
-    ``even``: chains and several values are asked nearly as often as codes, which are five questions of six otherwise."""
+    ``even``: chains and several values are asked nearly as often as codes, which are five questions of six otherwise.
+    ``long``: twice as many chains in a context, because their one hard token, whether a chain goes on, is seldom asked."""
 
     steps: int
     tokens: int
@@ -78,6 +79,7 @@ class Stage:
     skip: float
     until: float = 1.0
     even: bool = False
+    long: bool = False
 
 
 CURRICULUM = (
@@ -90,6 +92,8 @@ CURRICULUM = (
     Stage(400, 8192, 2048, 0.02, 0.0, 0.3),
     Stage(350, 8192, 1024, 0.0, 0.0, 0.4, even=True),
     Stage(150, 8192, 2048, 0.0, 0.0, 0.3, even=True),
+    Stage(220, 8192, 1024, 0.0, 0.0, 0.4, even=True, long=True),
+    Stage(120, 8192, 2048, 0.0, 0.0, 0.3, even=True, long=True),
 )
 
 
@@ -151,7 +155,7 @@ class Sampler:
             return self.copy(stage.context)
         if u < stage.copy + stage.verbatim:
             return self.verbatim(stage.context)
-        return self.task(stage.context, stage.even)
+        return self.task(stage)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text).ids
@@ -184,22 +188,22 @@ class Sampler:
                 ids, kinds = ids + a + b, kinds + [0] * len(a) + [2] * len(b)
         return ids, kinds
 
-    def task(self, context: int, even: bool = False) -> tuple[list[int], list[int]]:
+    def task(self, stage: Stage) -> tuple[list[int], list[int]]:
         """Contexts, each with its questions, until ``context`` tokens are full; mostly one."""
-        ids, kinds = self.asked(context, even)
-        while context - len(ids) > 96:
-            more, more_kinds = self.asked(context - len(ids), even)
+        ids, kinds = self.asked(stage.context, stage)
+        while stage.context - len(ids) > 96:
+            more, more_kinds = self.asked(stage.context - len(ids), stage)
             ids, kinds = ids + more, kinds + more_kinds
         return ids, kinds
 
-    def asked(self, context: int, even: bool) -> tuple[list[int], list[int]]:
+    def asked(self, context: int, stage: Stage) -> tuple[list[int], list[int]]:
         """A talk, or facts of several tasks in filler; then each question once, while there is room."""
         room = int(context * self.rng.choice((0.5, 0.65, 0.8)))
-        if self.rng.random() < (0.1 if even else 0.25):
+        if self.rng.random() < (0.1 if stage.even else 0.25):
             part = talk(self.rng, room, self.world)
             text = "".join(part.facts)
         else:
-            part = self.mixed(room, even)
+            part = self.mixed(room, stage)
             text = weave(self.rng, room, part.facts, self.world)
         ids = self.encode(text)
         kinds = [1] * len(ids)
@@ -211,20 +215,21 @@ class Sampler:
                 break
         return ids, kinds
 
-    def mixed(self, room: int, even: bool) -> Part:
+    def mixed(self, room: int, stage: Stage) -> Part:
         """Facts of one to three tasks under different names; never more than two thirds of ``room``."""
         facts: list[str] = []
         asks: list[tuple[str, str]] = []
         n = max(2, min(2 * count(room), int(count(room) * self.rng.uniform(0.5, 3.0))))
-        names = keys(self.rng, 2 * n + 8)
+        names = keys(self.rng, 4 * n + 8)
+        chained = 4 * max(1, n // (2 if stage.long else 4))
         makers = [
             lambda: codes(self.rng, names[:n]),
             lambda: codes(self.rng, names[:n]),
             lambda: values(self.rng, names[n : n + max(1, n // 3)]),
-            lambda: chains(self.rng, names[-4 * max(1, n // 4) :]),
+            lambda: chains(self.rng, names[-chained:]),
             lambda: marks(self.rng, min(96, 4 * n)),
         ]
-        makers = [*makers[1:], *makers[2:4], makers[3]] if even else makers
+        makers = [*makers[1:], *makers[2:4], makers[3]] if stage.even else makers
         for make in self.rng.sample(makers, self.rng.randint(1, 2)):
             part = make()
             if sum(map(self.world.tokens, facts + part.facts)) <= 2 * room // 3 or not facts:

@@ -103,7 +103,6 @@ void Store::add_mass(int layer, const TokenTensor& q, int from, int to, float sc
             add_mass(row_of(*s.sequence, layer, h), mass);
         }
     }
-    std::vector<float>().swap(logits_);
     settle_workspace();
 }
 

@@ -175,6 +175,7 @@ void* Store::workspace(int64_t bytes) {
 // Decoding keeps its workspace. What several queries need is large: it goes with their activations, and must not count
 // against what the cache holds afterwards.
 void Store::settle_workspace() {
+    if (longest_ > 1) std::vector<float>().swap(logits_);
     if (longest_ <= 1) {
         kept_workspace_ = workspace_.size();
     } else if (workspace_.size() > kept_workspace_) {

@@ -42,7 +42,7 @@ class Plans:
             return
         seen = self._scored(seen, ids)
         if self._cache.policy.allocator is not None:
-            seen = replace(seen, allowance=self._equal_share(seen))
+            seen = replace(seen, allowance=self._equal_share(seen, ids))
         self._apply(seen, ids)
 
     def run(self, ids: list[int]) -> None:
@@ -125,11 +125,25 @@ class Plans:
         assert limit is not None
         return max(0, room(cache.policy, cache.shape, limit, max(1, len(cache._live))).content)
 
-    def _equal_share(self, seen: Seen) -> Allowance:
+    def _equal_share(self, seen: Seen, ids: list[int]) -> Allowance:
         cache = self._cache
         rows = max(1, len(cache._live)) * sum(cache.shape.layers[i].kv_heads for i in self.layers)
         each = torch.full((seen.positions.shape[0],), self._total() // rows, dtype=torch.int64)
-        return Allowance(each, page_costs(cache.shape, seen.layer, cache.policy))
+        return Allowance(each, page_costs(cache.shape, seen.layer, cache.policy), self._last_share(seen.layer, ids))
+
+    def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
+        """The share of a layer's rows that stays Full by the statistics of the last plan, f32 [R]; None: the planner's own."""
+        allocator, shape = self._cache.policy.allocator, self._cache.shape
+        if allocator is None or "oq" not in allocator.needs:
+            return None
+        heads = shape.layers[layer].kv_heads
+        last = [[self.statistics.get((i, seq), torch.ones(heads)) for seq in ids] for i in self.layers]
+        oq = torch.stack([torch.cat(line) for line in last])
+        nothing = torch.zeros(oq.shape, dtype=torch.int64)
+        sequence = torch.arange(len(ids)).repeat_interleave(heads)
+        table = RowsSeen(nothing, torch.ones(1, len(oq), dtype=torch.int64), oq=oq, sequence=sequence)
+        share: Tensor | None = allocator.allocate(table, 0).full_share
+        return None if share is None else share[self.layers.index(layer)]
 
     def _allocated(self, found: list[Seen], ids: list[int]) -> list[Seen]:
         cache, allocator = self._cache, self._cache.policy.allocator

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
 from kvstrata.budget.protect import LEAST_CHUNK, concretise, limit_bytes, pages
@@ -68,17 +70,23 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int) -> Room:
     rings = policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for _, s in planned)
     each = protected + sliding + chunk + rings * (2 if policy.chunk >= policy.queries else 1)
     each += _SEQUENCE_ROW * shape.rows
-    content = limit - limit // SLACK - batch * each - _workspace(shape, batch)
+    content = limit - limit // SLACK - batch * each - _workspace(policy, shape, limit, batch)
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
     return Room(limit, batch, content * rows // (rows + 1))
 
 
-def _workspace(shape: Shape, batch: int) -> int:
-    """Of decoding, two threads: partial results of at most 32 chunks of each row, queries and one page."""
-    return max(
-        batch * s.kv_heads * (32 + 32 * (s.q_heads // s.kv_heads) * (s.head_dim + 17) * 4) + 2 * 40 * s.head_dim * 4
-        for s in shape.layers
-    )
+def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
+    """Of decoding: partial results of each row's chunks of 8 pages, as many pages as the limit may buy; by thread, queries and
+    one decoded page (``csrc/cpu/attend_plan.cpp``)."""
+    rows = batch * sum(s.kv_heads for s in shape.layers)
+    most = 0
+    for i, s in enumerate(shape.layers):
+        group, entries = s.q_heads // s.kv_heads, limit // (rows * min(page_costs(shape, i, policy).values())) + 1
+        partial = min(128, -(-entries // 8)) * (group * (s.head_dim + 1) * 4 + 64)
+        mass = group * (entries * SLOTS + 1) * 4 if policy.massed else 0
+        scratch = (group * (4 * s.head_dim + 64) + 2 * SLOTS * s.head_dim) * 4 + 512
+        most = max(most, batch * s.kv_heads * (32 + partial + mass) + torch.get_num_threads() * scratch)
+    return most
 
 
 def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[int]) -> Policy:

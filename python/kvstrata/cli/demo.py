@@ -21,7 +21,7 @@ from kvstrata.cli.output import Output, bytes_text
 MODEL = Path("bench/quality/model")
 LENGTH = 2048
 SEED = 3
-CACHES = (("DynamicCache", None), ("full", None), ("streaming", "25%"))
+CACHES = (("DynamicCache", None), ("full", None), ("streaming", "25%"), ("arkv", "25%"))
 # Grouped-query attention in the proportions of larger models; weights drawn wide, so that attention is not uniform.
 RANDOM = {
     "vocab_size": 256,
