@@ -92,8 +92,8 @@ CURRICULUM = (
     Stage(400, 8192, 2048, 0.02, 0.0, 0.3),
     Stage(350, 8192, 1024, 0.0, 0.0, 0.4, even=True),
     Stage(150, 8192, 2048, 0.0, 0.0, 0.3, even=True),
-    Stage(220, 8192, 1024, 0.0, 0.0, 0.4, even=True, long=True),
-    Stage(120, 8192, 2048, 0.0, 0.0, 0.3, even=True, long=True),
+    Stage(250, 8192, 1024, 0.0, 0.0, 0.4, even=True, long=True),
+    Stage(150, 8192, 2048, 0.0, 0.0, 0.3, even=True, long=True),
 )
 
 
