@@ -169,9 +169,6 @@ class Plans:
         """[L, R, N] of unprotected tokens, moved to the front of each row."""
         allocator = self._cache.policy.allocator
         assert allocator is not None
-        heads = {seen.positions.shape[0] for seen in found}
-        if len(heads) > 1:
-            raise Unsupported("allocate: layers differ in their number of KV heads, an allocator needs them equal")
         free = [seen.stored & ~seen.protected for seen in found]
         states = sorted(costs[0])
         wide: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvstrata import Budget, Cache, LayerSpec, Shape
-from kvstrata.config import BudgetExceeded
+from kvstrata.config import BudgetExceeded, Unsupported
 from kvstrata.policy import NAMED
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
@@ -121,3 +121,10 @@ def test_a_step_that_cannot_fit_raises_and_changes_nothing() -> None:
     with pytest.raises((BudgetExceeded, ValueError), match="budget"):
         feed(cache, more, [16] * 40, generator)
     assert before == [cache.materialize(layer, seq)[2].tolist() for layer in range(3)]
+
+
+def test_layers_of_different_heads_are_refused_at_once() -> None:
+    shape = Shape([LayerSpec(2, 8, 64), LayerSpec(4, 8, 64)], torch.bfloat16)
+    with pytest.raises(Unsupported, match=r"layers have \[2, 4\] KV heads"):
+        Cache(shape, budget="1MiB", policy="keydiff")
+    assert Cache(shape, policy="kivi").policy.formats == ("int4",), "without a division they are served"

@@ -11,7 +11,7 @@ from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
 from kvstrata.budget.protect import LEAST_CHUNK, concretise, limit_bytes, pages
 from kvstrata.budget.units import Budget
-from kvstrata.config import DTYPES, SLOTS, Shape
+from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
 from kvstrata.policy.base import FULL, STATES, Policy
 
 FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
@@ -101,6 +101,11 @@ def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[i
         return concretise(policy, shape, budget, batch=len(lengths))
     if budget is None:
         raise ValueError(f"budget: policy {policy.name!r} needs one, got None")
+    heads = sorted({s.kv_heads for s in shape.layers if s.window is None})
+    if len(heads) > 1:
+        raise Unsupported(
+            f"policy {policy.name!r}: layers have {heads} KV heads, a division over layers needs them equal"
+        )
     if budget.unit == "share" and budget.at is None:
         lengths = [max(n, REFERENCE) for n in lengths]
     if policy.window is None and budget.unit == "tokens":
