@@ -190,12 +190,15 @@ void bind_store(py::module_& m) {
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
                  s.check_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
              })
-        .def("plan_pages",
-             [](Store& s, int layer, SeqId seq, int head, Address state) {
-                 return s.plan_pages(layer, seq, head, reinterpret_cast<const uint8_t*>(state));
+        .def("plan_piece",
+             [](Store& s, int layer, SeqId seq, int head, Address state, const std::vector<int64_t>& cost,
+                int64_t spare) {
+                 const auto piece =
+                     s.plan_piece(layer, seq, head, reinterpret_cast<const uint8_t*>(state), cost, spare);
+                 return py::make_tuple(piece.entries, piece.changing, piece.pages);
              })
-        .def("apply_plan", [](Store& s, int layer, SeqId seq, int head, Address state) {
-            s.apply_plan(layer, seq, head, reinterpret_cast<const uint8_t*>(state));
+        .def("apply_plan", [](Store& s, int layer, SeqId seq, int head, Address state, int most) {
+            return s.apply_plan(layer, seq, head, reinterpret_cast<uint8_t*>(state), most);
         });
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });

@@ -17,6 +17,12 @@ int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
     const int index = static_cast<int>(vacant - slabs_.begin());
     check(index < kMaxSlabs, "lend: the pool has ", kMaxSlabs, " slabs, and no more can be named");
     if (vacant == slabs_.end()) {
+        if (slabs_.size() == slabs_.capacity()) {  // doubling could pass a limit that has room for one slab
+            const size_t room = slabs_.size() + std::max<size_t>(4, slabs_.size() / 16);
+            slabs_.reserve(room);
+            payloads_.reserve(room);
+            positions_.reserve(room);
+        }
         slabs_.emplace_back();
         payloads_.push_back(nullptr);
         positions_.push_back(nullptr);

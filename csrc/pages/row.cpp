@@ -6,7 +6,8 @@
 namespace kvstrata::pages {
 namespace {
 
-constexpr size_t kNoteRoom = 8 * kSlots;  // notes that are made room for at a time
+// Entries that a row makes room for beyond those it has: doubling would cost more than a small page's other books.
+constexpr int spare_entries(int entries) { return 8 + entries / 16; }
 
 // Highest position among the alive slots of an entry; -1 if none.
 int64_t last_position(const Row& row, int entry, Pools& pools) {
@@ -23,15 +24,29 @@ void narrow(Row& row, int entry, uint16_t keep) {
     row.visible[entry] &= keep;
 }
 
+template <class T>
+void resize(std::vector<T>& column, int entries, size_t each = 1) {
+    const size_t size = entries * each;
+    if (size > column.capacity()) column.reserve(size + spare_entries(entries) * each);
+    column.resize(size);
+}
+
 void resize(Row& row, int entries) {
-    row.page.resize(entries);
-    row.alive.resize(entries);
-    row.visible.resize(entries);
-    row.want.resize(entries);
-    if (!row.noted) return;
-    const size_t size = static_cast<size_t>(entries) * kSlots;
-    if (size > row.note.capacity()) row.note.reserve(size + kNoteRoom);  // they weigh more than all other columns
-    row.note.resize(size);
+    resize(row.page, entries);
+    resize(row.alive, entries);
+    resize(row.visible, entries);
+    resize(row.want, entries);
+    if (row.noted) resize(row.note, entries, kSlots);
+}
+
+// Gives back room that a shrunken row has no use for.
+void tighten(Row& row) {
+    if (row.page.capacity() <= row.page.size() + 2 * spare_entries(row.entries())) return;
+    row.page.shrink_to_fit();
+    row.alive.shrink_to_fit();
+    row.visible.shrink_to_fit();
+    row.want.shrink_to_fit();
+    row.note.shrink_to_fit();
 }
 
 // Entry `from` to place `to`; what stood there is overwritten.
@@ -140,7 +155,7 @@ void replace(Row& row, std::span<const uint8_t> gone, std::span<const Fresh> fre
     }
     row.sealed += n_fresh;
     drop_empty(row, pools);
-    if (row.note.capacity() > row.note.size() + kNoteRoom) row.note.shrink_to_fit();
+    tighten(row);
 }
 
 int64_t drop_before(Row& row, int64_t boundary, Pools& pools) {

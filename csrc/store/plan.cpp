@@ -3,6 +3,9 @@
 // Survivors of touched pages are packed by (format, position) into new pages. A page is touched if one of its tokens
 // changes state, or if it is part-filled and others of its format are packed anyway: so a row never holds two part-filled
 // sealed pages of one format after a plan that moves anything.
+//
+// Where memory is short, a row is rewritten piece by piece: the changing pages of fewest survivors first, each piece written
+// and switched before the next, which finds the pages that it freed.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -29,11 +32,13 @@ struct Survivor {
     uint32_t note;
 };
 
-// What a row's plan comes to: entries that leave, survivors to pack by their new state, masks of the tail.
+// What a piece of a row's plan comes to: entries that leave, survivors to pack by their new state, masks of the tail.
 struct Repack {
     std::vector<uint8_t> gone;          // [sealed entries]
     std::vector<uint16_t> tail_keep;    // [tail entries]
     std::vector<Survivor> to[kStates];  // by new state, in order of position
+    std::vector<const uint8_t*> wants;  // [entries] the new states of each entry's tokens
+    int changing = 0;                   // sealed entries that the whole plan changes
     bool changes = false;
 
     int64_t pages(int state) const { return (static_cast<int64_t>(to[state].size()) + kSlots - 1) / kSlots; }
@@ -46,38 +51,62 @@ bool holds(const pages::Row& row, int entry, State now, const uint8_t* want) {
     return true;
 }
 
+// Those of the sealed entries that change, at most `most`: of more, those of fewest survivors.
 template <class StateOf>
-Repack repack(const pages::Row& row, const uint8_t* want, pages::Pools& pools, StateOf state_of) {
+std::vector<int> changing(const pages::Row& row, Repack& r, int most, StateOf state_of) {
+    std::vector<int> found;
+    for (int e = 0; e < row.sealed; ++e) {
+        if (!holds(row, e, state_of(row.page[e]), r.wants[e])) found.push_back(e);
+    }
+    r.changing = static_cast<int>(found.size());
+    if (r.changing <= most) return found;
+    std::vector<int> left(row.sealed);
+    for (int e : found) {
+        const uint8_t* want = r.wants[e];
+        left[e] =
+            static_cast<int>(std::count_if(want, want + std::popcount(row.alive[e]), [](uint8_t w) { return w; }));
+    }
+    std::stable_sort(found.begin(), found.end(), [&](int a, int b) { return left[a] < left[b]; });
+    found.resize(most);
+    return found;
+}
+
+// Survivors of one entry, each to the state it shall take.
+void collect(const pages::Row& row, int e, State now, const int32_t* positions, Repack& r) {
+    int i = 0;
+    for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
+        const uint8_t want = r.wants[e][i];
+        if (!want) continue;
+        const int slot = std::countr_zero(m);
+        const uint32_t note = row.noted ? row.note[static_cast<size_t>(e) * kSlots + slot] : 0;
+        r.to[want].push_back({positions[slot], row.page[e], slot, now, note});
+    }
+}
+
+// A piece of at most `most` changing entries.
+template <class StateOf>
+Repack repack(const pages::Row& row, const uint8_t* want, int most, pages::Pools& pools, StateOf state_of) {
     Repack r;
     r.gone.assign(row.sealed, 0);
-    std::vector<const uint8_t*> wants(row.entries());
+    for (int e = 0; e < row.entries(); want += std::popcount(row.alive[e]), ++e) r.wants.push_back(want);
     bool packs[kStates] = {};
-    for (int e = 0; e < row.entries(); ++e) {
-        wants[e] = want;
-        want += std::popcount(row.alive[e]);
-        if (e >= row.sealed || holds(row, e, state_of(row.page[e]), wants[e])) continue;
+    for (int e : changing(row, r, most, state_of)) {
         r.gone[e] = 1;
-        for (const uint8_t* w = wants[e]; w < want; ++w) packs[*w] = true;
+        for (int i = 0; i < std::popcount(row.alive[e]); ++i) packs[r.wants[e][i]] = true;
     }
     for (int e = 0; e < row.sealed; ++e) {
         const State now = state_of(row.page[e]);
-        if (row.alive[e] != kAllSlots && packs[static_cast<int>(now)]) r.gone[e] = 1;
+        const bool part = row.alive[e] != kAllSlots && packs[static_cast<int>(now)];
+        if (part && holds(row, e, now, r.wants[e])) r.gone[e] = 1;
         if (!r.gone[e]) continue;
         r.changes = true;
-        const int32_t* pos = pool_of(pools, row.page[e]).positions(row.page[e]);
-        int i = 0;
-        for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
-            const int slot = std::countr_zero(m);
-            if (!wants[e][i]) continue;
-            const uint32_t note = row.noted ? row.note[static_cast<size_t>(e) * kSlots + slot] : 0;
-            r.to[wants[e][i]].push_back({pos[slot], row.page[e], slot, now, note});
-        }
+        collect(row, e, now, pool_of(pools, row.page[e]).positions(row.page[e]), r);
     }
     for (int e = row.sealed; e < row.entries(); ++e) {
         uint16_t keep = row.alive[e];
         int i = 0;
         for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
-            if (!wants[e][i]) keep &= static_cast<uint16_t>(~(1u << std::countr_zero(m)));
+            if (!r.wants[e][i]) keep &= static_cast<uint16_t>(~(1u << std::countr_zero(m)));
         }
         r.changes |= keep != row.alive[e];
         r.tail_keep.push_back(keep);
@@ -87,6 +116,23 @@ Repack repack(const pages::Row& row, const uint8_t* want, pages::Pools& pools, S
                   [](const Survivor& a, const Survivor& b) { return a.position < b.position; });
     }
     return r;
+}
+
+// The new states in the order in which the row's table stands once the piece is done.
+std::vector<uint8_t> reordered(const pages::Row& row, const Repack& r) {
+    std::vector<uint8_t> out;
+    out.reserve(row.stored);
+    const auto keep = [&](int e) { out.insert(out.end(), r.wants[e], r.wants[e] + std::popcount(row.alive[e])); };
+    for (int e = 0; e < row.sealed; ++e) {
+        if (!r.gone[e]) keep(e);
+    }
+    for (int s = 1; s < kStates; ++s) out.insert(out.end(), r.to[s].size(), static_cast<uint8_t>(s));
+    for (int e = row.sealed; e < row.entries(); ++e) {
+        for (int i = 0; i < std::popcount(row.alive[e]); ++i) {
+            if (r.wants[e][i]) out.push_back(r.wants[e][i]);
+        }
+    }
+    return out;
 }
 
 }  // namespace
@@ -127,22 +173,39 @@ void Store::check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* st
     }
 }
 
-std::vector<int64_t> Store::plan_pages(int layer, SeqId seq, int head, const uint8_t* state) {
-    std::vector<int64_t> need(pools_.size(), 0);
-    const Repack r =
-        repack(row_of(find(seq, "plan_pages"), layer, head), state, pools_, [this](PageId id) { return state_of(id); });
-    for (int s = 1; s < kStates; ++s) {
-        if (r.pages(s)) need[pool_of(layer, static_cast<State>(s))] += r.pages(s);
-    }
-    return need;
+// The largest piece of a row's plan whose new pages cost at most `spare` beside those that are free, cost [pools] each; one
+// changing entry at the least.
+PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const uint8_t* state, std::span<const int64_t> cost,
+                            int64_t spare) {
+    const pages::Row& row = row_of(find(seq, "plan_piece"), layer, head);
+    check(cost.size() == pools_.size(), "plan_piece: cost has ", cost.size(), " elements, expected ", pools_.size());
+    PlanPiece piece;
+    const auto fits = [&](int most) {
+        const Repack r = repack(row, state, most, pools_, [this](PageId id) { return state_of(id); });
+        piece = {std::min(most, r.changing), r.changing, std::vector<int64_t>(pools_.size(), 0)};
+        for (int s = 1; s < kStates; ++s) {
+            if (r.pages(s)) piece.pages[pool_of(layer, static_cast<State>(s))] += r.pages(s);
+        }
+        int64_t bytes = 0;
+        for (size_t p = 0; p < pools_.size(); ++p) {
+            bytes += std::max<int64_t>(0, piece.pages[p] - pools_[p].free()) * cost[p];
+        }
+        return bytes <= spare;
+    };
+    if (fits(row.sealed)) return piece;
+    int low = 1, high = std::max(piece.changing, 1);  // `high` does not fit, unless it is 1
+    while (high - low > 1) (fits((low + high) / 2) ? low : high) = (low + high) / 2;
+    fits(low);
+    return piece;
 }
 
-// One row, all or nothing. Its new pages must be free: plan_pages says how many.
-void Store::apply_plan(int layer, SeqId seq, int head, const uint8_t* state) {
+// A piece of one row's plan, all or nothing: at most `most` of its changing entries. Its new pages must be free: plan_piece
+// says how many. Then `state` is put into the order of the table as it stands. Returns whether anything is left to change.
+bool Store::apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most) {
     Sequence& s = find(seq, "apply_plan");
     pages::Row& row = row_of(s, layer, head);
-    const Repack r = repack(row, state, pools_, [this](PageId id) { return state_of(id); });
-    if (!r.changes) return;
+    const Repack r = repack(row, state, most, pools_, [this](PageId id) { return state_of(id); });
+    if (!r.changes) return false;
     fault::hit("plan.after_check");
     std::vector<pages::Fresh> fresh;
     std::vector<ops::Move> copies, encodes;
@@ -177,9 +240,12 @@ void Store::apply_plan(int layer, SeqId seq, int head, const uint8_t* state) {
         for (const pages::Fresh& f : fresh) pages::pool_of(pools_, f.page).release(f.page);
         throw;
     }
+    const std::vector<uint8_t> left = reordered(row, r);
     const int32_t before = row.stored;
     pages::replace(row, r.gone, fresh, r.tail_keep, pools_);
+    std::copy(left.begin(), left.end(), state);
     if (row.stored != before) s.floor = std::max(s.floor, base(s, seen(layer, s)));
+    return r.changing > most;
 }
 
 const float* Store::centre(const Sequence& s, int layer, int head) const {

@@ -91,6 +91,12 @@ struct Look {
     float* scores;
 };
 
+// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
+struct PlanPiece {
+    int32_t entries, changing;
+    std::vector<int64_t> pages;
+};
+
 struct PoolInfo {
     Format format;
     int32_t head_dim;
@@ -163,8 +169,9 @@ class Store {
 
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
-    std::vector<int64_t> plan_pages(int layer, SeqId seq, int head, const uint8_t* state);  // pages per pool
-    void apply_plan(int layer, SeqId seq, int head, const uint8_t* state);                  // one row, checked before
+    PlanPiece plan_piece(int layer, SeqId seq, int head, const uint8_t* state, std::span<const int64_t> cost,
+                         int64_t spare);
+    bool apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most);  // of one row, checked before
 
   private:
     struct StepSequence {

@@ -95,12 +95,14 @@ class Cache:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
         ids = self._store.fork(seq.id, n)
         self._live += ids
+        self._plans.follow(ids, [seq.id] * n)
         self._counts["forks"] += n
         return [Sequence(i) for i in ids]
 
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
         ids = self._store.select([s.id for s in seqs], list(index))
+        self._plans.follow(ids, [seqs[i].id for i in index])
         self._forget(seqs)
         self._live += ids
         return [Sequence(i) for i in ids]
@@ -114,6 +116,7 @@ class Cache:
                 raise ValueError(f"crop: length is {length}, expected {low}..{high} (tokens below {low} were dropped)")
         for seq, length in pairs:
             self._store.crop(seq.id, length)
+            self._plans.cropped(seq.id, length)
         self._counts["crops"] += 1
 
     def crop_floor(self, seq: Sequence) -> int:
@@ -136,11 +139,13 @@ class Cache:
         """Empties the sequences; the handles stay."""
         for seq in seqs:
             self._store.clear(seq.id)
+        self._plans.forget([s.id for s in seqs])
 
     def reset(self) -> None:
         """Empties every sequence; pages go back to the pools."""
         for i in self._live:
             self._store.clear(i)
+        self._plans.forget(self._live)
 
     def logical_length(self, seq: Sequence) -> int:
         """Real tokens seen, whatever was dropped."""
@@ -267,10 +272,12 @@ class Cache:
         self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
         self._plans.apply(layer, [seq.id], state, list(range(heads)))
 
-    def _after_commit(self, ids: list[int], before: list[int], longest: int) -> None:
+    def _after_commit(self, ids: list[int], before: list[int], longest: int, cut: bool) -> None:
         self._slabs.note_peak()
         if self.policy.planner is None:
             return
+        if cut:
+            self._plans.note(ids)
         interval = self.policy.interval
         due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
         if due:

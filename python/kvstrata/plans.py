@@ -28,6 +28,8 @@ class Plans:
         """By layer: scale of q . k and softcap, as the model last used them."""
         self.statistics: dict[tuple[int, int], Tensor] = {}
         """By (layer, sequence): OQ of its rows, f32 [H]."""
+        self.planned: dict[int, int] = {}
+        """By sequence: its length when all its layers were planned last."""
         self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
 
     @property
@@ -56,11 +58,40 @@ class Plans:
             found = self._allocated(found, ids)
         for seen in found:
             self._apply(seen, ids)
+        self.note(ids)
+
+    def before(self, ids: list[int], counts: list[int], cut: bool) -> None:
+        """Plans what a step of so many tokens for each of ``ids`` finds unplanned, where the limit has no room for both: a step
+        that is cut shares its room with the tokens of an interval in all sequences, others must end within the interval."""
+        if self._cache.policy.allocator is None or max(counts) <= 1:
+            return
+        new = dict(zip(ids, counts, strict=True))
+        most = 0 if cut else self._cache.policy.interval
+        waiting = {i: self._store.length(i) - self.planned.get(i, 0) for i in (self._cache._live if cut else ids)}
+        due = [i for i, n in waiting.items() if n > 0 and n + (0 if cut else new[i]) > most]
+        if due:
+            self.run(due)
+
+    def note(self, ids: list[int]) -> None:
+        """All layers of the sequences were planned at their present lengths."""
+        self.planned |= {i: self._store.length(i) for i in ids}
+
+    def cropped(self, seq: int, length: int) -> None:
+        """The sequence was shortened."""
+        self.planned[seq] = min(self.planned.get(seq, 0), length)
+
+    def follow(self, ids: list[int], sources: list[int]) -> None:
+        """What is known of ``sources`` holds for the sequences ``ids`` that continue them."""
+        for i, source in zip(ids, sources, strict=True):
+            self.planned[i] = self.planned.get(source, 0)
+            known = {layer: oq for (layer, seq), oq in self.statistics.items() if seq == source}
+            self.statistics |= {(layer, i): oq for layer, oq in known.items()}
 
     def forget(self, ids: list[int]) -> None:
         """Drops what is known of sequences that ended."""
         gone = set(ids)
         self.statistics = {key: value for key, value in self.statistics.items() if key[1] not in gone}
+        self.planned = {i: n for i, n in self.planned.items() if i not in gone}
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +265,7 @@ class Plans:
                 f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8"
                 f" {list(seen.positions.shape)}"
             )
-        state = plan.state.contiguous()  # held by a name: a copy must outlive the calls that read it
+        state = plan.state.contiguous().clone()  # it is brought into the order of the tables as they change
         self._store.check_plan(seen.layer, ids, state.data_ptr(), state.shape[1], True)
         changed = (state != seen.state) & seen.stored
         self.counts["evicted"] += int((changed & (state == 0)).sum())
@@ -242,10 +273,13 @@ class Plans:
         self.apply(seen.layer, ids, state, torch.nonzero(changed.any(1)).flatten().tolist())
 
     def apply(self, layer: int, ids: list[int], state: Tensor, rows: list[int]) -> None:
-        """Changes the given rows, one after another, each whole, to state u8 [R, N], which was checked."""
+        """Changes the given rows to state u8 [R, N], which was checked, one after another: each whole, or where memory is short
+        piece by piece, each piece whole. Rows of ``state`` follow their tables' new order."""
         heads = self._cache.shape.layers[layer].kv_heads
         for r in rows:
             seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
-            self._cache._slabs.reserve_pages(self._store.plan_pages(layer, seq, head, address))
-            self._store.apply_plan(layer, seq, head, address)
+            more = True
+            while more:
+                most = self._cache._slabs.reserve_plan(layer, seq, head, address)
+                more = self._store.apply_plan(layer, seq, head, address, most)
         self._cache._slabs.note_peak()

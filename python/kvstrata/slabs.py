@@ -7,6 +7,7 @@ import logging
 import torch
 
 from kvstrata._C import Store
+from kvstrata.budget.room import PIECE
 from kvstrata.config import SLOTS, BudgetExceeded
 from kvstrata.testing import fault_point
 
@@ -16,8 +17,11 @@ MAX_SLAB_BYTES = 32 << 20
 MIN_SLAB_BYTES = 64 << 10
 MAX_PAGES_PER_SLAB = 1 << 16
 _POSITION_BYTES = SLOTS * 4
-_ENTRY_BYTES = 32
-"""What a page's table entry may take (9 bytes, doubled where its column grows), kept free for each page under a limit."""
+_ENTRY_BYTES = 20
+"""What a page's refcount and table entry may take, with room to grow, kept free for each page under a limit."""
+_SLAB_BYTES = 1024
+"""What the books of a new slab may take, and of a few more that room is made for."""
+_UNLIMITED = 1 << 62
 
 
 class Slabs:
@@ -51,6 +55,33 @@ class Slabs:
             for key in lent:
                 self._return(key)
             raise
+
+    def reserve_plan(self, layer: int, seq: int, head: int, state: int) -> int:
+        """Makes sure of the free pages for a piece of a row's plan, as large as the limit has room for.
+
+        state: address of the row's planned states. Returns the changing pages of the piece. BudgetExceeded with nothing
+        changed where not even one of them can be rewritten.
+        """
+        costs = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES + _ENTRY_BYTES for p in range(self._store.n_pools)]
+        spare = self._spare(costs)
+        entries, changing, needed = self._store.plan_piece(layer, seq, head, state, costs, spare)
+        if entries < changing:
+            self.trim(keep=needed)
+            spare = self._spare(costs)
+            entries, changing, needed = self._store.plan_piece(layer, seq, head, state, costs, spare)
+        self.reserve_pages(needed)
+        return entries
+
+    def _spare(self, costs: list[int]) -> int:
+        """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
+        if self.limit is None:
+            return _UNLIMITED
+        return min(self._left(), max(self.limit // PIECE, 2 * sum(costs)))
+
+    def _left(self) -> int:
+        """Bytes of the limit that pages of a new slab may take."""
+        assert self.limit is not None
+        return self.limit - self.nbytes() - _SLAB_BYTES
 
     def trim(self, keep: list[int] | None = None) -> int:
         """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
@@ -100,10 +131,10 @@ class Slabs:
         """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
         if self.limit is None:
             return wanted
-        room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
+        room = self._left() // (per_page + _ENTRY_BYTES)
         if room < short:
             self.trim(keep=needed)
-            room = (self.limit - self.nbytes()) // (per_page + _ENTRY_BYTES)
+            room = self._left() // (per_page + _ENTRY_BYTES)
         if room < short:
             raise BudgetExceeded(
                 f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"

@@ -67,6 +67,7 @@ class Step:
             self._cache._admit(self._seqs, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
             self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
+            self._cache._plans.before(self._ids, counts, self._cut)
             if not self._cut:
                 self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
         except BaseException:
@@ -90,7 +91,7 @@ class Step:
             self.rollback()
             raise
         self._close()
-        self._cache._after_commit(self._ids, before, longest)
+        self._cache._after_commit(self._ids, before, longest, self._cut)
 
     def rollback(self) -> None:
         """Withdraws the step's tokens. A layer that was cut inside the step keeps its older tokens as cut."""

@@ -202,6 +202,62 @@ def test_a_fault_leaves_each_row_whole(point: str) -> None:
         assert used == sum(cache._store.pool(p)["used"] for p in range(cache._store.n_pools))
 
 
+def in_pieces(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Memory for one changing page at a time from now on; the list gets how many are still to do before each piece."""
+    left: list[int] = []
+    store, slabs = cache._store, cache._slabs
+
+    def reserve_plan(layer: int, seq: int, head: int, state: int) -> int:
+        entries, changing, needed = store.plan_piece(layer, seq, head, state, [1] * store.n_pools, -1)
+        assert entries == 1 or not changing
+        left.append(changing)
+        slabs.reserve_pages(needed)
+        return entries
+
+    monkeypatch.setattr(slabs, "reserve_plan", reserve_plan)
+    return left
+
+
+def test_a_plan_in_pieces_is_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page by page, every token is stored as by one piece, and as densely: at most one part-filled page of each format."""
+    found = []
+    for pieces in (False, True):
+        cache = made(by_position)
+        (seq,) = cache.new()
+        left = in_pieces(cache, monkeypatch) if pieces else []
+        for n, seed in ((150, 0), (1, 1), (60, 2), (16, 3)):
+            feed(cache, [seq], n, seed)
+        found.append([table(cache, seq, layer, head) for layer in range(2) for head in range(2)])
+        for head in range(2):
+            pages, alive, _, sealed = cache._store.row(seq.id, 1, head)
+            part = [page >> 28 for page, mask in zip(pages[:sealed], alive, strict=False) if mask != 0xFFFF]
+            assert len(part) == len(set(part))
+        used = sum(len(cache._store.row(seq.id, layer, head)[0]) for layer in range(2) for head in range(2))
+        assert used == sum(cache._store.pool(p)["used"] for p in range(cache._store.n_pools))
+        assert not pieces or max(left) > 3, "several pieces were needed"
+    assert found[0] == found[1]
+
+
+def test_a_fault_between_pieces_leaves_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces before the fault stand, the faulty one changed nothing, and planning again ends where it would have."""
+    aim = {"state": FULL}
+    cache = made(lambda seen: torch.full_like(seen.state, aim["state"]))
+    (seq,) = cache.new()
+    feed(cache, [seq], 150, 0)
+    before = table(cache, seq, 0, 0)
+    in_pieces(cache, monkeypatch)
+    aim["state"] = INT4
+    with testing.fault("plan.after_write", 3), pytest.raises(RuntimeError, match="fault"):
+        cache.compress()
+    after = table(cache, seq, 0, 0)
+    assert after.keys() == before.keys()
+    done = [p for p in after if after[p] != before[p]]
+    assert sorted(done) == list(range(4, 32)), "two pages, less the sinks"
+    assert all(after[p][0] == 4 for p in done)
+    cache.compress()
+    assert all(content[0] == 4 for p, content in table(cache, seq, 0, 0).items() if 4 <= p < 112)
+
+
 def test_tokens_are_conserved() -> None:
     """Random plans, appends, forks and crops: full + quantized + evicted = logical length of every row; no page leaks."""
     generator = torch.Generator().manual_seed(0)

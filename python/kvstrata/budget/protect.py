@@ -10,9 +10,8 @@ from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.base import Policy
 
-_METADATA_PER_PAGE = 64 + 40
-"""Bytes beside a page's payload: its slots' positions, its refcount and free bit, its table entry with growth room."""
-
+PAGE_BOOKS = 64 + 20
+"""Bytes beside a page's payload: its slots' positions; its refcount and free bit, its table entry with growth room."""
 
 LEAST_CHUNK = 64
 
@@ -24,7 +23,7 @@ def pages(tokens: int) -> int:
 def page_bytes(shape: Shape, layer: int) -> int:
     """Bytes of one page of a layer, metadata included."""
     padded = pages(shape.layers[layer].head_dim) * SLOTS
-    return 2 * SLOTS * padded * shape.dtype.itemsize + _METADATA_PER_PAGE
+    return 2 * SLOTS * padded * shape.dtype.itemsize + PAGE_BOOKS
 
 
 def limit_bytes(budget: Budget, shape: Shape, lengths: Sequence[int]) -> int:

@@ -9,18 +9,22 @@ import torch
 
 from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
-from kvstrata.budget.protect import LEAST_CHUNK, concretise, limit_bytes, pages
+from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
 from kvstrata.policy.base import FULL, STATES, Policy
 
 FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
+PIECE = 64
+"""A limit's share (one part in so many) that is kept free for the plan that rewrites a row: less than a row takes where rows
+are few. At the least two pages of each format, into which one page with its part-filled neighbours goes."""
 SLACK = 32
 """A limit's share (one part in so many) that free pages of part-filled slabs may take: two slabs of a 64th."""
 
-_POSITIONS, _TABLE, _SCORES = 64, 40, 64
-_SEQUENCE_ROW = 280
-"""Bytes that the tables of a row take however few entries it has."""
+_SCORES = 68
+"""Bytes of a page's scores, with their part of the room to grow."""
+_ROW, _ROW_SCORES = 280, 512
+"""Bytes that the tables of a row, and its scores, take however few entries it has."""
 
 LEAST_QUERIES = 8
 REFERENCE = 2048
@@ -28,7 +32,7 @@ REFERENCE = 2048
 
 def page_costs(shape: Shape, layer: int, policy: Policy) -> Mapping[int, int]:
     """Bytes of one page of a layer by state: payload, positions, table entry, scores where the policy keeps them."""
-    beside = _POSITIONS + _TABLE + (_SCORES if keeps_scores(policy) else 0)
+    beside = PAGE_BOOKS + (_SCORES if keeps_scores(policy) else 0)
     dim = shape.layers[layer].head_dim
     full = pools.page_bytes(FORMATS[DTYPES[shape.dtype]], dim)
     return {FULL: full + beside} | {STATES[f]: pools.page_bytes(f, dim) + beside for f in policy.formats}
@@ -43,7 +47,7 @@ def keeps_scores(policy: Policy) -> bool:
 class Room:
     """Bytes of a cache of ``batch`` sequences under a limit, beside what is not divided.
 
-    content: for unprotected tokens, all rows together, one row's share of it kept free for the plan that rewrites it.
+    content: for unprotected tokens, all rows together, without what a plan needs to rewrite a row piece by piece.
     """
 
     limit: int
@@ -56,23 +60,30 @@ class Room:
 
 
 def room(policy: Policy, shape: Shape, limit: int, batch: int) -> Room:
-    """What the limit leaves. May be negative."""
+    """What the limit leaves. May be negative.
+
+    Between plans either a prompt chunk stands in one layer, or the tokens of an interval in all: no step begins with more
+    unplanned tokens than it may add to (``Step.open``).
+    """
     planned = [(i, s) for i, s in enumerate(shape.layers) if s.window is None]
-    costs = {i: page_costs(shape, i, policy)[FULL] for i, _ in enumerate(shape.layers)}
+    costs = {i: page_costs(shape, i, policy) for i, _ in enumerate(shape.layers)}
     window = policy.window or SLOTS
-    held = pages(policy.sinks) + window // SLOTS + 1 + policy.interval // SLOTS
-    protected = sum(s.kv_heads * costs[i] * held for i, s in planned)
+    held = pages(policy.sinks) + window // SLOTS + 1
+    whole = sum(s.kv_heads * costs[i][FULL] for i, s in planned)
     sliding = sum(
-        s.kv_heads * costs[i] * (pages(s.window + 64) + 2) for i, s in enumerate(shape.layers) if s.window is not None
+        s.kv_heads * costs[i][FULL] * (pages(s.window + 64) + 2)
+        for i, s in enumerate(shape.layers)
+        if s.window is not None
     )
-    widest = max(s.kv_heads * costs[i] for i, s in enumerate(shape.layers))
-    chunk = widest * (policy.chunk // SLOTS + 1)
+    widest = max(s.kv_heads * costs[i][FULL] for i, s in enumerate(shape.layers))
+    unplanned = max(widest * (policy.chunk // SLOTS + 1), whole * (policy.interval // SLOTS))
     rings = policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for _, s in planned)
-    each = protected + sliding + chunk + rings * (2 if policy.chunk >= policy.queries else 1)
-    each += _SEQUENCE_ROW * shape.rows
+    each = whole * held + sliding + unplanned + rings * (2 if policy.chunk >= policy.queries else 1)
+    each += (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
     content = limit - limit // SLACK - batch * each - _workspace(policy, shape, limit, batch)
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
-    return Room(limit, batch, content * rows // (rows + 1))
+    piece = max(limit // PIECE, 2 * max(sum(cost.values()) for cost in costs.values()))
+    return Room(limit, batch, content - min(piece, content // (rows + 1)))
 
 
 def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
