@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvstrata import Budget, Cache, LayerSpec, Shape
+from kvstrata.budget.room import fit
 from kvstrata.config import BudgetExceeded, Unsupported
 from kvstrata.policy import NAMED
 
@@ -128,3 +130,15 @@ def test_layers_of_different_heads_are_refused_at_once() -> None:
     with pytest.raises(Unsupported, match=r"layers have \[2, 4\] KV heads"):
         Cache(shape, budget="1MiB", policy="keydiff")
     assert Cache(shape, policy="kivi").policy.formats == ("int4",), "without a division they are served"
+
+
+@pytest.mark.parametrize(("name", "share"), [("h2o", 0.5), ("keydiff", 0.2)])
+def test_a_tail_that_is_a_share_keeps_its_interval(name: str, share: float) -> None:
+    """The tail that a policy asks for as a share of its budget is not taken from it to make room for other tokens."""
+    shape = Shape([LayerSpec(8, 32, 128)] * 4, torch.bfloat16)
+    asked = replace(NAMED[name](), window=None, window_share=share)
+    tokens = 8192
+    fitted = fit(asked, shape, Budget.bytes(tokens * shape.token_bytes()), [4 * tokens])
+    assert fitted.window is not None
+    assert 0.95 * share < fitted.window / tokens <= share
+    assert fitted.interval == asked.interval

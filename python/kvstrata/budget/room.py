@@ -141,11 +141,16 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
     """The policy with chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
     left for content, or they are at their least. ValueError where even then nothing is left.
 
-    A large tail is worth little under a small limit; under a large one nothing changes.
+    A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
+    what the policy wants: three quarters of the rest are left then.
     """
-    if policy.window is None:
+    shared = policy.window is None
+    if shared:
         policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
-    while room(policy, shape, limit, batch).content < 3 * limit // 4:
+    while True:
+        tail = _tail_bytes(policy, shape, batch) if shared else 0
+        if room(policy, shape, limit, batch).content >= 3 * (limit - tail) // 4:
+            break
         smaller = _smaller(policy)
         if smaller is None:
             break
@@ -162,6 +167,13 @@ def _share_of_tail(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
     """The window that takes its share of what the limit holds in Full pages."""
     per_page = batch * sum(s.kv_heads * page_costs(shape, i, policy)[FULL] for i, s in enumerate(shape.layers))
     return max(SLOTS, int(limit * policy.window_share) // per_page * SLOTS)
+
+
+def _tail_bytes(policy: Policy, shape: Shape, batch: int) -> int:
+    """Full pages of the window in the layers that are planned."""
+    assert policy.window is not None
+    planned = [(i, s) for i, s in enumerate(shape.layers) if s.window is None]
+    return policy.window // SLOTS * batch * sum(s.kv_heads * page_costs(shape, i, policy)[FULL] for i, s in planned)
 
 
 def _smaller(policy: Policy) -> Policy | None:
