@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
+from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.room import keeps_scores, page_costs, room
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.rows import Rows
+from kvstrata.statistics import Statistics
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -26,8 +28,7 @@ class Plans:
         self._store = cache._store
         self.arithmetic: dict[int, tuple[float, float]] = {}
         """By layer: scale of q . k and softcap, as the model last used them."""
-        self.statistics: dict[tuple[int, int], Tensor] = {}
-        """By (layer, sequence): OQ of its rows, f32 [H]."""
+        self.statistics = Statistics()
         self.planned: dict[int, int] = {}
         """By sequence: its length when all its layers were planned last."""
         self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
@@ -79,18 +80,18 @@ class Plans:
     def cropped(self, seq: int, length: int) -> None:
         """The sequence was shortened."""
         self.planned[seq] = min(self.planned.get(seq, 0), length)
+        self.statistics.cropped(seq, length)
 
     def follow(self, ids: list[int], sources: list[int]) -> None:
         """What is known of ``sources`` holds for the sequences ``ids`` that continue them."""
         for i, source in zip(ids, sources, strict=True):
             self.planned[i] = self.planned.get(source, 0)
-            known = {layer: oq for (layer, seq), oq in self.statistics.items() if seq == source}
-            self.statistics |= {(layer, i): oq for layer, oq in known.items()}
+            self.statistics.follow(i, source)
 
     def forget(self, ids: list[int]) -> None:
         """Drops what is known of sequences that ended."""
         gone = set(ids)
-        self.statistics = {key: value for key, value in self.statistics.items() if key[1] not in gone}
+        self.statistics.forget(gone)
         self.planned = {i: n for i, n in self.planned.items() if i not in gone}
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
@@ -135,17 +136,26 @@ class Plans:
         return replace(seen, score=score)
 
     def _measured(self, seen: Seen, ids: list[int]) -> Tensor:
-        """OQ of each row, f32 [R]; the last one where there is too little to tell, 1 at first."""
+        """OQ of each row, f32 [R], where its sequence is due; else, and where there is too little to tell, the last."""
         heads = self._cache.shape.layers[seen.layer].kv_heads
+        allocator = cast(EntropyShare, self._cache.policy.allocator)
         assert seen.read is not None
-        allocator: Any = self._cache.policy.allocator
-        last = torch.cat([self.statistics.get((seen.layer, i), torch.ones(heads)) for i in ids])
+        last = self.statistics.oq(seen.layer, ids, heads)
+        lengths = [self._store.length(i) for i in ids]
+        due = self.statistics.due(seen.layer, ids, lengths, allocator.every)
+        if not any(due):
+            return last
         queries = torch.tensor([self._store.queries(seen.layer, i, 0) for i in ids]).repeat_interleave(heads)
-        past = seen.stored.sum(1) - queries
-        found: Tensor = allocator.oq(seen.read.statistics(allocator.queries, allocator.stats), last, queries, past)
+        measured = seen.read.statistics(allocator.queries, allocator.stats)
+        new = torch.tensor(due).repeat_interleave(heads)
+        new &= allocator.known(queries, seen.stored.sum(1) - queries)
+        oq = torch.where(new, allocator.oq(measured), last)
+        values = torch.where(new[:, None], measured.mean(1), self.statistics.values(seen.layer, ids, heads))
         for b, i in enumerate(ids):
-            self.statistics[seen.layer, i] = found[b * heads : (b + 1) * heads].clone()
-        return found
+            rows = slice(b * heads, (b + 1) * heads)
+            if bool(new[rows].any()):
+                self.statistics.note(seen.layer, i, values[rows], oq[rows], lengths[b])
+        return oq
 
     # --- what they may hold -------------------------------------------------------------------------------------------------
 
@@ -168,8 +178,7 @@ class Plans:
         if allocator is None or "oq" not in allocator.needs:
             return None
         heads = shape.layers[layer].kv_heads
-        last = [[self.statistics.get((i, seq), torch.ones(heads)) for seq in ids] for i in self.layers]
-        oq = torch.stack([torch.cat(line) for line in last])
+        oq = torch.stack([self.statistics.oq(i, ids, heads) for i in self.layers])
         nothing = torch.zeros(oq.shape, dtype=torch.int64)
         sequence = torch.arange(len(ids)).repeat_interleave(heads)
         table = RowsSeen(nothing, torch.ones(1, len(oq), dtype=torch.int64), oq=oq, sequence=sequence)

@@ -213,11 +213,10 @@ def test_a_knapsack_is_followed(share: float) -> None:
 def test_oq_of_statistics() -> None:
     allocator = EntropyShare(tau=(2.0, 1.0, 0.5))
     statistics = torch.tensor([[[0.5, 0.2, 0.1], [0.3, 0.4, 0.5]], [[1.0, 0.0, 1.0], [1.0, 0.0, float("nan")]]])
-    enough = torch.tensor([32, 32]), torch.tensor([64, 1000])
-    got = allocator.oq(statistics, torch.ones(2), *enough)
+    got = allocator.oq(statistics)
     torch.testing.assert_close(got, torch.tensor([0.4**0.5 * 0.3 * 0.3**2, 1e-3 * 0.5**2]))
-    last = torch.tensor([0.25, 0.75])
-    assert torch.equal(allocator.oq(statistics, last, torch.tensor([7, 8]), torch.tensor([64, 63])), last)
+    known = allocator.known(torch.tensor([7, 8, 8]), torch.tensor([64, 63, 64]))
+    assert known.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(

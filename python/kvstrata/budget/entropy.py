@@ -30,7 +30,8 @@ class EntropyShare:
     Without statistics, or with all of them 0: r = 1.
 
     queries, stats, tau: how OQ is found: the statistics of the last ``queries`` queries, "sound" (ours) or as the "code" has
-    them, and their exponents 1 / tau (code; tuned on its test tasks). ValueError for parameters.
+    them, and their exponents 1 / tau (code; tuned on its test tasks). every: tokens that a sequence grows by before it is
+    measured again (ours; 0: at each plan, paper): all those queries read all that is stored, twice. ValueError for parameters.
     """
 
     full_share: float | None = None
@@ -39,6 +40,7 @@ class EntropyShare:
     queries: int = 32
     stats: Literal["sound", "code"] = "sound"
     tau: tuple[float, float, float] = (7.7744, 5.4070, 5.5277)
+    every: int = 512
     needs: ClassVar[frozenset[str]] = frozenset({"oq"})
 
     def __post_init__(self) -> None:
@@ -46,21 +48,25 @@ class EntropyShare:
             raise ValueError(f"EntropyShare: full_share is {self.full_share}, expected None or 0 < full_share <= 1")
         if self.queries < LEAST_QUERIES:
             raise ValueError(f"EntropyShare: queries is {self.queries}, expected >= {LEAST_QUERIES}")
+        if self.every < 0:
+            raise ValueError(f"EntropyShare: every is {self.every}, expected >= 0 tokens")
         if self.stats not in ("sound", "code"):
             raise ValueError(f"EntropyShare: stats is {self.stats!r}, expected 'sound' or 'code'")
         if len(self.tau) != 3 or not all(t > 0 for t in self.tau):
             raise ValueError(f"EntropyShare: tau is {self.tau}, expected three numbers > 0")
 
-    def oq(self, statistics: Tensor, last: Tensor, queries: Tensor, past: Tensor) -> Tensor:
+    def known(self, queries: Tensor, past: Tensor) -> Tensor:
+        """bool [R]: rows with enough queries and past tokens, i64 [R] each, for their statistics to say something."""
+        return (queries >= LEAST_QUERIES) & (past >= LEAST_TOKENS)
+
+    def oq(self, statistics: Tensor) -> Tensor:
         """OQ of each row of a layer, max(E, e)^(1/tau_1) * max(V, e)^(1/tau_2) * max(K, e)^(1/tau_3): f32 [R].
 
-        statistics: f32 [R, G, 3], entropy, variance, kurtosis, each averaged over G (what is not finite counts 0);
-        last: f32 [R], the OQ before (at first 1), kept by rows of too few queries or past tokens; queries, past: i64 [R].
+        statistics: f32 [R, G, 3], entropy, variance, kurtosis, each averaged over G (what is not finite counts 0).
         """
         mean = torch.nan_to_num(statistics, nan=0.0, posinf=0.0, neginf=0.0).mean(1).clamp_min(_LEAST)
         exponents = torch.tensor([1 / t for t in self.tau], dtype=mean.dtype, device=mean.device)
-        known = (queries >= LEAST_QUERIES) & (past >= LEAST_TOKENS)
-        return torch.where(known, (mean**exponents).prod(1), last)
+        return (mean**exponents).prod(1)
 
     def allocate(
         self, seen: RowsSeen, total: int, floor: Tensor | None = None, cap: Tensor | None = None
