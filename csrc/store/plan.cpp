@@ -209,7 +209,10 @@ bool Store::apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most)
     fault::hit("plan.after_check");
     std::vector<pages::Fresh> fresh;
     std::vector<ops::Move> copies, encodes;
+    std::vector<uint8_t> left;
+    const Centre centre_before = s.centres.empty() ? Centre{} : s.centres[first_row_[layer] + head];
     try {
+        left = reordered(row, r);
         bool centred = false;
         for (int to = 1; to < kStates; ++to) {
             for (size_t i = 0; i < r.to[to].size(); ++i) {
@@ -238,9 +241,9 @@ bool Store::apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most)
         fault::hit("plan.after_write");
     } catch (...) {
         for (const pages::Fresh& f : fresh) pages::pool_of(pools_, f.page).release(f.page);
+        if (!s.centres.empty()) s.centres[first_row_[layer] + head] = centre_before;
         throw;
     }
-    const std::vector<uint8_t> left = reordered(row, r);
     const int32_t before = row.stored;
     pages::replace(row, r.gone, fresh, r.tail_keep, pools_);
     std::copy(left.begin(), left.end(), state);

@@ -306,6 +306,32 @@ def test_the_centre_is_frozen_and_shared() -> None:
     assert errors[200] >= 0.2, "too few tokens for a centre"
 
 
+def test_a_fault_leaves_no_centre_behind() -> None:
+    """The centre belongs to the plan that quantizes first: one that failed leaves it open."""
+    found = []
+    for fails in (False, True):
+        aim = {"state": FULL}
+        chosen = Chosen(lambda seen, aim=aim: torch.full_like(seen.state, aim["state"]))  # type: ignore[misc]
+        policy = Policy("chosen", chosen, formats=("int4",), window=32, interval=512, chunk=512)
+        cache = Cache(Shape([LayerSpec(1, 2, 64)], torch.float32), policy=policy)
+        (seq,) = cache.new()
+        generator = torch.Generator().manual_seed(1)
+        for part in range(2):
+            k, q = torch.randn(200, 1, 64, generator=generator), torch.randn(200, 2, 64, generator=generator)
+            k[..., :6] += 14
+            with cache.step([seq], [200]) as step:
+                step.attend(0, q, k, k)
+            if fails and part == 0:
+                aim["state"] = INT4
+                with testing.fault("plan.after_write"), pytest.raises(RuntimeError, match="fault"):
+                    cache.compress()
+                aim["state"] = FULL
+        aim["state"] = INT4
+        cache.compress()
+        found.append(cache.materialize(0, seq)[0])
+    assert torch.equal(*found)
+
+
 def test_quantized_formats_need_their_head_dim() -> None:
     with pytest.raises(Unsupported, match="multiple of 16 in 32..512"):
         Cache(Shape([LayerSpec(1, 1, 24)], torch.float32), policy=Policy("p", Chosen(by_position), formats=("int4",)))
