@@ -65,3 +65,16 @@ def test_depths_and_timings() -> None:
 
 def test_table_is_markdown() -> None:
     assert table(["cache", "n"], [["full", "3"]]) == ["| cache |   n |", "| ----- | --: |", "| full  |   3 |", ""]
+
+
+def test_the_interval_of_a_mean_over_tasks() -> None:
+    """Independent tasks: variances of their means add up, over the square of their number."""
+    base = {"expected": ["a"], "answers": ["a"], "decoded": 4, "bytes": 25, "peak_bytes": 30, "dense_bytes": 100}
+    scores = {"needle": [1, 0, 1, 0], "tracking": [1, 1, 1, 0], "multi_key": [0, 0, 0, 0]}
+    records = {
+        (t, 512, i, "a", "25%"): base | {"scores": [s]} for t, line in scores.items() for i, s in enumerate(line)
+    }
+    (row,) = metrics.summary(metrics.cells(records))
+    half = 1.96 / 3 * ((1 / 3) / 4 + (1 / 4) / 4) ** 0.5
+    mean = (0.5 + 0.75) / 3
+    assert (row["low"], row["high"]) == (pytest.approx(mean - half), pytest.approx(mean + half))

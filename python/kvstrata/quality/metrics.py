@@ -58,8 +58,9 @@ def cell(group: Group, members: list[Record]) -> Cell:
     refused = [m["refused"] for m in members if "refused" in m]
     if refused:
         return found | {"refused": refused[0], "n_refused": len(refused)}
-    for field in ("bytes", "peak_bytes"):
-        found[f"{field}_share"] = _mean(m[field] / m["dense_bytes"] for m in members)
+    for field in ("bytes", "peak_bytes", "kept_bytes"):
+        if all(field in m for m in members):
+            found[f"{field}_share"] = _mean(m[field] / m["dense_bytes"] for m in members)
     found["mib"] = _mean(m["bytes"] for m in members) / 2**20
     states: dict[str, float] = defaultdict(float)
     for m in members:
@@ -79,6 +80,7 @@ def _accuracy(members: list[Record], name: str) -> Cell:
         "accuracy": accuracy,
         "low": low,
         "high": high,
+        "error": statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0,
         "e3": accuracy**2 / max(decoded, 1.0),
         "kv_e3": accuracy**2 / mib,
     }
@@ -106,7 +108,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def summary(found: list[Cell]) -> list[Cell]:
-    """Per length, contender and budget: means over the retrieval tasks that all contenders of the run met."""
+    """Per length, contender and budget: means over its retrieval tasks; of accuracy with a 95 % interval.
+
+    The interval is normal, of a mean of independent means: contexts vary, tasks are fixed.
+    """
     groups: dict[tuple[int, str, str], dict[str, Cell]] = defaultdict(dict)
     for c in found:
         if c["task"] in RETRIEVAL:
@@ -118,10 +123,13 @@ def summary(found: list[Cell]) -> list[Cell]:
         if refused:
             rows.append(row | {"refused": refused[0]["refused"]})
             continue
-        for field in ("accuracy", "relative", "bytes_share", "peak_bytes_share"):
+        for field in ("accuracy", "relative", "bytes_share", "peak_bytes_share", "kept_bytes_share"):
             values = [c[field] for c in tasks.values() if field in c]
             if len(values) == len(tasks):
                 row[field] = _mean(values)
+        if "accuracy" in row:
+            half = 1.96 * sum(c["error"] ** 2 for c in tasks.values()) ** 0.5 / len(tasks)
+            row |= {"low": max(0.0, row["accuracy"] - half), "high": min(1.0, row["accuracy"] + half)}
         rows.append(row)
     return rows
 

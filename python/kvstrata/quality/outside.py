@@ -79,5 +79,5 @@ def answered(
 
 def record(asked: Subject, tokens: Tokens, row: Record) -> Record:
     """A row as one of our records."""
-    taken = {field: row[field] for field in ("decoded", "ms", "bytes", "peak_bytes")}
+    taken = {field: row[field] for field in ("decoded", "ms", "bytes", "peak_bytes", "kept_bytes")}
     return judged(asked, row["answers"], tokens.example) | taken | whole(asked, tokens)

@@ -86,6 +86,11 @@ def _percent(c: Cell, field: str) -> str:
     return f"{100 * c[field]:.1f}" if field in c else "-"
 
 
+def spread(c: Cell) -> str:
+    """An interval of accuracy in per cent."""
+    return f"{100 * c['low']:.1f} to {100 * c['high']:.1f}" if "low" in c else "-"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A markdown table; columns after the first are set right."""
     line = "| {} |".format
@@ -103,13 +108,14 @@ def _summary(rows: list[Cell]) -> list[str]:
     if not rows:
         return []
     body = [
-        [_label(r), "refused", "-", "-", "-"]
+        [_label(r), "refused", "-", "-", "-", "-"]
         if "refused" in r
-        else [_label(r)] + [_percent(r, f) for f in ("accuracy", "relative", "bytes_share", "peak_bytes_share")]
+        else [_label(r), _percent(r, "accuracy"), spread(r)]
+        + [_percent(r, f) for f in ("relative", "bytes_share", "peak_bytes_share")]
         for r in rows
     ]
     title = f"### Mean over retrieval: {', '.join(rows[0]['tasks'])}\n"
-    return [title, *table(["cache", "accuracy %", "relative %", "KV bytes %", "peak %"], body)]
+    return [title, *table(["cache", "accuracy %", "95 % interval", "relative %", "KV bytes %", "peak %"], body)]
 
 
 def _tasks(cells: list[Cell]) -> list[str]:
@@ -127,7 +133,7 @@ def _answers(cells: list[Cell]) -> list[str]:
         [
             _label(c),
             _percent(c, "accuracy"),
-            f"{100 * c['low']:.1f} to {100 * c['high']:.1f}",
+            spread(c),
             *(_percent(c, f) for f in ("relative", "bytes_share", "peak_bytes_share")),
             _percent(c.get("states", {}), "full"),
             f"{c['kv_e3']:.3f}",
