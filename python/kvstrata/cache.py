@@ -251,9 +251,11 @@ class Cache:
         self.trim()
 
     def end_prefill(self, seqs: Items[Sequence]) -> None:
-        """For own loops: the prompt is complete. Plans, and returns what memory that frees."""
-        del seqs
-        self.compress()
+        """For own loops: the prompt of ``seqs`` is complete. Plans them, and returns what memory that frees."""
+        ids = [s.id for s in seqs]
+        if self.policy.planner is not None and ids:
+            self._plans.run(ids + self._plans.crowded([i for i in self._live if i not in ids]))
+        self.trim()
 
     def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:
         """Evicts stored tokens of one layer, protected ones too.
@@ -272,17 +274,15 @@ class Cache:
         self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
         self._plans.apply(layer, [seq.id], state, list(range(heads)))
 
-    def _after_commit(self, ids: list[int], before: list[int], longest: int, cut: bool) -> None:
+    def _after_commit(self, before: dict[int, int], longest: int, cut: list[int]) -> None:
+        """before: lengths of the step's sequences before it; longest: the most tokens it fed one; cut: those cut inside it."""
         self._slabs.note_peak()
         if self.policy.planner is None:
             return
-        if cut:
-            self._plans.note(ids)
-        interval = self.policy.interval
-        due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
-        if due:
-            self._plans.run(ids)
-        if longest > interval:
+        self._plans.note(cut)
+        if due := self._plans.due(before):
+            self._plans.run(due)
+        if longest > self.policy.interval:
             self.trim()
 
     # --- memory -----------------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Plans:
         self.statistics = Statistics()
         self.planned: dict[int, int] = {}
         """By sequence: its length when all its layers were planned last."""
+        self._among: dict[int, int] = {}
+        """By sequence: how many shared the limit then."""
         self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
 
     @property
@@ -49,7 +51,7 @@ class Plans:
         self._apply(seen, ids)
 
     def run(self, ids: list[int]) -> None:
-        """All layers: scores first, then one division of the limit over them, then each layer's plan."""
+        """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan."""
         ends = [self._store.length(i) for i in ids]
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
@@ -61,21 +63,44 @@ class Plans:
             self._apply(seen, ids)
         self.note(ids)
 
-    def before(self, ids: list[int], counts: list[int], cut: bool) -> None:
-        """Plans what a step of so many tokens for each of ``ids`` finds unplanned, where the limit has no room for both: a step
-        that is cut shares its room with the tokens of an interval in all sequences, others must end within the interval."""
-        if self._cache.policy.allocator is None or max(counts) <= 1:
+    def before(self, counts: dict[int, int], cut: list[int]) -> None:
+        """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
+        the tokens of their interval, others must end within it.
+
+        counts: the step's tokens by sequence; cut: those of them that are cut inside the step.
+        """
+        if self._cache.policy.allocator is None:
             return
-        new = dict(zip(ids, counts, strict=True))
-        most = 0 if cut else self._cache.policy.interval
-        waiting = {i: self._store.length(i) - self.planned.get(i, 0) for i in (self._cache._live if cut else ids)}
-        due = [i for i, n in waiting.items() if n > 0 and n + (0 if cut else new[i]) > most]
+        due = [i for i, n in counts.items() if n > 1 and self._waiting(i) > self._may_wait(n, i in cut)]
+        if due or cut:
+            due += self.crowded([i for i in (self._cache._live if cut else counts) if i not in due])
         if due:
             self.run(due)
+
+    def due(self, before: dict[int, int]) -> list[int]:
+        """Sequences that a step brought over the end of an interval, by their lengths before it. With them those of the step
+        that were planned when fewer shared the limit: what they hold too much, others are about to take."""
+        interval = self._cache.policy.interval
+        over = [i for i, n in before.items() if self._store.length(i) // interval != n // interval]
+        return over + self.crowded([i for i in before if i not in over]) if over else []
+
+    def crowded(self, ids: list[int]) -> list[int]:
+        """Those of ``ids`` that were planned last when fewer sequences shared the limit."""
+        now = len(self._cache._live)
+        return [i for i in ids if self._among.get(i, now) < now]
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
         self.planned |= {i: self._store.length(i) for i in ids}
+        self._among |= dict.fromkeys(ids, len(self._cache._live))
+
+    def _waiting(self, seq: int) -> int:
+        """Tokens that a sequence got since it was planned last."""
+        return self._store.length(seq) - self.planned.get(seq, 0)
+
+    def _may_wait(self, new: int, cut: bool) -> int:
+        """Unplanned tokens that a sequence's room holds beside so many new ones."""
+        return 0 if cut else max(0, self._cache.policy.interval - new)
 
     def cropped(self, seq: int, length: int) -> None:
         """The sequence was shortened."""
@@ -86,6 +111,8 @@ class Plans:
         """What is known of ``sources`` holds for the sequences ``ids`` that continue them."""
         for i, source in zip(ids, sources, strict=True):
             self.planned[i] = self.planned.get(source, 0)
+            if source in self._among:
+                self._among[i] = self._among[source]
             self.statistics.follow(i, source)
 
     def forget(self, ids: list[int]) -> None:
@@ -93,6 +120,7 @@ class Plans:
         gone = set(ids)
         self.statistics.forget(gone)
         self.planned = {i: n for i, n in self.planned.items() if i not in gone}
+        self._among = {i: n for i, n in self._among.items() if i not in gone}
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
 
@@ -159,17 +187,18 @@ class Plans:
 
     # --- what they may hold -------------------------------------------------------------------------------------------------
 
-    def _total(self) -> int:
-        """Bytes for unprotected tokens of all the cache's sequences."""
+    def _share(self) -> int:
+        """Bytes for unprotected tokens of one sequence: the same for each of the cache's, whichever are planned now. What one
+        does not need is not lent to another, which would hold it yet when the first has grown."""
         cache = self._cache
-        limit = cache._slabs.limit
+        limit, live = cache._slabs.limit, max(1, len(cache._live))
         assert limit is not None
-        return max(0, room(cache.policy, cache.shape, limit, max(1, len(cache._live))).content)
+        return max(0, room(cache.policy, cache.shape, limit, live).content) // live
 
     def _equal_share(self, seen: Seen, ids: list[int]) -> Allowance:
         cache = self._cache
-        rows = max(1, len(cache._live)) * sum(cache.shape.layers[i].kv_heads for i in self.layers)
-        each = torch.full((seen.positions.shape[0],), self._total() // rows, dtype=torch.int64)
+        rows = sum(cache.shape.layers[i].kv_heads for i in self.layers)
+        each = torch.full((seen.positions.shape[0],), self._share() // rows, dtype=torch.int64)
         return Allowance(each, page_costs(cache.shape, seen.layer, cache.policy), self._last_share(seen.layer, ids))
 
     def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
@@ -186,24 +215,35 @@ class Plans:
         return None if share is None else share[self.layers.index(layer)]
 
     def _allocated(self, found: list[Seen], ids: list[int]) -> list[Seen]:
+        """Each sequence's share divided over its own rows: batch mates change nothing."""
         cache, allocator = self._cache, self._cache.policy.allocator
         assert allocator is not None
-        total = self._total() * len(ids) // max(1, len(cache._live))
         costs = [page_costs(cache.shape, seen.layer, cache.policy) for seen in found]
-        table, needs = self._table(found, costs, ids), allocator.needs
-        if "mass" in needs and found[0].score is None:
+        table = self._table(found, costs, ids)
+        if "mass" in allocator.needs and found[0].score is None:
             raise Unsupported(f"policy {cache.policy.name!r}: its allocator needs scores, it has no scorer")
+        share = self._share()
+        given = [self._divided(table.of(rows), share) for rows in table.sequences()]
+        each = torch.cat([g.bytes for g in given], 1)
+        shares = torch.cat([g.full_share for g in given], 1) if given[0].full_share is not None else None
+        formats = torch.cat([g.formats for g in given], 1) if given[0].formats is not None else None
+        out = []
+        for i, seen in enumerate(found):
+            full = None if shares is None else shares[i]
+            states = None if formats is None else self._states(seen, formats[i])
+            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
+        return out
+
+    def _divided(self, table: RowsSeen, total: int) -> Any:
+        """What an allocator gives the rows of one sequence. Its heaviest row must leave room for the plan that rewrites it."""
+        allocator = self._cache.policy.allocator
+        assert allocator is not None
         given = allocator.allocate(table, total)
         heaviest = int(given.bytes.max()) if given.bytes.numel() else 0
         spare = total // max(1, given.bytes.numel())
         if heaviest > spare and int(given.bytes.sum()) > total + spare - heaviest:
             given = allocator.allocate(table, max(0, total + spare - heaviest))  # the plan rewrites one row at a time
-        out = []
-        for i, seen in enumerate(found):
-            share = None if given.full_share is None else given.full_share[i]
-            formats = None if given.formats is None else self._states(seen, given.formats[i])
-            out.append(replace(seen, allowance=Allowance(given.bytes[i], costs[i], share, formats)))
-        return out
+        return given
 
     def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:
         """[L, R, N] of unprotected tokens, moved to the front of each row."""

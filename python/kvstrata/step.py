@@ -18,7 +18,7 @@ DENSE_ABOVE = 64
 """Steps that feed a sequence more tokens than this attend to their own keys and values densely, before they are stored."""
 
 CUT_ABOVE = 16
-"""Under a policy that drops tokens, steps that feed a sequence more than this are cut layer by layer."""
+"""Under a policy that drops tokens, sequences that a step feeds more than this are cut layer by layer."""
 
 MASS_QUERIES = 64
 """Queries of a prompt whose attention mass is found at a time."""
@@ -66,8 +66,10 @@ class Step:
             self._ends = [self._store.length(i) + n for i, n in zip(self._ids, counts, strict=True)]
             self._cache._admit(self._seqs, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
-            self._cut = self._cache.policy.planner is not None and self._store.longest > CUT_ABOVE
-            self._cache._plans.before(self._ids, counts, self._cut)
+            self._counts = dict(zip(self._ids, counts, strict=True))
+            drops = self._cache.policy.planner is not None
+            self._cut = [i for i, n in self._counts.items() if drops and n > CUT_ABOVE]
+            self._cache._plans.before(self._counts, self._cut)
             if not self._cut:
                 self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
         except BaseException:
@@ -84,14 +86,14 @@ class Step:
             self.rollback()
             raise ValueError(f"commit: layers {missing} did not attend in this step, expected all; it was rolled back")
         longest = self._store.longest
-        before = [self._store.length(i) for i in self._ids]
+        before = {i: self._store.length(i) for i in self._ids}
         try:
             self._store.commit()
         except BaseException:
             self.rollback()
             raise
         self._close()
-        self._cache._after_commit(self._ids, before, longest, self._cut)
+        self._cache._after_commit(before, longest, self._cut)
 
     def rollback(self) -> None:
         """Withdraws the step's tokens. A layer that was cut inside the step keeps its older tokens as cut."""
@@ -253,7 +255,14 @@ class Step:
             self._append_piece(layer, q, k, v, first, last)
             if self._cut:
                 self._store.settle(layer)
-                self._cache._plans.cut(layer, self._ids, self._ends)
+                self._cut_layer(layer, first)
+
+    def _cut_layer(self, layer: int, first: int) -> None:
+        """Plans a layer of the sequences with tokens from ``first`` on; one that ended before stays as its end left it."""
+        ends = dict(zip(self._ids, self._ends, strict=True))
+        now = [i for i in self._cut if self._counts[i] > first]
+        if now:
+            self._cache._plans.cut(layer, now, [ends[i] for i in now])
 
     def _append_piece(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, last: int

@@ -7,7 +7,7 @@ are subtracted before; what is divided here is for the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +75,15 @@ class RowsSeen:
         """bool [L, R, N]: entries of the wide columns that hold a token."""
         assert self.scores is not None
         return torch.arange(self.scores.shape[-1]) < self.tokens.unsqueeze(-1)
+
+    def of(self, rows: Tensor) -> RowsSeen:
+        """The table of some rows alone. rows: i64 indices."""
+        parts: dict[str, Any] = {}
+        for name in ("tokens", "scores", "mass", "positions", "stored", "norms", "oq", "sequence", "priority"):
+            value: Tensor | None = getattr(self, name)
+            if value is not None:
+                parts[name] = value[:, rows] if value.dim() > 1 else value[rows]
+        return replace(self, **parts)
 
     def sequences(self) -> list[Tensor]:
         """Row indices i64 of each sequence, in order of the sequences' numbers."""
