@@ -105,7 +105,7 @@ RANK = {
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 # Files that are one unit with another.
-PARTS = dict.fromkeys(("pools", "scores"), "ops") | dict.fromkeys(
+PARTS = dict.fromkeys(("choices", "pools", "scores"), "ops") | dict.fromkeys(
     ("step", "slabs", "plans", "rows", "statistics"), "cache"
 )
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
@@ -196,6 +196,7 @@ NOT_ON_CUDA = {
     "accumulate",
     "append",
     "attend",
+    "choose_states",
     "compact",
     "mass",
     "measure",

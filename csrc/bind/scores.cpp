@@ -43,13 +43,6 @@ struct PageLists {
     }
 };
 
-void* workspace_of(const char* op, const Argument& workspace, int64_t bytes) {
-    const int64_t given = workspace.given() ? workspace.shape(0) : 0;
-    check(given >= bytes, op, ": workspace has ", given, " bytes, expected at least ", bytes);
-    check(reinterpret_cast<uintptr_t>(workspace.data<void>()) % 64 == 0, op, ": workspace is not 64-byte aligned");
-    return workspace.data<void>();
-}
-
 // The tensors that score_window and measure share, as a dict: both have many.
 struct WindowArguments {
     const char* op;

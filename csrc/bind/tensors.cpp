@@ -107,6 +107,13 @@ const Argument& Argument::expect_contiguous() const {
     return *this;
 }
 
+void* workspace_of(const char* op, const Argument& workspace, int64_t bytes) {
+    const int64_t given = workspace.given() ? workspace.shape(0) : 0;
+    check(given >= bytes, op, ": workspace has ", given, " bytes, expected at least ", bytes);
+    check(reinterpret_cast<uintptr_t>(workspace.data<void>()) % 64 == 0, op, ": workspace is not 64-byte aligned");
+    return workspace.data<void>();
+}
+
 Pools::Pools(const char* op, const py::sequence& pools, bool quantized)
     : op_(op), count_(static_cast<int>(pools.size())) {
     check(count_ <= kMaxPools, op, ": pools has ", count_, " pools, expected at most ", kMaxPools);

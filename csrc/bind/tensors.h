@@ -56,6 +56,9 @@ class Argument {
     TensorView view_;
 };
 
+// The memory of a workspace of at least so many bytes, 64-byte aligned.
+void* workspace_of(const char* op, const Argument& workspace, int64_t bytes);
+
 // Where an element stands, as messages show it: pages[2, 5], or pages[2] where j is -1.
 struct Place {
     const char* argument;

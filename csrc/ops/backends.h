@@ -4,6 +4,7 @@
 #include "ops/accumulate.h"
 #include "ops/append.h"
 #include "ops/attend.h"
+#include "ops/choose_states.h"
 #include "ops/compact.h"
 #include "ops/mass.h"
 #include "ops/measure.h"
@@ -37,5 +38,7 @@ void pool(const ops::PoolParams& params);
 void accumulate(const ops::AccumulateParams& params);
 int64_t score_keys_workspace_bytes(const ops::ScoreKeysParams& params);
 void score_keys(const ops::ScoreKeysParams& params);
+int64_t choose_states_workspace_bytes(const ops::ChooseStatesParams& params);
+void choose_states(const ops::ChooseStatesParams& params);
 
 }  // namespace kvstrata::cpu

@@ -113,6 +113,17 @@ void check_window(const char* op, const WindowParams& p) {
     }
 }
 
+// States that a row names, of its tokens.
+void check_states(const ChooseStatesRow& row, int tokens, int r) {
+    constexpr int kLast = static_cast<int>(State::int2);
+    int unknown = 0;
+    for (int i = 0; i < tokens; ++i) unknown |= (row.positions[i] >= 0) & (row.now[i] > kLast);
+    for (int i = 0; unknown && i < tokens; ++i) {
+        check(row.positions[i] < 0 || row.now[i] <= kLast, "choose_states: now[", r, ", ", i, "] is ",
+              static_cast<int>(row.now[i]), ", expected 0 to ", kLast);
+    }
+}
+
 }  // namespace
 
 void append(const AppendParams& p) {
@@ -243,6 +254,21 @@ void score_keys(const ScoreKeysParams& p) {
     check_shape("score_keys", p.head_dim);
     for (int r = 0; r < p.n_rows; ++r) check_entries("score_keys", p.pools, p.rows[r], r);
     cpu::score_keys(p);
+}
+
+int64_t choose_states_workspace_bytes(const ChooseStatesParams& p) { return cpu::choose_states_workspace_bytes(p); }
+
+void choose_states(const ChooseStatesParams& p) {
+    check(p.quantized >= State::int8 && p.quantized <= State::int2, "choose_states: quantized_state is ",
+          static_cast<int>(p.quantized), ", expected one of [2, 3, 4]");
+    for (int r = 0; r < p.n_rows; ++r) {
+        const ChooseStatesRow& row = p.rows[r];
+        check(row.full_pages >= 0, "choose_states: full_pages[", r, "] is ", row.full_pages, ", expected at least 0");
+        check(row.quant_pages >= 0, "choose_states: quant_pages[", r, "] is ", row.quant_pages,
+              ", expected at least 0");
+        check_states(row, p.tokens, r);
+    }
+    cpu::choose_states(p);
 }
 
 }  // namespace kvstrata::ops

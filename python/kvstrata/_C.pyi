@@ -139,6 +139,19 @@ def score_keys(
     kind: int,
     threads: int,
 ) -> None: ...
+def choose_states_workspace_bytes(tokens: int, threads: int) -> int: ...
+def choose_states(
+    score: Tensor,
+    now: Tensor,
+    positions: Tensor,
+    protect: Tensor,
+    full_pages: Tensor,
+    quant_pages: Tensor,
+    out: Tensor,
+    workspace: Tensor,
+    quantized_state: int,
+    threads: int,
+) -> None: ...
 def page_bytes(format: int, head_dim: int) -> int: ...
 def scale_groups(format: int, head_dim: int) -> int: ...
 def supported() -> Supported: ...

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvstrata.ops import choose_states
 from kvstrata.policy.base import EVICTED, FULL, INT2, INT4, INT8
-from kvstrata.policy.choose import choose_states, fall, rank_keys
+from kvstrata.policy.choose import fall
 
 LEVEL = torch.tensor([4, 0, 1, 2, 3])  # of a state: Full, int8, int4, int2, Evicted
 NAN, INF = float("nan"), float("inf")
@@ -84,21 +85,6 @@ def test_empty_rows_and_places() -> None:
     assert got.shape == (2, 0) and got.dtype == torch.uint8
 
 
-def test_rank_keys_order_as_the_scores() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (1, 5000), generator=generator).to(torch.int32)
-    score = bits.view(torch.float32)
-    score = torch.where(score.isfinite(), score, 0.0)
-    positions = torch.randperm(5000, generator=generator).int().unsqueeze(0)
-    key = rank_keys(score, positions)
-    assert key.unique().numel() == 5000
-    order = key[0].argsort(descending=True)
-    falling = score[0][order]
-    assert (falling[:-1] >= falling[1:]).all()
-    tied = falling[:-1] == falling[1:]
-    assert tied.any() and (positions[0][order][:-1] < positions[0][order][1:])[tied].all()
-
-
 def random_rows(generator: torch.Generator, rows: int, columns: int) -> tuple[Tensor, ...]:
     """Scores with ties and NaN, mixed states, positions in no order, ragged rows, random pages."""
 
@@ -173,28 +159,3 @@ def test_fall_takes_the_fewer_bits() -> None:
     now, target = torch.cartesian_prod(torch.arange(5), torch.arange(5)).to(torch.uint8).T
     got = fall(now, target)
     assert torch.equal(LEVEL[got.long()], torch.maximum(LEVEL[now.long()], LEVEL[target.long()]))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("score", torch.zeros(2, 3, dtype=torch.float64), r"float32 \[2, 3\]"),
-        ("now", torch.zeros(2, 4, dtype=torch.uint8), r"uint8 \[2, 3\]"),
-        ("protect", torch.zeros(2, 3, dtype=torch.uint8), r"bool \[2, 3\]"),
-        ("quant_pages", torch.zeros(3, dtype=torch.int64), r"int64 \[2\]"),
-        ("quantized_state", FULL, r"one of \[2, 3, 4\]"),
-        ("positions", torch.zeros(3, dtype=torch.int32), r"\[R, N\]"),
-    ],
-)
-def test_bad_arguments_are_named(name: str, value: object, expected: str) -> None:
-    good = {
-        "score": torch.zeros(2, 3),
-        "now": torch.ones(2, 3, dtype=torch.uint8),
-        "positions": torch.arange(3, dtype=torch.int32).expand(2, -1),
-        "protect": torch.zeros(2, 3, dtype=torch.bool),
-        "full_pages": torch.zeros(2, dtype=torch.int64),
-        "quant_pages": torch.zeros(2, dtype=torch.int64),
-        "quantized_state": INT4,
-    }
-    with pytest.raises(ValueError, match=rf"choose_states: {name} is .*{expected}"):
-        choose_states(**(good | {name: value}))  # type: ignore[arg-type]

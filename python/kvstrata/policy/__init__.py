@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvstrata.ops import choose_states
 from kvstrata.policy.adakv import adakv
 from kvstrata.policy.arkv import MeanSpread, arkv
 from kvstrata.policy.base import Allowance, Plan, Planner, Policy, Reader, Scorer, Seen
-from kvstrata.policy.choose import choose_states
 from kvstrata.policy.full import full
 from kvstrata.policy.h2o import AccumulatedMass, h2o
 from kvstrata.policy.keep_top import KeepTop

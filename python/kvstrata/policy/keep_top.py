@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata.ops import choose_states
 from kvstrata.policy.base import EVICTED, FULL, INT2, Plan, Seen
-from kvstrata.policy.choose import choose_states, fall
+from kvstrata.policy.choose import fall
 
 
 @dataclass(frozen=True)

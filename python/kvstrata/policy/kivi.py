@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata.ops import choose_states
 from kvstrata.policy.base import STATES, Plan, Policy, Seen
-from kvstrata.policy.choose import choose_states
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvstrata.config import SLOTS
+from kvstrata.ops import choose_states
 from kvstrata.policy.base import EVICTED, FULL, STATES, Allowance, Plan, Seen
-from kvstrata.policy.choose import choose_states, fall, pages_of
+from kvstrata.policy.choose import fall, pages_of
 
 _ROUNDING = 1e-9
 """Fractions of a page that the division by float64 may lose, as in the budget's splitter."""
