@@ -79,6 +79,9 @@ void fill(Isa level, Kernels* table) {
         name::fill_rotate(table);           \
         name::fill_scores(table);           \
         name::fill_slots(table);            \
+        name::fill_window(table);           \
+        name::fill_window_pairs(table);     \
+        name::fill_window_quantized(table); \
         break
     switch (level) {
         KVSTRATA_FILL(scalar);

@@ -40,6 +40,20 @@ struct AttendTile {
     int32_t group;  // dims that share a scale in the page's format
 };
 
+// A block of window queries over one page. Operands are 32-bit words: a dim in f32, or two dims in bf16 or in the 16-bit
+// codes of QueryCodes; the words of `window_rows` rows lie side by side, so that a tile of them walks through memory.
+struct WindowTile {
+    const uint32_t* q;            // [rows / window_rows, words, window_rows]
+    const float *delta, *centre;  // [rows] of codes
+    unsigned char* decoded;       // [64 * padded dim] scratch: the page's keys as such words
+    const uint16_t* masks;        // [rows] slots each row may read
+    float* z;                     // [rows, 16] out: finished logits, -inf where unread
+    float* maximum;               // [rows, 16] running maximum of z, one lane per slot; passes over NaN
+    int32_t rows, head_dim;       // rows: a multiple of window_rows; those beyond the queries are 0
+    int32_t group;                // dims that share a scale in the page's format
+    float scale, softcap;
+};
+
 struct Kernels {
     // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format.
     void (*attend_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
@@ -84,14 +98,22 @@ struct Kernels {
     void (*put_codes[3])(unsigned char* page, int32_t dim, uint16_t slots, const unsigned char* k,
                          const unsigned char* v, int32_t stride);
 
-    // The running softmax of logits z [rows, 16] without values: maximum [rows], sum [rows, 16].
-    void (*soften_rows)(const float* z, int32_t rows, float* maximum, float* sum);
-    // Of one head's shares on a page, exp(z - lse) for z [queries, 16] and lse [queries], which replace z: mean and, if
-    // not null, unbiased variance [16]; or what measure sums up, added to lanes [16] each. sound, of n p: n p log p summed
-    // over queries, mean square, population variance m2, m4 / m2. code: unbiased variance, m4 / max(m2, 1e-8)^2.
-    void (*share_moments)(float* z, const float* lse, int32_t queries, float* mean, float* variance);
-    void (*sound_sums)(float* z, const float* lse, float log_n, int32_t queries, float* sums);
-    void (*code_sums)(float* z, const float* lse, int32_t queries, float* sums);
+    // Logits of a block of window queries on a page, `ahead` as above. Queries as f32 for full pages, as codes for quantized
+    // ones. window_pairs: bf16 pages and queries as pairs, D even; null where the level has none. Indexed by Format.
+    int32_t window_rows;
+    void (*window_page[6])(const WindowTile& tile, const unsigned char* page, const unsigned char* ahead);
+    void (*window_pairs)(const WindowTile& tile, const unsigned char* page, const unsigned char* ahead);
+    // z [entries, rows, 16] becomes e = exp(z - m), m [rows] the largest lane of `lanes` [rows, 16], 0 if that is -inf;
+    // total [rows] = sum of e, and if not null moved [rows] = sum of e (z - m). Rows as in WindowTile.
+    void (*soften_window)(float* z, int32_t entries, int32_t rows, const float* lanes, float* m, float* total,
+                          float* moved);
+    // Of one head's shares on a page, A = factor * e for e [queries, 16] and factor [queries]: mean and, if not null,
+    // unbiased variance [16], 0 but for the slots of a mask; or what measure sums up, added to lanes [16] each. sound:
+    // mean square, population variance m2, m4 / m2. code, over the slots of a mask: unbiased variance, m4 / max(m2, 1e-8)^2.
+    // e is scratch afterwards.
+    void (*share_moments)(float* e, const float* factor, int32_t queries, uint16_t slots, float* mean, float* variance);
+    void (*sound_sums)(float* e, const float* factor, int32_t queries, float* sums);
+    void (*code_sums)(float* e, const float* factor, int32_t queries, uint16_t slots, float* sums);
 
     // The keys of a page as f32 k [padded dim, 16 slots], those of quantized pages in the rotated domain plus
     // centre [dim] if not null; `scales` bf16 [dim / group, 16] are theirs. Indexed by Format.
@@ -115,6 +137,9 @@ struct Kernels {
     void fill_rotate(Kernels* table);           \
     void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \
+    void fill_window(Kernels* table);           \
+    void fill_window_pairs(Kernels* table);     \
+    void fill_window_quantized(Kernels* table); \
     }
 KVSTRATA_LEVEL(scalar)
 KVSTRATA_LEVEL(avx2)

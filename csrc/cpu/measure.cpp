@@ -1,8 +1,8 @@
 #include "ops/measure.h"
 
 #include <algorithm>
+#include <cmath>
 
-#include "cpu/parallel.h"
 #include "cpu/window.h"
 #include "ops/backends.h"
 
@@ -27,51 +27,62 @@ PositionRange summed(const ops::MeasureParams& p, const ops::WindowRow& row) {
     return p.which == ops::Stats::sound ? past_of(p, row) : PositionRange{};
 }
 
-// Second pass over a unit: the sums of each head, to its partials [G, kSums].
-class Measurer {
-  public:
-    Measurer(const ops::MeasureParams& params, const WindowPlan& plan, const Kernels& kernels, int unit, int worker)
-        : p_(params), plan_(plan), kernels_(kernels), unit_(params, plan, kernels, unit, worker) {
-        const int64_t n = plan.part(unit_.row_index()).past;
-        log_n_ = n ? static_cast<float>(std::log(static_cast<double>(n))) : 0.0f;
-    }
+float sum_lanes(const float* lanes) {
+    float total = 0.0f;
+    for (int lane = 0; lane < kSlots; ++lane) total += lanes[lane];
+    return total;
+}
 
-    void run() {
-        const PositionRange past = past_of(p_, unit_.row());
-        float* const lanes = unit_.scratch().lanes;
-        std::fill_n(lanes, p_.group * kSums * kSlots, 0.0f);
-        unit_.each_block([&](int head, int heads) {
-            for (int e = unit_.begin(); e < unit_.end(); ++e) {
-                if (!unit_.logits(e, heads, past)) continue;
-                for (int g = 0; g < heads; ++g)
-                    add_page(head + g, unit_.scratch().z + g * unit_.row().queries * kSlots);
+// sum of n p log p over a head's queries: log p = (z - m) + (m - lse).
+float entropy_of(const WindowPlan& plan, const WindowUnit& unit, int h) {
+    const int queries = unit.row().queries;
+    const float* const lse = plan.lse(unit.row_index(), unit.head() + h);
+    float sum = 0.0f;
+    for (int t = 0, i = h * queries; t < queries; ++t, ++i) {
+        const float factor = unit.scratch().factor[i];
+        if (factor == 0.0f) continue;
+        sum += factor * (unit.found().moved[i] + (unit.found().maximum[i] - lse[t]) * unit.found().total[i]);
+    }
+    return sum;
+}
+
+// sum of A log(A + 1e-10) over a head's queries, to lanes [16].
+void add_logs(const float* e, const float* factor, int queries, uint16_t slots, float* lanes) {
+    for (int i = 0; i < queries * kSlots; ++i) {
+        if (!(slots >> i % kSlots & 1)) continue;
+        const float share = e[i] * factor[i / kSlots];
+        lanes[i % kSlots] += share * std::log(share + 1e-10f);
+    }
+}
+
+// Second pass over a unit: the sums of each head, to its partials [kSums].
+void sum_unit(const ops::MeasureParams& p, const WindowPlan& plan, const Kernels& k, const WindowUnit& unit) {
+    const bool sound = p.which == ops::Stats::sound;
+    const int queries = unit.row().queries;
+    const WindowHead& head = *unit.found().head;
+    const PositionRange past = past_of(p, unit.row());
+    std::fill_n(unit.scratch().sums, unit.heads() * kSums * kSlots, 0.0f);
+    unit.find_factors(sound ? static_cast<float>(plan.part(unit.row_index()).past) : 1.0f);
+    for (int i = 0; i < head.count; ++i) {
+        const uint16_t slots = sound ? head.slots[i] : slots_in(p, unit.row(), head.entries[i], past);
+        for (int h = 0; slots && h < unit.heads(); ++h) {
+            float* const e = unit.shares(i, h);
+            float* const lanes = unit.scratch().sums + h * kSums * kSlots;
+            const float* const factor = unit.scratch().factor + h * queries;
+            if (sound) {
+                k.sound_sums(e, factor, queries, lanes + kSlots);
+            } else {
+                add_logs(e, factor, queries, slots, lanes + 2 * kSlots);
+                k.code_sums(e, factor, queries, slots, lanes);
             }
-        });
-        for (int i = 0; i < p_.group * kSums; ++i) {
-            float total = 0.0f;
-            for (int lane = 0; lane < kSlots; ++lane) total += lanes[i * kSlots + lane];
-            unit_.partial()[i] = total;
         }
     }
-
-  private:
-    void add_page(int head, float* z) {
-        const int queries = unit_.row().queries;
-        const float* const lse = plan_.lse(unit_.row_index()) + head * queries;
-        float* const lanes = unit_.scratch().lanes + head * kSums * kSlots;
-        if (p_.which == ops::Stats::sound) return kernels_.sound_sums(z, lse, log_n_, queries, lanes);
-        kernels_.code_sums(z, lse, queries, lanes);
-        for (int i = 0; i < queries * kSlots; ++i) {  // of shares by now
-            lanes[2 * kSlots + i % kSlots] += z[i] * std::log(z[i] + 1e-10f);
-        }
+    for (int h = 0; h < unit.heads(); ++h) {
+        float* const out = unit.partial(unit.head() + h);
+        for (int i = 0; i < kSums; ++i) out[i] = sum_lanes(unit.scratch().sums + (h * kSums + i) * kSlots);
+        if (sound) out[0] = entropy_of(plan, unit, h);
     }
-
-    const ops::MeasureParams& p_;
-    const WindowPlan& plan_;
-    const Kernels& kernels_;
-    WindowUnit unit_;
-    float log_n_;
-};
+}
 
 int64_t count_past(const ops::MeasureParams& p, const ops::WindowRow& row) {
     const PositionRange past = past_of(p, row);
@@ -92,8 +103,8 @@ void finish(const ops::MeasureParams& p, const WindowPlan& plan, int r) {
     for (int head = 0; head < p.group; ++head) {
         float* const out = p.stats + (static_cast<int64_t>(r) * p.group + head) * 3;
         Sums sums = {};
-        for (int u = 0; u < plan.part(r).units; ++u) {
-            for (int i = 0; i < kSums; ++i) sums[i] += plan.partial(r, u)[head * kSums + i];
+        for (int u = 0; p.rows[r].queries && u < plan.part(r).chunks; ++u) {
+            for (int i = 0; i < kSums; ++i) sums[i] += plan.partial(r, u, head)[i];
         }
         const int64_t n = plan.part(r).past;
         if (!n) {
@@ -115,17 +126,22 @@ void measure(const ops::MeasureParams& p) {
     if (!p.n_rows) return;
     const Kernels& k = kernels();
     const WindowPlan plan(p, kSums);
-    parallel(plan.units(), plan.threads(), [&](int64_t index, int worker) {
-        WindowUnit unit(p, plan, k, static_cast<int>(index), worker);
-        unit.sum_up(summed(p, unit.row()));
-    });
-    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) {
-        const bool whole = p.which == ops::Stats::code;  // a sink logit has no part in shares of the past
-        merge_lse(p, plan, static_cast<int>(r), whole ? p.rows[r].sinks : nullptr);
-        plan.part(static_cast<int>(r)).past = count_past(p, p.rows[r]);
-    });
-    parallel(plan.units(), plan.threads(),
-             [&](int64_t unit, int worker) { Measurer(p, plan, k, static_cast<int>(unit), worker).run(); });
+    const bool sound = p.which == ops::Stats::sound;
+    parallel(p.n_rows, plan.threads(),
+             [&](int64_t r, int) { plan.part(static_cast<int>(r)).past = count_past(p, p.rows[r]); });
+    plan.run(
+        [&](const WindowWave& wave, int index, int worker) {
+            WindowUnit unit(p, plan, k, wave, index, worker);
+            unit.sum_up(summed(p, unit.row()), sound);
+        },
+        [&](int r, int head, int heads) {  // a sink logit has no part in shares of the past
+            merge_lse(p, plan, r, head, heads, sound ? nullptr : p.rows[r].sinks);
+        },
+        [&](const WindowWave& wave, int index, int worker) {
+            WindowUnit unit(p, plan, k, wave, index, worker);
+            unit.find_again(summed(p, unit.row()), sound);
+            sum_unit(p, plan, k, unit);
+        });
     parallel(p.n_rows, plan.threads(), [&](int64_t r, int) { finish(p, plan, static_cast<int>(r)); });
 }
 

@@ -1,60 +1,48 @@
 #include "ops/score_window.h"
 
 #include <algorithm>
+#include <cmath>
 
-#include "cpu/parallel.h"
 #include "cpu/window.h"
 #include "ops/backends.h"
 
 namespace kvstrata::cpu {
 namespace {
 
-// Second pass over a unit: shares of every slot, reduced over the queries.
-class Scorer {
-  public:
-    Scorer(const ops::ScoreWindowParams& params, const WindowPlan& plan, const Kernels& kernels, int unit, int worker)
-        : p_(params), plan_(plan), kernels_(kernels), unit_(params, plan, kernels, unit, worker) {}
-
-    void run() {
-        for (int g = 0; g < p_.group; ++g) {
-            std::fill_n(slots(g, unit_.begin()), (unit_.end() - unit_.begin()) * kSlots, 0.0f);
-        }
-        unit_.each_block([&](int head, int heads) {
-            for (int e = unit_.begin(); e < unit_.end(); ++e) {
-                if (!unit_.logits(e, heads, {})) continue;
-                for (int g = 0; g < heads; ++g) score(head + g, unit_.scratch().z + lines(g), slots(head + g, e));
+// Second pass over a unit: shares of every slot that some query reads, reduced over the queries.
+void score_unit(const ops::ScoreWindowParams& p, const Kernels& k, const WindowUnit& unit) {
+    const int queries = unit.row().queries;
+    const WindowHead& head = *unit.found().head;
+    float* const variance = p.spread == ops::Spread::none ? nullptr : unit.scratch().sums;
+    unit.find_factors(1.0f);
+    for (int i = 0; i < head.count; ++i) {
+        for (int h = 0; h < unit.heads(); ++h) {
+            float* const out = p.score + unit.row_index() * p.score_stride_r + (unit.head() + h) * p.score_stride_g +
+                               static_cast<int64_t>(head.entries[i]) * kSlots;
+            k.share_moments(unit.shares(i, h), unit.scratch().factor + h * queries, queries, head.slots[i], out,
+                            variance);
+            for (int slot = 0; variance && slot < kSlots; ++slot) {
+                out[slot] += p.weight * (p.spread == ops::Spread::std ? std::sqrt(variance[slot]) : variance[slot]);
             }
-        });
-    }
-
-  private:
-    int64_t lines(int head) const { return static_cast<int64_t>(head) * unit_.row().queries * kSlots; }
-    float* slots(int head, int entry) const {
-        return p_.score + unit_.row_index() * p_.score_stride_r + head * p_.score_stride_g +
-               static_cast<int64_t>(entry) * kSlots;
-    }
-
-    void score(int head, float* z, float* out) {
-        const int queries = unit_.row().queries;
-        const float* const lse = plan_.lse(unit_.row_index()) + head * queries;
-        float* const variance = p_.spread == ops::Spread::none ? nullptr : unit_.scratch().lanes;
-        kernels_.share_moments(z, lse, queries, out, variance);
-        for (int i = 0; variance && i < kSlots; ++i) {
-            out[i] += p_.weight * (p_.spread == ops::Spread::std ? std::sqrt(variance[i]) : variance[i]);
         }
     }
+}
 
-    const ops::ScoreWindowParams& p_;
-    const WindowPlan& plan_;
-    const Kernels& kernels_;
-    WindowUnit unit_;
-};
-
-void write_lse(const ops::ScoreWindowParams& p, const WindowPlan& plan, int r) {
-    const int queries = p.rows[r].queries;
-    for (int g = 0; g < p.group; ++g) {
-        std::copy_n(plan.lse(r) + g * queries, queries, p.lse + r * p.lse_stride_r + g * p.lse_stride_g);
+// Of some heads of a row, or of all where it has no unit.
+void merge(const ops::ScoreWindowParams& p, const WindowPlan& plan, int r, int head, int heads) {
+    merge_lse(p, plan, r, head, heads, p.rows[r].sinks);
+    for (int g = head; g < head + heads; ++g) {
+        std::copy_n(plan.lse(r, g), p.rows[r].queries, p.lse + r * p.lse_stride_r + g * p.lse_stride_g);
     }
+}
+
+// What holds of slots that no query reads.
+void clear_row(const ops::ScoreWindowParams& p, const WindowPlan& plan, int r) {
+    for (int g = 0; g < p.group; ++g) {
+        std::fill_n(p.score + r * p.score_stride_r + g * p.score_stride_g,
+                    static_cast<int64_t>(p.rows[r].entries) * kSlots, 0.0f);
+    }
+    if (!plan.part(r).chunks) merge(p, plan, r, 0, p.group);
 }
 
 }  // namespace
@@ -65,14 +53,15 @@ void score_window(const ops::ScoreWindowParams& p) {
     if (!p.n_rows) return;
     const Kernels& k = kernels();
     const WindowPlan plan(p, 0);
-    parallel(plan.units(), plan.threads(),
-             [&](int64_t unit, int worker) { WindowUnit(p, plan, k, static_cast<int>(unit), worker).sum_up({}); });
-    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) {
-        merge_lse(p, plan, static_cast<int>(r), p.rows[r].sinks);
-        write_lse(p, plan, static_cast<int>(r));
-    });
-    parallel(plan.units(), plan.threads(),
-             [&](int64_t unit, int worker) { Scorer(p, plan, k, static_cast<int>(unit), worker).run(); });
+    parallel(p.n_rows, plan.threads(), [&](int64_t r, int) { clear_row(p, plan, static_cast<int>(r)); });
+    plan.run([&](const WindowWave& wave, int unit,
+                 int worker) { WindowUnit(p, plan, k, wave, unit, worker).sum_up({}, false); },
+             [&](int r, int head, int heads) { merge(p, plan, r, head, heads); },
+             [&](const WindowWave& wave, int index, int worker) {
+                 WindowUnit unit(p, plan, k, wave, index, worker);
+                 unit.find_again({}, false);
+                 score_unit(p, k, unit);
+             });
 }
 
 }  // namespace kvstrata::cpu

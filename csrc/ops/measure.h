@@ -10,7 +10,7 @@
 //   code    as a public code has it: sums, not shares, and the sinks with the rest
 //     E = -sum_t sum_k A log(A + 1e-10)      V = sum_k var_t A, unbiased      K = sum_k m4 / max(m2, 1e-8)^2
 //
-// T = 0 or n = 0: zeros. Two passes over the pages, as in score_window.h; f32 terms, sums of units added in f64 in the
+// T = 0 or n = 0: zeros. Two passes, as in score_window.h; f32 terms, sums of units added in f64 in the
 // order of the list. Bits depend on the row alone.
 #pragma once
 

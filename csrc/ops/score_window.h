@@ -8,9 +8,10 @@
 // Slots that no query may read: 0, those hidden or of entries of -1 too. T = 0: zeros. A query that may read nothing: its
 // A is 0, its lse -inf (or the sink). NaN and Inf in q or in a readable slot show in their own rows only.
 //
-// Two passes over the pages, in units of 32 entries: log-sum-exps, which are merged in the order of the list, then shares.
-// Memory is bounded by W, never by the length of a row: about 128 KiB a thread at W * D = 64 * 128, and a float per unit
-// and query. Bits depend on the row alone.
+// Two passes, in units of 32 entries: log-sum-exps, which are merged in the order of the list, then shares. What the first
+// pass found is kept for the second as far as 4 MiB a thread go; what has no room is computed again, to the same bits.
+// Other memory is bounded by W, never by the length of a row: about 256 KiB a thread at W * D = 64 * 128, and a float per
+// unit and query. Bits depend on the row alone.
 #pragma once
 
 #include "ops/window.h"

@@ -100,8 +100,8 @@ def score_window(
     out        f32 [R, G, K, 16], any strides over R and G
     workspace  uint8 of at least `score_window_workspace_bytes`, 64-byte aligned
 
-    A = exp(z - lse) with the lse over every slot that the query may read. Two passes over the pages; memory is bounded
-    by W, not by the length of a row.
+    A = exp(z - lse) with the lse over every slot that the query may read. Two passes; memory is bounded by W and the
+    number of threads, not by the length of a row but for a float per 512 slots and query.
     """
     op = "score_window"
     rows, width, group, dim, entries = _window_shape(op, q, pages)

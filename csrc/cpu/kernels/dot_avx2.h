@@ -14,6 +14,11 @@ KV_INLINE I load_line(const void* p) {
     const __m256i* halves = static_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
+KV_INLINE void store_line(void* p, I x) {
+    __m256i* halves = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, x.a);
+    _mm256_storeu_si256(halves + 1, x.b);
+}
 KV_INLINE I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 KV_INLINE V to_f32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 

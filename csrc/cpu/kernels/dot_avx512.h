@@ -11,6 +11,7 @@ constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time: kT
 
 KV_INLINE I none() { return {_mm512_setzero_si512()}; }
 KV_INLINE I load_line(const void* p) { return {_mm512_loadu_si512(p)}; }
+KV_INLINE void store_line(void* p, I a) { _mm512_storeu_si512(p, a.x); }
 KV_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.x, b.x)}; }
 KV_INLINE V to_f32(I a) { return {_mm512_cvtepi32_ps(a.x)}; }
 

@@ -19,6 +19,7 @@ KV_INLINE I load_line(const void* p) {
     __builtin_memcpy(r.x, p, 64);
     return r;
 }
+KV_INLINE void store_line(void* p, I a) { __builtin_memcpy(p, a.x, 64); }
 KV_INLINE I add(I a, I b) { KV_LANES(I, a.x[i] + b.x[i]); }
 KV_INLINE V to_f32(I a) { KV_LANES(V, static_cast<float>(a.x[i])); }
 

@@ -12,7 +12,7 @@
 #include "cpu/kernels/vec_scalar.h"
 #elif defined(KV_ISA_avx2)
 #include "cpu/kernels/vec_avx2.h"
-#elif defined(KV_ISA_avx512) || defined(KV_ISA_avx512_vnni)
+#elif defined(KV_ISA_avx512) || defined(KV_ISA_avx512_vnni) || defined(KV_ISA_avx512_bf16)
 #include "cpu/kernels/vec_avx512.h"
 #endif
 
