@@ -180,9 +180,9 @@ void bind_store(py::module_& m) {
                  s.score_keys(layer, seqs, static_cast<ops::KeyScore>(kind), reinterpret_cast<float*>(out), columns);
              })
         .def("pool_scores",
-             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address score, int64_t columns, int kernel,
-                int kind, int divide, Address out) {
-                 s.pool_scores(layer, seqs, reinterpret_cast<const float*>(score), columns, kernel,
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address score, int group, int64_t columns,
+                int kernel, int kind, int divide, Address out) {
+                 s.pool_scores(layer, seqs, reinterpret_cast<const float*>(score), group, columns, kernel,
                                static_cast<ops::PoolKind>(kind), static_cast<ops::PoolDivide>(divide),
                                reinterpret_cast<float*>(out));
              })

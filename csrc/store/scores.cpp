@@ -145,12 +145,12 @@ void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kin
 }
 
 // score f32 [R, G, N] -> out f32 [R, N].
-void Store::pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int64_t columns, int kernel,
-                        ops::PoolKind kind, ops::PoolDivide divide, float* out) {
+void Store::pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int group, int64_t columns,
+                        int kernel, ops::PoolKind kind, ops::PoolDivide divide, float* out) {
+    check(group >= 1, "pool_scores: group is ", group, ", expected >= 1");
     const Scored s = scored(layer, seqs, 0, "pool_scores");
     PoolView pools[kMaxPools];
     views(pools);
-    const int group = layers_[layer].q_heads / layers_[layer].kv_heads;
     const int64_t line = static_cast<int64_t>(s.most) * kSlots;
     std::vector<float> slots(s.rows.size() * group * line), pooled(s.rows.size() * line);
     std::vector<ops::PoolRow> rows;

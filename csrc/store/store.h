@@ -164,8 +164,8 @@ class Store {
     void measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
                  float* out);
     void score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns);
-    void pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int64_t columns, int kernel,
-                     ops::PoolKind kind, ops::PoolDivide divide, float* out);
+    void pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int group, int64_t columns, int kernel,
+                     ops::PoolKind kind, ops::PoolDivide divide, float* out);  // score [R, group, N] -> [R, N]
 
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);

@@ -263,7 +263,16 @@ class Store:
     ) -> None: ...
     def score_keys(self, layer: int, seqs: list[int], kind: int, out: int, columns: int) -> None: ...
     def pool_scores(
-        self, layer: int, seqs: list[int], score: int, columns: int, kernel: int, kind: int, divide: int, out: int
+        self,
+        layer: int,
+        seqs: list[int],
+        score: int,
+        group: int,
+        columns: int,
+        kernel: int,
+        kind: int,
+        divide: int,
+        out: int,
     ) -> None: ...
     def check_plan(self, layer: int, seqs: list[int], state: int, columns: int, protect: bool) -> None: ...
     def plan_piece(

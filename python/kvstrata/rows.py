@@ -75,14 +75,15 @@ class Rows:
     def pool(
         self, score: Tensor, kernel: int, kind: Literal["avg", "max"], divide: Literal["present", "kernel"]
     ) -> Tensor:
-        expected = (self._rows, self._group, self._columns)
-        if score.dtype != torch.float32 or tuple(score.shape) != expected:
+        wide = score.unsqueeze(1) if score.dim() == 2 else score
+        expected = (self._rows, wide.shape[1] if wide.dim() == 3 else self._group, self._columns)
+        if score.dtype != torch.float32 or tuple(wide.shape) != expected:
             raise ValueError(
                 f"pool: score is {score.dtype} {list(score.shape)}, expected torch.float32 {list(expected)}"
             )
-        score, out = score.contiguous(), torch.empty(self._rows, self._columns)
-        how = (kernel, POOL[kind], DIVIDE[divide])
-        self._store.pool_scores(self._layer, self._ids, score.data_ptr(), self._columns, *how, out.data_ptr())
+        wide, out = wide.contiguous(), torch.empty(self._rows, self._columns)
+        how = (wide.shape[1], self._columns, kernel, POOL[kind], DIVIDE[divide])
+        self._store.pool_scores(self._layer, self._ids, wide.data_ptr(), *how, out.data_ptr())
         return out
 
     def key_scores(self, kind: Literal["norm", "diversity"]) -> Tensor:

@@ -39,6 +39,7 @@ class FakeReader:
 
     def pool(self, score: Tensor, kernel: int, kind: str, divide: str) -> Tensor:
         self.calls.append(("pool", kernel, kind, divide))
+        score = score.unsqueeze(1) if score.dim() == 2 else score
         far = (self.positions.unsqueeze(2) - self.positions.unsqueeze(1)).abs() > kernel // 2
         near = ~far & (self.positions >= 0).unsqueeze(1) & (self.positions >= 0).unsqueeze(2)  # [R, N, N]
         if kind == "max":

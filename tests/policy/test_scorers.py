@@ -126,6 +126,17 @@ def test_key_scores(seen: Seen) -> None:
         torch.testing.assert_close(cosine[r][seen.stored[r]], want)
 
 
+@pytest.mark.parametrize(("kind", "kernel"), [("avg", 5), ("max", 3)])
+def test_key_scores_are_pooled_over_stored_neighbours(seen: Seen, kind: str, kernel: int) -> None:
+    plain, got = KeyDiversity().score(seen), KeyDiversity(kernel, kind).score(seen)  # type: ignore[arg-type]
+    assert not torch.equal(plain, got)
+    for r in range(3):
+        at, mine = seen.positions[r][seen.stored[r]], plain[r][seen.stored[r]]
+        near = [mine[(at - p).abs() <= kernel // 2] for p in at]
+        want = torch.stack([n.mean() if kind == "avg" else n.max() for n in near])
+        torch.testing.assert_close(got[r][seen.stored[r]], want)
+
+
 def test_allocators_that_compare_heads_take_attention_only() -> None:
     for allocator in (AdaptiveHeads(), Knapsack()):
         for scorer in (KeyNorm(), KeyDiversity()):
@@ -142,6 +153,7 @@ def test_allocators_that_compare_heads_take_attention_only() -> None:
         (lambda: WindowVote(0), r"WindowVote: queries is 0, expected >= 1"),
         (lambda: WindowVote(kernel=4), r"WindowVote: kernel is 4, expected an odd number >= 1"),
         (lambda: MeanSpread(kernel=-1), r"MeanSpread: kernel is -1, expected an odd number >= 1"),
+        (lambda: KeyDiversity(2), r"KeyDiversity: kernel is 2, expected an odd number >= 1"),
         (lambda: WindowVote(pool="sum"), r"WindowVote: pool is 'sum', expected 'avg' or 'max'"),  # type: ignore[arg-type]
         (lambda: WindowVote(divide="n"), r"WindowVote: divide is 'n', expected 'present' or 'kernel'"),  # type: ignore[arg-type]
         (lambda: MeanSpread(spread="var"), r"MeanSpread: spread is 'var', expected 'std' or 'variance'"),  # type: ignore[arg-type]

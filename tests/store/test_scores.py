@@ -158,3 +158,22 @@ def test_a_fault_in_the_append_keeps_the_queries() -> None:
     with testing.fault("append.after_take", 2), pytest.raises(RuntimeError, match="fault"):
         dense.feed(cache, seq, 1, 1)
     assert torch.equal(before, rows(cache, seq, 1).queries()[0])
+
+
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_scores_of_rows_are_pooled_like_those_of_query_heads(kind: str) -> None:
+    """Over positions, across evicted ones; one score for a row is one of all its query heads."""
+    cache, dense = cache_of(Mass(), (10, 11, 12, 20)), Dense()
+    (seq,) = cache.new()
+    dense.feed(cache, seq, 48, 0)
+    cache.compress()
+    read = rows(cache, seq, 0)
+    score = torch.rand(2, cache._store.columns(0, [seq.id]), generator=torch.Generator().manual_seed(1))
+    got = read.pool(score, 5, kind, "present")  # type: ignore[arg-type]
+    torch.testing.assert_close(got, read.pool(score.unsqueeze(1).expand(-1, 2, -1), 5, kind, "present"))  # type: ignore[arg-type]
+    positions = cache.materialize(0, seq)[2]
+    for r in range(2):
+        near = [score[r][(positions[r] - p).abs() <= 2] for p in positions[r]]
+        torch.testing.assert_close(got[r], torch.stack([n.mean() if kind == "avg" else n.max() for n in near]))
+    with pytest.raises(ValueError, match=r"pool: score is torch.float32 \[3, 2\]"):
+        read.pool(torch.zeros(3, 2), 5, "avg", "present")

@@ -30,7 +30,8 @@ class Reader(Protocol):
     def pool(
         self, score: Tensor, kernel: int, kind: Literal["avg", "max"], divide: Literal["present", "kernel"]
     ) -> Tensor:
-        """f32 [R, N] of score f32 [R, G, N]: pooled over tokens at most kernel // 2 positions away, then the mean over G."""
+        """f32 [R, N] of score f32 [R, G, N] or [R, N]: pooled over stored tokens at most kernel // 2 positions away, then the
+        mean over G."""
 
     def mass(self) -> Tensor:
         """f32 [R, N]: attention mass that each token has received; only under a scorer that needs "mass"."""

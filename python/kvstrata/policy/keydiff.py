@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from kvstrata.budget import Uniform
 from kvstrata.policy.base import Policy, Seen
 from kvstrata.policy.keep_top import KeepTop
+from kvstrata.policy.pooling import Pooling
 
 
 @dataclass(frozen=True)
-class KeyDiversity:
+class KeyDiversity(Pooling):
     """Minus the cosine of a token's key to the mean direction of its row's keys: no query is needed (KeyDiff).
 
-    One anchor per row, never over all heads. Not comparable between heads.
+    One anchor per row, never over all heads. Not comparable between heads. kernel, pool, divide: of
+    :class:`kvstrata.policy.pooling.Pooling`; 1, no pooling, is the paper's. ValueError for parameters.
     """
 
+    kernel: int = 1
+    pool: Literal["avg", "max"] = "avg"
+    divide: Literal["present", "kernel"] = "present"
     needs: ClassVar[frozenset[str]] = frozenset()
     is_mass: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        self.check_pooling()
+
     def score(self, seen: Seen) -> Tensor:
         assert seen.read is not None
-        return seen.read.key_scores("diversity")
+        return self.pooled(seen, seen.read.key_scores("diversity"))
 
 
 def keydiff(

@@ -10,16 +10,16 @@ from torch import Tensor
 from kvstrata.budget import Uniform
 from kvstrata.policy.base import Policy, Seen
 from kvstrata.policy.keep_top import KeepTop
+from kvstrata.policy.pooling import Pooling
 
 
 @dataclass(frozen=True)
-class WindowVote:
+class WindowVote(Pooling):
     """The mean attention of a row's last queries to each token, pooled over its neighbours (SnapKV).
 
-    queries: how many of the last, >= 1; fewer are used where fewer were seen. kernel: neighbourhood in positions, odd;
-    pool: "avg" or "max" over it; divide: "present", the average over neighbours that are stored (ours), or "kernel", over
-    the kernel's width, as a padded average pool does. Pooled for each query head, then the mean over a KV head's. ValueError
-    for parameters.
+    queries: how many of the last, >= 1; fewer are used where fewer were seen. kernel, pool, divide: of
+    :class:`kvstrata.policy.pooling.Pooling`. Pooled for each query head, then the mean over a KV head's. ValueError for
+    parameters.
     Deviation: upstream repeats K and chooses per query head; here a KV head's query heads vote together.
     """
 
@@ -31,20 +31,14 @@ class WindowVote:
     is_mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        who = type(self).__name__
+        self.check_pooling()
         if self.queries < 1:
-            raise ValueError(f"{who}: queries is {self.queries}, expected >= 1")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"{who}: kernel is {self.kernel}, expected an odd number >= 1")
-        if self.pool not in ("avg", "max"):
-            raise ValueError(f"{who}: pool is {self.pool!r}, expected 'avg' or 'max'")
-        if self.divide not in ("present", "kernel"):
-            raise ValueError(f"{who}: divide is {self.divide!r}, expected 'present' or 'kernel'")
+            raise ValueError(f"{type(self).__name__}: queries is {self.queries}, expected >= 1")
 
     def score(self, seen: Seen) -> Tensor:
         assert seen.read is not None
         votes = seen.read.attention(self.queries, *self._spread())
-        return seen.read.pool(votes, self.kernel, self.pool, self.divide)
+        return self.pooled(seen, votes)
 
     def _spread(self) -> tuple[Literal["mean", "std", "variance"], float]:
         """What is added to the mean over the queries, and its weight."""
