@@ -252,9 +252,8 @@ class Cache:
 
     def end_prefill(self, seqs: Items[Sequence]) -> None:
         """For own loops: the prompt of ``seqs`` is complete. Plans them, and returns what memory that frees."""
-        ids = [s.id for s in seqs]
-        if self.policy.planner is not None and ids:
-            self._plans.run(ids + self._plans.crowded([i for i in self._live if i not in ids]))
+        if self.policy.planner is not None and seqs:
+            self._plans.run([s.id for s in seqs])
         self.trim()
 
     def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:

@@ -65,42 +65,39 @@ class Plans:
 
     def before(self, counts: dict[int, int], cut: list[int]) -> None:
         """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
-        the tokens of their interval, others must end within it.
+        the tokens of their interval, others must end within it. Before that, what sequences hold too much since more share
+        the limit: those that came, or forks that part, are about to take it.
 
         counts: the step's tokens by sequence; cut: those of them that are cut inside the step.
         """
         if self._cache.policy.allocator is None:
             return
-        due = [i for i, n in counts.items() if n > 1 and self._waiting(i) > self._may_wait(n, i in cut)]
-        if due or cut:
-            due += self.crowded([i for i in (self._cache._live if cut else counts) if i not in due])
+        due = self._crowded()
+        due += [i for i, n in counts.items() if i not in due and self._too_many(i, n, i in cut)]
         if due:
             self.run(due)
 
     def due(self, before: dict[int, int]) -> list[int]:
-        """Sequences that a step brought over the end of an interval, by their lengths before it. With them those of the step
-        that were planned when fewer shared the limit: what they hold too much, others are about to take."""
+        """Sequences that a step brought over the end of an interval, by their lengths before it."""
         interval = self._cache.policy.interval
-        over = [i for i, n in before.items() if self._store.length(i) // interval != n // interval]
-        return over + self.crowded([i for i in before if i not in over]) if over else []
+        return [i for i, n in before.items() if self._store.length(i) // interval != n // interval]
 
-    def crowded(self, ids: list[int]) -> list[int]:
-        """Those of ``ids`` that were planned last when fewer sequences shared the limit."""
-        now = len(self._cache._live)
-        return [i for i in ids if self._among.get(i, now) < now]
+    def _crowded(self) -> list[int]:
+        """Sequences that were planned last when fewer shared the limit; none where there is no share for so many: such a step
+        may be refused, and must have changed nothing then."""
+        live = self._cache._live
+        due = [i for i in live if self._among.get(i, len(live)) < len(live)]
+        return due if due and self._share() else []
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
         self.planned |= {i: self._store.length(i) for i in ids}
         self._among |= dict.fromkeys(ids, len(self._cache._live))
 
-    def _waiting(self, seq: int) -> int:
-        """Tokens that a sequence got since it was planned last."""
-        return self._store.length(seq) - self.planned.get(seq, 0)
-
-    def _may_wait(self, new: int, cut: bool) -> int:
-        """Unplanned tokens that a sequence's room holds beside so many new ones."""
-        return 0 if cut else max(0, self._cache.policy.interval - new)
+    def _too_many(self, seq: int, new: int, cut: bool) -> bool:
+        """Whether a sequence's room for unplanned tokens does not hold those it has and so many new ones."""
+        waiting = self._store.length(seq) - self.planned.get(seq, 0)
+        return new > 1 and waiting > (0 if cut else max(0, self._cache.policy.interval - new))
 
     def cropped(self, seq: int, length: int) -> None:
         """The sequence was shortened."""

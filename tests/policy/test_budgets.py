@@ -125,6 +125,26 @@ def test_a_step_that_cannot_fit_raises_and_changes_nothing() -> None:
     assert before == [cache.materialize(layer, seq)[2].tolist() for layer in range(3)]
 
 
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_who_comes_later_finds_room(name: str) -> None:
+    """One sequence fills the limit, then a prompt comes, then a fork parts from it: those that hold more than their share give
+    it up before the step, and the limit holds."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget="900KiB", policy=name)
+    (first,) = cache.new()
+    generator = torch.Generator().manual_seed(5)
+    feed(cache, [first], [2048], generator)
+    assert cache.nbytes() > 0.75 * (900 << 10), "it is full"
+    (second,) = cache.new()
+    feed(cache, [second], [300], generator)
+    (fork,) = cache.fork(first)
+    feed(cache, [first, fork], [3, 9], generator)
+    for _ in range(70):
+        feed(cache, [first, second, fork], [1] * 3, generator)
+    report = cache.report()
+    assert report.peak_bytes <= 900 << 10
+    assert sum(report.states.values()) == sum(report.logical_tokens) * cache.shape.rows
+
+
 def test_layers_of_different_heads_are_refused_at_once() -> None:
     shape = Shape([LayerSpec(2, 8, 64), LayerSpec(4, 8, 64)], torch.bfloat16)
     with pytest.raises(Unsupported, match=r"layers have \[2, 4\] KV heads"):
