@@ -4,7 +4,9 @@
 #include "ops/accumulate.h"
 #include "ops/append.h"
 #include "ops/attend.h"
+#include "ops/choose_chunks.h"
 #include "ops/choose_states.h"
+#include "ops/chunk_order.h"
 #include "ops/compact.h"
 #include "ops/mass.h"
 #include "ops/measure.h"
@@ -40,5 +42,9 @@ int64_t score_keys_workspace_bytes(const ops::ScoreKeysParams& params);
 void score_keys(const ops::ScoreKeysParams& params);
 int64_t choose_states_workspace_bytes(const ops::ChooseStatesParams& params);
 void choose_states(const ops::ChooseStatesParams& params);
+int64_t chunk_order_workspace_bytes(const ops::ChunkOrderParams& params);
+void chunk_order(const ops::ChunkOrderParams& params);
+int64_t choose_chunks_workspace_bytes(const ops::ChooseChunksParams& params);
+void choose_chunks(const ops::ChooseChunksParams& params);
 
 }  // namespace kvstrata::cpu

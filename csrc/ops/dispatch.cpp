@@ -124,6 +124,25 @@ void check_states(const ChooseStatesRow& row, int tokens, int r) {
     }
 }
 
+// The ladders of choose_chunks: costs rise, until a shorter ladder repeats its last step.
+void check_ladders(const ChooseChunksParams& p) {
+    check(p.steps >= 1 && p.steps <= 256 && p.ladders <= 256 && (p.ladders >= 1 || !p.items),
+          "choose_chunks: cost is [", p.steps, ", ", p.ladders, "], expected 1 to 256 steps of 1 to 256 ladders");
+    for (int f = 0; f < p.ladders; ++f) {
+        int64_t rise = 1;
+        for (int j = 0; j < p.steps; ++j) {
+            const int64_t before = rise, cost = p.cost[j * p.ladders + f];
+            check(std::isfinite(p.fidelity[j * p.ladders + f]), "choose_chunks: fidelity[", j, ", ", f, "] is ",
+                  p.fidelity[j * p.ladders + f], ", expected a finite number");
+            if (j == 0) continue;
+            const int64_t below = p.cost[(j - 1) * p.ladders + f];
+            rise = cost - below;
+            check(rise >= 0 && (rise == 0 || before > 0), "choose_chunks: cost[", j, ", ", f, "] is ", cost,
+                  before > 0 ? ", expected at least " : ", expected the last of a shorter ladder, ", below);
+        }
+    }
+}
+
 }  // namespace
 
 void append(const AppendParams& p) {
@@ -269,6 +288,30 @@ void choose_states(const ChooseStatesParams& p) {
         check_states(row, p.tokens, r);
     }
     cpu::choose_states(p);
+}
+
+int64_t chunk_order_workspace_bytes(const ChunkOrderParams& p) { return cpu::chunk_order_workspace_bytes(p); }
+
+void chunk_order(const ChunkOrderParams& p) {
+    check(p.chunks >= most_chunks(p.tokens), "chunk_order: w has ", p.chunks, " chunks, expected at least ",
+          most_chunks(p.tokens), " for ", p.tokens, " tokens");
+    cpu::chunk_order(p);
+}
+
+int64_t choose_chunks_workspace_bytes(const ChooseChunksParams& p) { return cpu::choose_chunks_workspace_bytes(p); }
+
+void choose_chunks(const ChooseChunksParams& p) {
+    check_ladders(p);
+    int64_t lowest = 0;
+    for (int i = 0; i < p.items; ++i) {
+        check(p.w[i] >= 0 && std::isfinite(p.w[i]), "choose_chunks: w[", i, "] is ", p.w[i],
+              ", expected a finite number, 0 or more");
+        check(p.ladder[i] < p.ladders, "choose_chunks: ladder[", i, "] is ", static_cast<int>(p.ladder[i]),
+              ", expected 0 to ", p.ladders - 1);
+        lowest += p.cost[p.ladder[i]];
+    }
+    check(lowest <= p.budget, "choose_chunks: budget is ", p.budget, ", the cheapest steps cost ", lowest);
+    cpu::choose_chunks(p);
 }
 
 }  // namespace kvstrata::ops

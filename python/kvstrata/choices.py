@@ -72,6 +72,73 @@ def choose_states(
     return result
 
 
+def chunk_order(
+    value: Tensor, kind: Tensor, pos: Tensor, *, threads: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each row sorted into chunks of 16 of one kind. Returns (order i32 [R, N], w f32 [R, M], items i32 [R]).
+
+    value   f32 [R, N], at least 0 (NaN comes first)
+    kind    u8 [R, N], 0: in no chunk
+    pos     i32 [R, N]
+
+    order: the row's token indices by rising kind, then by falling value, ties the older first; -1 beyond. Each kind's
+    tokens are cut in 16s, so that the last chunk of a kind may be short. items: chunks of each row, M the most of them;
+    w[m]: sum of the values of chunk m, 0 from items[r] on.
+    """
+    op = "chunk_order"
+    view(op, "value", value)  # refuses what is no tensor
+    rows, columns = value.shape if value.dim() == 2 else (0, 0)
+    count = thread_count(op, threads)
+    order = torch.empty(rows, columns, dtype=torch.int32)
+    wide = torch.empty(rows, _C.most_chunks(columns))
+    items = torch.empty(rows, dtype=torch.int32)
+    workspace = torch.empty(_C.chunk_order_workspace_bytes(columns, count), dtype=torch.uint8)
+    value, kind, pos = _adjacent(value), _adjacent(kind), _adjacent(pos)
+    _C.chunk_order(
+        view(op, "value", value),
+        view(op, "kind", kind),
+        view(op, "pos", pos),
+        view(op, "order", order),
+        view(op, "w", wide),
+        view(op, "items", items),
+        view(op, "workspace", workspace),
+        count,
+    )
+    return order, wide[:, : int(items.max()) if rows else 0], items
+
+
+def choose_chunks(w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, budget: int) -> tuple[Tensor, float, int]:
+    """The step of each item on its ladder, for the most sum(w * fidelity) with sum(cost) <= budget.
+
+    Returns (step u8 [n], lambda, the sum of the costs).
+
+    w          f32 [n], finite, at least 0
+    ladder     u8 [n], each item's column of cost and fidelity
+    cost       i64 [J, F], rising from step to step; a shorter ladder repeats its last
+    fidelity   f32 [J, F], finite; the steps of a column lie on an upper concave hull
+    budget     at least the sum of the items' cost[0]
+
+    An item goes up while w * df > lambda * dc; lambda is bisected 64 times; then the remaining steps by falling density
+    w * df / dc, ties by index, each if it fits. fp64. Loses at most the largest step against the optimum.
+    """
+    op = "choose_chunks"
+    items = w.shape[0] if isinstance(w, Tensor) and w.dim() else 0
+    step = torch.empty(items, dtype=torch.uint8)
+    steps = cost.shape[0] if isinstance(cost, Tensor) and cost.dim() else 1
+    workspace = torch.empty(_C.choose_chunks_workspace_bytes(items, steps), dtype=torch.uint8)
+    w, ladder = _adjacent(w), _adjacent(ladder)
+    level, held = _C.choose_chunks(
+        view(op, "w", w),
+        view(op, "ladder", ladder),
+        view(op, "cost", cost),
+        view(op, "fidelity", fidelity),
+        budget,
+        view(op, "step", step),
+        view(op, "workspace", workspace),
+    )
+    return step, level, held
+
+
 def _adjacent(t: Tensor) -> Tensor:
     """With the elements of a row side by side: what a scorer of one's own gives need not be so."""
     return t.contiguous() if isinstance(t, Tensor) and t.dim() and t.stride(-1) != 1 else t

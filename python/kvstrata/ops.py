@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C
-from kvstrata.choices import choose_states
+from kvstrata.choices import choose_chunks, choose_states, chunk_order
 from kvstrata.pools import (
     FORMATS,
     QUANTIZED,
@@ -43,9 +43,9 @@ from kvstrata.scores import (
 
 __all__ = [
     "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "Spread", "Stats", "accumulate", "append", "attend",
-    "attend_workspace_bytes", "choose_states", "compact", "dequantize", "make_page", "mass", "measure", "merge", "pack",
-    "page_bytes", "pool", "quantize", "rotate", "scale_groups", "score_keys", "score_window", "score_window_workspace_bytes",
-    "unpack",
+    "attend_workspace_bytes", "choose_chunks", "choose_states", "chunk_order", "compact", "dequantize", "make_page",
+    "mass", "measure", "merge", "pack", "page_bytes", "pool", "quantize", "rotate", "scale_groups", "score_keys",
+    "score_window", "score_window_workspace_bytes", "unpack",
 ]  # fmt: skip
 
 Reduce = Literal["sum", "mean", "max"]

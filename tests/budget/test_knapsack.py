@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstrata import Unsupported
-from kvstrata.budget import Knapsack, RowsSeen, chunks
+from kvstrata import Unsupported, ops
+from kvstrata.budget import Knapsack, RowsSeen
 from kvstrata.budget.knapsack import hull
 
 LADDER = [(0, 0.0), (6, 0.905), (11, 0.9935), (20, 1.0)]  # cost, fidelity
@@ -28,7 +28,7 @@ def choose(
     w: torch.Tensor, budget: int, ladder: list[tuple[int, float]] = LADDER
 ) -> tuple[torch.Tensor, float, int, float]:
     cost, fidelity = table(ladder)
-    step, level, held = chunks.choose_chunks(w, torch.zeros(len(w), dtype=torch.uint8), cost, fidelity, budget)
+    step, level, held = ops.choose_chunks(w, torch.zeros(len(w), dtype=torch.uint8), cost, fidelity, budget)
     value = float((w.double() * fidelity[step.long(), 0].double()).sum())
     assert held == int(cost[step.long(), 0].sum()) <= budget
     return step, level, held, value
@@ -120,7 +120,7 @@ def test_the_vectorised_choice_is_the_direct_one(ties: bool) -> None:
         w = torch.from_numpy(rng.integers(0, 4, n)).to(F32) if ties else heavy(rng, n)
         column = torch.from_numpy(rng.integers(0, 3, n)).to(torch.uint8)
         budget = int(rng.integers(0, 12 * n + 1))
-        step, _, _ = chunks.choose_chunks(w, column, torch.tensor(cost), fidelity, budget)
+        step, _, _ = ops.choose_chunks(w, column, torch.tensor(cost), fidelity, budget)
         expected = greedy(w.double().tolist(), column.tolist(), cost, fidelity.double().tolist(), budget)
         assert step.tolist() == expected
 
@@ -160,7 +160,7 @@ def test_everything_fits_and_nothing_fits() -> None:
     assert choose(torch.zeros(0), 5)[0].tolist() == []
     cost, fidelity = table([(2, 0.1), (5, 1.0)])
     with pytest.raises(ValueError, match="budget is 5, the cheapest steps cost 6"):
-        chunks.choose_chunks(w, torch.zeros(3, dtype=torch.uint8), cost, fidelity, 5)
+        ops.choose_chunks(w, torch.zeros(3, dtype=torch.uint8), cost, fidelity, 5)
 
 
 def test_hull() -> None:
@@ -178,7 +178,7 @@ def test_chunk_order_against_a_direct_sort() -> None:
         kind = torch.randint(0, 4, (4, columns), generator=generator).to(torch.uint8)
         kind[3] = 0
         pos = torch.stack([torch.randperm(columns, generator=generator) for _ in range(4)]).to(torch.int32)
-        order, w, items = chunks.chunk_order(value, kind, pos)
+        order, w, items = ops.chunk_order(value, kind, pos)
         assert (order.dtype, w.dtype, items.dtype) == (torch.int32, F32, torch.int32)
         for r in range(4):
             direct, sums = [], []

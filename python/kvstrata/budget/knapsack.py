@@ -1,7 +1,6 @@
 """A format for every token of every layer and row at once: the most attention mass per byte (ours, after arXiv 2509.25849).
 
-Items are chunks of 16 tokens, so that a kept chunk is one page and costs are true bytes. Until the native ops are there,
-the plain-torch ones of ``chunks`` choose.
+Items are chunks of 16 tokens, so that a kept chunk is one page and costs are true bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import Allocation, RowsSeen, count_nans, masses
-from kvstrata.budget.chunks import choose_chunks, chunk_order
 from kvstrata.config import SLOTS, Unsupported
+from kvstrata.ops import choose_chunks, chunk_order
 
 FIDELITY: Mapping[str, float] = {
     **dict.fromkeys(("full", "f32", "bf16", "f16"), 1.0),

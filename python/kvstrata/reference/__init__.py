@@ -6,6 +6,7 @@ read, not to be fast. Pass f64 tensors for a reference that rounding does not to
 
 from kvstrata.reference.attention import attend, logits, mass, merge, readable, visible_slots
 from kvstrata.reference.choices import choose_states, fit, ranks
+from kvstrata.reference.chunks import choose_chunks, chunk_order
 from kvstrata.reference.pages import (
     BITS,
     ELEMENT,
@@ -28,8 +29,8 @@ from kvstrata.reference.pages import (
 from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
 
 __all__ = [
-    "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_states", "compact", "decode", "dequantize",
-    "encode", "fit", "group_size", "logits", "mass", "measure", "merge", "pack", "padded", "pool", "quantize", "ranks",
-    "readable", "rotate", "round_up_bf16", "score_keys", "score_window", "shares", "splitmix64", "unpack",
-    "visible_slots", "widen", "window_read",
+    "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
+    "compact", "decode", "dequantize", "encode", "fit", "group_size", "logits", "mass", "measure", "merge", "pack",
+    "padded", "pool", "quantize", "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_window",
+    "shares", "splitmix64", "unpack", "visible_slots", "widen", "window_read",
 ]  # fmt: skip

@@ -1,12 +1,11 @@
-"""Chunks of 16 tokens as the knapsack's items: their order, and which step of the ladder each takes. In plain torch until
-they are ops."""
+"""Chunks of 16 tokens as the knapsack's items: their order, and which step of the ladder each takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SLOTS = 16
+from kvstrata.reference.pages import SLOTS
 
 
 def chunk_order(value: Tensor, kind: Tensor, pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
