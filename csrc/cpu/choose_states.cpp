@@ -4,6 +4,7 @@
 #include <bit>
 #include <functional>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "ops/backends.h"
 
@@ -27,15 +28,6 @@ constexpr int64_t kTokenBytes = sizeof(uint64_t) + sizeof(Candidate) + 1;
 int64_t worker_bytes(const ops::ChooseStatesParams& p) { return (p.tokens * kTokenBytes + 63) / 64 * 64; }
 
 int64_t pages_of(int64_t tokens) { return (tokens + kSlots - 1) / kSlots; }
-
-// The larger the better: the upper half orders the scores, the lower half the ages.
-uint64_t rank_key(float score, int32_t position) {
-    uint32_t bits = std::bit_cast<uint32_t>(score);
-    if ((bits & 0x7F800000u) == 0x7F800000u) bits = 0xFF800000u;  // NaN and inf rank as -inf
-    if (bits == 0x80000000u) bits = 0;                            // -0 is 0
-    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return static_cast<uint64_t>(ordered) << 32 | (0x7FFFFFFFu - static_cast<uint32_t>(position));
-}
 
 uint64_t key_of(uint64_t key) { return key; }
 uint64_t key_of(const Candidate& c) { return c.key; }
@@ -116,25 +108,6 @@ void longest_run(Candidate* c, int64_t n, int64_t pages, int64_t (&run)[kStates]
     }
 }
 
-// The passes over a row's tokens, with what they write apart from what they read: bytes may else alias anything, and no
-// loop becomes a vector's.
-
-// kind: the state of a movable token that has no place yet, else 0. out: as it is.
-void classify(const ops::ChooseStatesRow& row, int n, uint8_t* __restrict kind) {
-    const uint8_t* __restrict now = row.now, * __restrict protect = row.protect;
-    const int32_t* __restrict positions = row.positions;
-    uint8_t* __restrict out = row.out;
-    for (int i = 0; i < n; ++i) {
-        const uint8_t state = positions[i] < 0 ? kEvicted : now[i];
-        out[i] = state;
-        kind[i] = protect[i] ? 0 : state;
-    }
-}
-
-void make_keys(const float* __restrict score, const int32_t* __restrict positions, int n, uint64_t* __restrict keys) {
-    for (int i = 0; i < n; ++i) keys[i] = rank_key(score[i], positions[i]);
-}
-
 // Kinds up to `done` have their place; the others take their target as their kind.
 void lower(uint8_t* __restrict kind, int n, uint8_t done, uint8_t quantized) {
     for (int i = 0; i < n; ++i) kind[i] = kind[i] <= done ? 0 : std::max(kind[i], quantized);
@@ -163,16 +136,6 @@ int64_t gather(const uint64_t* __restrict keys, const uint8_t* __restrict kind, 
     return count;
 }
 
-// Tokens of a kind with at least this key get it as their state and are done; its others are Evicted so far.
-void mark(const uint64_t* __restrict keys, int n, uint8_t k, uint64_t least, uint8_t* __restrict kind,
-          uint8_t* __restrict out) {
-    for (int i = 0; i < n; ++i) {
-        const bool mine = kind[i] == k, yes = mine & (keys[i] >= least);
-        out[i] = yes ? k : mine ? kEvicted : out[i];
-        kind[i] = yes ? 0 : kind[i];
-    }
-}
-
 // What has no place yet takes its kind as its state, or is Evicted.
 void settle(const uint8_t* __restrict kind, int n, bool stays, uint8_t* __restrict out) {
     const uint8_t mask = stays ? 0xFF : 0;
@@ -182,7 +145,10 @@ void settle(const uint8_t* __restrict kind, int n, bool stays, uint8_t* __restri
 class Choice {
   public:
     Choice(const ops::ChooseStatesParams& params, int64_t row, int worker)
-        : row_(params.rows[row]), n_(params.tokens), quantized_(static_cast<uint8_t>(params.quantized)) {
+        : kernels_(kernels()),
+          row_(params.rows[row]),
+          n_(params.tokens),
+          quantized_(static_cast<uint8_t>(params.quantized)) {
         unsigned char* const space = static_cast<unsigned char*>(params.workspace) + worker_bytes(params) * worker;
         candidates_ = reinterpret_cast<Candidate*>(space);
         keys_ = reinterpret_cast<uint64_t*>(candidates_ + n_);
@@ -190,7 +156,7 @@ class Choice {
     }
 
     void run() {
-        classify(row_, n_, kind_);
+        kernels_.movable_states(row_.now, row_.positions, row_.protect, n_, kind_, row_.out);
         const int64_t full = count_of(kind_, n_, kFull), room = kSlots * std::min<int64_t>(row_.full_pages, n_);
         if (room < full && room > 0) take(kFull, full, room);
         lower(kind_, n_, room < full ? kEvicted : kFull, quantized_);
@@ -228,11 +194,11 @@ class Choice {
     // The best `room` of so many tokens of a kind.
     void take(uint8_t k, int64_t count, int64_t room) {
         need_keys();
-        if (room >= count) return mark(keys_, n_, k, 0, kind_, row_.out);
-        if (room <= 0) return mark(keys_, n_, k, ~uint64_t{0}, kind_, row_.out);  // above every key
+        if (room >= count) return mark(k, 0);
+        if (room <= 0) return mark(k, ~uint64_t{0});  // above every key
         uint64_t* const mine = reinterpret_cast<uint64_t*>(candidates_);
         Threshold at = threshold(mine, gather(keys_, kind_, n_, k, mine), room);
-        mark(keys_, n_, k, at.ties == at.equal ? at.key : at.key + 1, kind_, row_.out);
+        mark(k, at.ties == at.equal ? at.key : at.key + 1);
         // Tokens of one score and one position: the first of them.
         for (int i = 0; at.ties < at.equal && at.ties > 0 && i < n_; ++i) {
             if (kind_[i] != k || keys_[i] != at.key) continue;
@@ -242,11 +208,15 @@ class Choice {
         }
     }
 
+    // Tokens of a kind with at least this key get it as their state and are done; its others are Evicted so far.
+    void mark(uint8_t k, uint64_t least) { kernels_.mark_ranked(keys_, n_, least, k, kind_, row_.out); }
+
     void need_keys() {
-        if (!keyed_) make_keys(row_.score, row_.positions, n_, keys_);
+        if (!keyed_) kernels_.rank_keys(row_.score, row_.positions, n_, keys_);
         keyed_ = true;
     }
 
+    const Kernels& kernels_;
     const ops::ChooseStatesRow& row_;
     const int n_;
     const uint8_t quantized_;

@@ -123,6 +123,14 @@ struct Kernels {
     void (*square_keys)(const float* k, int32_t dim, float* squares);
     void (*dot_keys)(const float* k, const float* x, int32_t dim, float* dots);
     void (*sum_keys)(const float* k, const float* weight, uint16_t slots, int32_t dim, float* sums);
+
+    // Of n tokens: what each is stored as (0: no token), and that of those that may change, else 0.
+    void (*movable_states)(const uint8_t* now, const int32_t* positions, const uint8_t* protect, int32_t n,
+                           uint8_t* movable, uint8_t* out);
+    // Keys, the larger the better: the upper half orders the scores, the lower half, below 2^31, the ages.
+    void (*rank_keys)(const float* score, const int32_t* positions, int32_t n, uint64_t* keys);
+    // Tokens of kind k and at least this key: out k, kind 0. Its others: out 0.
+    void (*mark_ranked)(const uint64_t* keys, int32_t n, uint64_t least, uint8_t k, uint8_t* kind, uint8_t* out);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -134,6 +142,7 @@ struct Kernels {
     void fill_encode(Kernels* table);           \
     void fill_keys(Kernels* table);             \
     void fill_pages(Kernels* table);            \
+    void fill_ranks(Kernels* table);            \
     void fill_rotate(Kernels* table);           \
     void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \

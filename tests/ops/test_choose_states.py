@@ -65,7 +65,7 @@ def choose(rows: Rows, target: int, **more: Any) -> Tensor:
 
 @pytest.mark.parametrize("which", ["mass", "equal", "ties", "not finite", "bits"])
 @pytest.mark.parametrize("states", [[FULL], [FULL, INT4], [EVICTED, FULL, INT8, INT4, INT2]], ids=str)
-def test_is_the_reference(which: str, states: list[int]) -> None:
+def test_is_the_reference(isa: str, which: str, states: list[int]) -> None:
     seen = set()
     for columns in SIZES:
         g = torch.Generator().manual_seed(columns)
