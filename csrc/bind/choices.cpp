@@ -77,9 +77,9 @@ void chunk_order(py::handle value_, py::handle kind_, py::handle pos_, py::handl
     ops::chunk_order(p);
 }
 
-int64_t choose_chunks_workspace_bytes(int items, int steps) {
+int64_t choose_chunks_workspace_bytes(int items, int steps, int ladders) {
     ops::ChooseChunksParams p{};
-    p.items = items, p.steps = steps;
+    p.items = items, p.steps = steps, p.ladders = ladders;
     return ops::choose_chunks_workspace_bytes(p);
 }
 
@@ -122,7 +122,8 @@ void bind_choices(py::module_& m) {
     m.def("chunk_order_workspace_bytes", &chunk_order_workspace_bytes, py::arg("tokens"), py::arg("threads"));
     m.def("chunk_order", &chunk_order, py::arg("value"), py::arg("kind"), py::arg("pos"), py::arg("order"),
           py::arg("w"), py::arg("items"), py::arg("workspace"), py::arg("threads"));
-    m.def("choose_chunks_workspace_bytes", &choose_chunks_workspace_bytes, py::arg("items"), py::arg("steps"));
+    m.def("choose_chunks_workspace_bytes", &choose_chunks_workspace_bytes, py::arg("items"), py::arg("steps"),
+          py::arg("ladders"));
     m.def("choose_chunks", &choose_chunks, py::arg("w"), py::arg("ladder"), py::arg("cost"), py::arg("fidelity"),
           py::arg("budget"), py::arg("step"), py::arg("workspace"));
 }

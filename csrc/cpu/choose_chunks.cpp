@@ -18,22 +18,43 @@ struct Open {
     uint8_t low, high, middle;  // its step at either end (high: of lambda, so the lower step) and between them
 };
 
+// What a step up of a ladder costs and is worth.
+struct Rise {
+    double worth;
+    double price_f64;
+    int64_t price;
+};
+
 class Ladders {
   public:
-    explicit Ladders(const ops::ChooseChunksParams& params) : p_(params), rises_(params.steps - 1) {}
+    Ladders(const ops::ChooseChunksParams& params, Rise* rises) : p_(params), rises_(params.steps - 1), table_(rises) {
+        for (int f = 0; f < p_.ladders; ++f) {
+            for (int j = 0; j < rises_; ++j) {
+                const int below = j * p_.ladders + f, above = below + p_.ladders;
+                const int64_t price = p_.cost[above] - p_.cost[below];
+                const double worth = static_cast<double>(p_.fidelity[above]) - static_cast<double>(p_.fidelity[below]);
+                table_[f * rises_ + j] = {worth, static_cast<double>(price), price};
+            }
+        }
+    }
 
     int rises() const { return rises_; }
     int64_t cost(int item, int j) const { return p_.cost[j * p_.ladders + p_.ladder[item]]; }
-    int64_t price(int item, int j) const { return rise(j, p_.ladder[item]); }
-    double gain(int item, int j) const { return static_cast<double>(p_.w[item]) * worth(j, p_.ladder[item]); }
+    int64_t price(int item, int j) const { return of(p_.ladder[item])[j].price; }
+    double density(int item, int j) const {
+        const Rise& rise = of(p_.ladder[item])[j];
+        return static_cast<double>(p_.w[item]) * rise.worth / rise.price_f64;
+    }
 
-    int chosen(int item, double level) const {
-        const int f = p_.ladder[item];
+    // The item's step at a level, known to be in low..high.
+    int chosen(int item, double level, int low, int high) const {
+        const Rise* const rises = of(p_.ladder[item]);
         const double w = p_.w[item];
-        int j = 0;
-        while (j < rises_ && w * worth(j, f) > level * static_cast<double>(rise(j, f))) ++j;
+        int j = low;
+        while (j < high && w * rises[j].worth > level * rises[j].price_f64) ++j;
         return j;
     }
+    int chosen(int item, double level) const { return chosen(item, level, 0, rises_); }
 
     // The largest density of all: rounding keeps the order of w, so that the ends of each ladder's items have it.
     double densest() const {
@@ -46,9 +67,9 @@ class Ladders {
             low = std::min(low, p_.w[i]), high = std::max(high, p_.w[i]);
         }
         for (int f = 0; f < p_.ladders; ++f) {
-            for (int j = 0; j < rises_ && most_w[f] >= 0 && rise(j, f) > 0; ++j) {
-                const double w = worth(j, f) > 0 ? most_w[f] : least_w[f];
-                most = std::max(most, w * worth(j, f) / static_cast<double>(rise(j, f)));
+            for (int j = 0; j < rises_ && most_w[f] >= 0 && of(f)[j].price > 0; ++j) {
+                const double w = of(f)[j].worth > 0 ? most_w[f] : least_w[f];
+                most = std::max(most, w * of(f)[j].worth / of(f)[j].price_f64);
             }
         }
         return most;
@@ -56,23 +77,18 @@ class Ladders {
 
     int64_t cheapest_rise() const {
         int64_t least = std::numeric_limits<int64_t>::max();
-        for (int j = 0; j < rises_; ++j) {
-            for (int f = 0; f < p_.ladders; ++f) {
-                if (rise(j, f) > 0) least = std::min(least, rise(j, f));
-            }
+        for (int k = 0; k < rises_ * p_.ladders; ++k) {
+            if (table_[k].price > 0) least = std::min(least, table_[k].price);
         }
         return least;
     }
 
   private:
-    int64_t rise(int j, int f) const { return p_.cost[(j + 1) * p_.ladders + f] - p_.cost[j * p_.ladders + f]; }
-    double worth(int j, int f) const {
-        return static_cast<double>(p_.fidelity[(j + 1) * p_.ladders + f]) -
-               static_cast<double>(p_.fidelity[j * p_.ladders + f]);
-    }
+    const Rise* of(int ladder) const { return table_ + ladder * rises_; }
 
     const ops::ChooseChunksParams& p_;
     const int rises_;
+    Rise* const table_;  // [F, J - 1]
 };
 
 // Lambda, with p.step and p.held as it chooses. An item's step falls as lambda rises: where it is the same at both ends of
@@ -97,7 +113,7 @@ double bisect(const ops::ChooseChunksParams& p, const Ladders& ladders, Open* op
         const double middle = (low + level) / 2;
         int64_t held = closed;
         for (int k = 0; k < n; ++k) {
-            open[k].middle = static_cast<uint8_t>(ladders.chosen(open[k].item, middle));
+            open[k].middle = static_cast<uint8_t>(ladders.chosen(open[k].item, middle, open[k].high, open[k].low));
             held += ladders.cost(open[k].item, open[k].middle);
         }
         const bool fits = held <= p.budget;
@@ -135,7 +151,7 @@ void fill(const ops::ChooseChunksParams& p, const Ladders& ladders, Keyed* steps
             const int64_t price = ladders.price(i, j);
             if (price <= 0 || (j >= p.step[i] && price > room)) break;
             // Rounding must not put a step before the one below it.
-            density = std::min(density, ladders.gain(i, j) / static_cast<double>(price));
+            density = std::min(density, ladders.density(i, j));
             if (j >= p.step[i]) steps[n++] = {~ordered(density), i, j};
         }
     }
@@ -152,14 +168,19 @@ void fill(const ops::ChooseChunksParams& p, const Ladders& ladders, Keyed* steps
 
 }  // namespace
 
+static int64_t table_bytes(const ops::ChooseChunksParams& p) {
+    return (p.steps - 1) * p.ladders * static_cast<int64_t>(sizeof(Rise));
+}
+
 int64_t choose_chunks_workspace_bytes(const ops::ChooseChunksParams& p) {
-    return p.items * 2 * static_cast<int64_t>(sizeof(Keyed)) * std::max(1, p.steps - 1);
+    return table_bytes(p) + p.items * 2 * static_cast<int64_t>(sizeof(Keyed)) * std::max(1, p.steps - 1);
 }
 
 void choose_chunks(const ops::ChooseChunksParams& p) {
-    const Ladders ladders(p);
-    *p.level = bisect(p, ladders, static_cast<Open*>(p.workspace));
-    fill(p, ladders, static_cast<Keyed*>(p.workspace));
+    const Ladders ladders(p, static_cast<Rise*>(p.workspace));
+    void* const rest = static_cast<unsigned char*>(p.workspace) + table_bytes(p);
+    *p.level = bisect(p, ladders, static_cast<Open*>(rest));
+    fill(p, ladders, static_cast<Keyed*>(rest));
 }
 
 }  // namespace kvstrata::cpu

@@ -124,8 +124,8 @@ def choose_chunks(w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, bud
     op = "choose_chunks"
     items = w.shape[0] if isinstance(w, Tensor) and w.dim() else 0
     step = torch.empty(items, dtype=torch.uint8)
-    steps = cost.shape[0] if isinstance(cost, Tensor) and cost.dim() else 1
-    workspace = torch.empty(_C.choose_chunks_workspace_bytes(items, steps), dtype=torch.uint8)
+    steps, ladders = cost.shape if isinstance(cost, Tensor) and cost.dim() == 2 else (1, 1)
+    workspace = torch.empty(_C.choose_chunks_workspace_bytes(items, max(steps, 1), ladders), dtype=torch.uint8)
     w, ladder = _adjacent(w), _adjacent(ladder)
     level, held = _C.choose_chunks(
         view(op, "w", w),
