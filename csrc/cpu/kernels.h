@@ -116,13 +116,15 @@ struct Kernels {
     void (*code_sums)(float* e, const float* factor, int32_t queries, uint16_t slots, float* sums);
 
     // The keys of a page as f32 k [padded dim, 16 slots], those of quantized pages in the rotated domain plus
-    // centre [dim] if not null; `scales` bf16 [dim / group, 16] are theirs. Indexed by Format.
+    // centre [dim] if not null, and |k|^2 [16]; `scales` bf16 [dim / group, 16] are theirs. Indexed by Format.
     void (*widen_keys[6])(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group,
-                          const float* centre, float* k);
-    // Of such keys: |k|^2 [16]; k . x [16]; sums [dim, 16] += weight * k for the slots of a mask.
-    void (*square_keys)(const float* k, int32_t dim, float* squares);
-    void (*dot_keys)(const float* k, const float* x, int32_t dim, float* dots);
+                          const float* centre, float* k, float* squares);
+    // k . x [16] of them, without a centre. Indexed by Format.
+    void (*dot_keys[6])(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group, const float* x,
+                        float* dots);
+    // sums [dim, 16] += weight * k for the slots of a mask; out [dim] = their sums over the slots, dim padded.
     void (*sum_keys)(const float* k, const float* weight, uint16_t slots, int32_t dim, float* sums);
+    void (*fold_keys)(const float* sums, int32_t dim, float* out);
 
     // Of n tokens: what each is stored as (0: no token), and that of those that may change, else 0.
     void (*movable_states)(const uint8_t* now, const int32_t* positions, const uint8_t* protect, int32_t n,

@@ -9,7 +9,8 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kSums = 4;  // that a unit keeps of each head
+constexpr int kSums = 4;   // that a unit keeps of each head
+constexpr int kAhead = 8;  // entries whose positions are fetched ahead where nothing else is done with them
 // sound: n p log p over slots and queries, and over slots: mean square, variance, m4 / m2. code: variance, kurtosis,
 // A log(A + 1e-10).
 using Sums = double[kSums];
@@ -87,7 +88,10 @@ void sum_unit(const ops::MeasureParams& p, const WindowPlan& plan, const Kernels
 int64_t count_past(const ops::MeasureParams& p, const ops::WindowRow& row) {
     const PositionRange past = past_of(p, row);
     int64_t n = 0;
-    for (int e = 0; row.queries && e < row.entries; ++e) n += __builtin_popcount(slots_in(p, row, e, past));
+    for (int e = 0; row.queries && e < row.entries; ++e) {
+        prefetch_positions(p, row, e + kAhead);
+        n += __builtin_popcount(slots_in(p, row, e, past));
+    }
     return n;
 }
 

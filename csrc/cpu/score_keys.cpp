@@ -58,53 +58,104 @@ class KeysUnit {
         kernels_.rotate(centre_, p_.head_dim, false);
     }
 
-    // The sum of the unit's directions k / |k| in each domain.
+    // The sum of the unit's directions k / |k| in each domain; sizes are left in place of the scores.
     void add_up() {
         std::fill_n(sums_, kDomains * w_.stride * kSlots, 0.0f);
+        bool met[kDomains] = {};
         for (int64_t e = begin_; e < end_; ++e) {
-            if (!read(e)) continue;
+            if (!measure(e)) continue;
             float weight[kSlots];
-            for (int i = 0; i < kSlots; ++i) weight[i] = size_[i] == 0.0f ? 0.0f : 1.0f / size_[i];
-            kernels_.sum_keys(keys_, weight, slots_, p_.head_dim, sums_ + domain_ * w_.stride * kSlots);
+            const float* const size = row_.score + e * kSlots;
+            for (int i = 0; i < kSlots; ++i) weight[i] = size[i] == 0.0f ? 0.0f : 1.0f / size[i];
+            kernels_.sum_keys(keys_, weight, page_.slots, p_.head_dim, sums_ + page_.domain * w_.stride * kSlots);
+            met[page_.domain] = true;
         }
         float* const part = w_.part(r_, unit_);
-        for (int64_t i = 0; i < static_cast<int64_t>(kDomains) * w_.stride; ++i) {
-            float total = 0.0f;
-            for (int lane = 0; lane < kSlots; ++lane) total += sums_[i * kSlots + lane];
-            part[i] = total;
+        std::fill_n(part, kDomains * w_.stride, 0.0f);
+        for (int d = 0; d < kDomains; ++d) {
+            if (met[d]) kernels_.fold_keys(sums_ + d * w_.stride * kSlots, w_.stride, part + d * w_.stride);
         }
     }
 
-    void score() {
+    void score_norms() {
         for (int64_t e = begin_; e < end_; ++e) {
             float* const out = row_.score + e * kSlots;
+            if (!measure(e)) continue;
+            for (int i = 0; i < kSlots; ++i) out[i] = page_.slots >> i & 1 ? -out[i] : 0.0f;
+        }
+    }
+
+    // From the sizes that add_up left.
+    void score_angles() {
+        const float* const anchor = w_.anchor(r_);
+        const float moved = row_.centre && quantizable(p_.head_dim)
+                                ? kernels_.dot_product(centre_, anchor + w_.stride, p_.head_dim)
+                                : 0.0f;  // by the centre
+        for (int64_t e = begin_; e < end_; ++e) {
+            if (!open(e)) continue;
             float dots[kSlots];
-            std::fill_n(out, kSlots, 0.0f);
-            if (!read(e)) continue;
-            const bool norm = p_.kind == ops::KeyScore::norm;
-            if (!norm) kernels_.dot_keys(keys_, w_.anchor(r_) + domain_ * w_.stride, p_.head_dim, dots);
+            float* const out = row_.score + e * kSlots;
+            kernels_.dot_keys[page_.format](page_.data, page_.scales, p_.head_dim, page_.group,
+                                            anchor + page_.domain * w_.stride, dots);
+            const float more = page_.domain == rotated ? moved : 0.0f;
             for (int i = 0; i < kSlots; ++i) {
-                if (slots_ >> i & 1) out[i] = norm ? -size_[i] : size_[i] == 0.0f ? 0.0f : -dots[i] / size_[i];
+                const bool scored = page_.slots >> i & 1 && out[i] != 0.0f;
+                out[i] = scored ? -(dots[i] + more) / out[i] : 0.0f;
             }
         }
     }
 
   private:
-    // The keys and sizes of an entry's visible slots; false if there is none.
-    bool read(int64_t entry) {
+    struct Page {
+        const unsigned char* data;
+        const uint16_t* scales;
+        int format, group;
+        Domain domain;
+        uint16_t slots;
+    };
+
+    uint16_t slots_of(int64_t entry) const {
+        if (entry >= end_ || row_.pages[entry] < 0) return 0;
+        return row_.visible ? row_.visible[entry] : kAllSlots;
+    }
+
+    // The page of an entry; false if none of its slots is visible. The next one is fetched meanwhile.
+    bool open(int64_t entry) {
+        if (slots_of(entry + 1)) prefetch(row_.pages[entry + 1]);
+        page_.slots = slots_of(entry);
+        if (!page_.slots) return false;
         const PageId id = row_.pages[entry];
-        slots_ = id < 0 ? uint16_t{0} : row_.visible ? row_.visible[entry] : kAllSlots;
-        if (!slots_) return false;
+        const Format format = p_.pools[page_pool(id)].format;
+        const bool full = is_full(format);
+        page_.data = page_at(p_.pools, id);
+        page_.format = static_cast<int>(format);
+        page_.group = full ? 0 : group_size(format, p_.head_dim);
+        page_.domain = full ? plain : rotated;
+        page_.scales =
+            full ? nullptr : reinterpret_cast<const uint16_t*>(page_.data + k_scales_offset(format, p_.head_dim));
+        return true;
+    }
+
+    void prefetch(PageId id) const {
         const Format format = p_.pools[page_pool(id)].format;
         const unsigned char* const page = page_at(p_.pools, id);
-        const bool full = is_full(format);
-        domain_ = full ? plain : rotated;
-        const void* const scales = full ? nullptr : page + k_scales_offset(format, p_.head_dim);
-        kernels_.widen_keys[static_cast<int>(format)](page, static_cast<const uint16_t*>(scales), p_.head_dim,
-                                                      full ? 0 : group_size(format, p_.head_dim),
-                                                      row_.centre ? centre_ : nullptr, keys_);
-        kernels_.square_keys(keys_, p_.head_dim, size_);
-        for (float& size : size_) size = std::sqrt(size);
+        const auto fetch = [&](int64_t from, int64_t bytes) {
+            for (int64_t at = from; at < from + bytes; at += 64) __builtin_prefetch(page + at);
+        };
+        fetch(0, half_bytes(format, p_.head_dim));
+        if (!is_full(format)) fetch(k_scales_offset(format, p_.head_dim), scale_bytes(format, p_.head_dim));
+    }
+
+    // The keys of an entry's visible slots, and their sizes in place of its scores; zeros and false if there is none.
+    bool measure(int64_t entry) {
+        float* const sizes = row_.score + entry * kSlots;
+        if (!open(entry)) {
+            std::fill_n(sizes, kSlots, 0.0f);
+            return false;
+        }
+        kernels_.widen_keys[page_.format](page_.data, page_.scales, p_.head_dim, page_.group,
+                                          row_.centre ? centre_ : nullptr, keys_, sizes);
+        for (int i = 0; i < kSlots; ++i) sizes[i] = std::sqrt(sizes[i]);
         return true;
     }
 
@@ -115,9 +166,7 @@ class KeysUnit {
     const ops::KeysRow& row_;
     const int64_t begin_, end_;
     float *const keys_, *const sums_, *const centre_;
-    Domain domain_ = plain;
-    uint16_t slots_ = 0;
-    float size_[kSlots];
+    Page page_{};
 };
 
 // The row's anchor as a vector of length 1 in both domains; 0 if it has none.
@@ -152,11 +201,10 @@ void score_keys(const ops::ScoreKeysParams& p) {
             work(unit);
         });
     };
-    if (p.kind == ops::KeyScore::diversity) {
-        each_unit([](KeysUnit& unit) { unit.add_up(); });
-        parallel(p.n_rows, threads, [&](int64_t r, int) { find_anchor(p, w, k, r); });
-    }
-    each_unit([](KeysUnit& unit) { unit.score(); });
+    if (p.kind == ops::KeyScore::norm) return each_unit([](KeysUnit& unit) { unit.score_norms(); });
+    each_unit([](KeysUnit& unit) { unit.add_up(); });
+    parallel(p.n_rows, threads, [&](int64_t r, int) { find_anchor(p, w, k, r); });
+    each_unit([](KeysUnit& unit) { unit.score_angles(); });
 }
 
 }  // namespace kvstrata::cpu

@@ -32,6 +32,11 @@ void spread(uint32_t* to, const void* from, int words, int row, int tile_rows) {
 
 }  // namespace
 
+void prefetch_positions(const ops::WindowParams& p, const ops::WindowRow& row, int entry) {
+    if (entry >= row.entries || row.pages[entry] < 0 || (row.visible && !row.visible[entry])) return;
+    __builtin_prefetch(positions_of(p, row.pages[entry]));
+}
+
 uint16_t slots_in(const ops::WindowParams& p, const ops::WindowRow& row, int entry, PositionRange range) {
     if (row.pages[entry] < 0) return 0;
     const uint16_t visible = row.visible ? row.visible[entry] : kAllSlots;
@@ -102,6 +107,7 @@ uint16_t WindowUnit::masks(int entry, PositionRange range) {
         std::fill_n(s_.query_masks, row_.queries, slots);
         return slots;
     }
+    prefetch_positions(p_, row_, entry + 1);
     const int32_t* const positions = positions_of(p_, row_.pages[entry]);
     int32_t newest = INT32_MIN;
     for (int i = 0; i < kSlots; ++i) newest = slots >> i & 1 ? std::max(newest, positions[i]) : newest;

@@ -55,6 +55,9 @@ class WindowUnit {
     int32_t earliest_ = INT32_MAX;  // position of a query
 };
 
+// Positions of an entry that will be asked for soon; an entry beyond the last will not.
+void prefetch_positions(const ops::WindowParams& params, const ops::WindowRow& row, int entry);
+
 // Slots of an entry that are visible and in the range.
 uint16_t slots_in(const ops::WindowParams& params, const ops::WindowRow& row, int entry, PositionRange range);
 

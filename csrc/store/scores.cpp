@@ -3,6 +3,7 @@
 // Ops work on slots, [M, 16] of each row; policies on stored tokens in table order, [N]. Here one becomes the other.
 #include <algorithm>
 #include <bit>
+#include <memory>
 
 #include "common/check.h"
 #include "common/layout.h"
@@ -26,9 +27,10 @@ void expand(const pages::Row& row, const float* line, float* slots) {
     }
 }
 
-void* aligned(std::vector<unsigned char>& memory, int64_t bytes) {
-    memory.resize(static_cast<size_t>(bytes) + 64);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+using Memory = std::unique_ptr<unsigned char[]>;  // not a vector: it would be zeroed first
+void* aligned(Memory& memory, int64_t bytes) {
+    memory = std::make_unique_for_overwrite<unsigned char[]>(static_cast<size_t>(bytes) + 64);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
 }  // namespace
@@ -102,7 +104,7 @@ void Store::score_window(int layer, std::span<const SeqId> seqs, int queries, op
     p.lse = lse.data();
     p.lse_stride_r = int64_t{p.group} * std::max(queries, 1);
     p.lse_stride_g = std::max(queries, 1);
-    std::vector<unsigned char> memory;
+    Memory memory;
     p.workspace = aligned(memory, ops::score_window_workspace_bytes(p));
     ops::score_window(p);
     for (size_t r = 0; r < s.rows.size() * p.group; ++r) {
@@ -120,7 +122,7 @@ void Store::measure(int layer, std::span<const SeqId> seqs, int queries, ops::St
     p.which = which;
     p.skip = options_.sinks;
     p.stats = out;
-    std::vector<unsigned char> memory;
+    Memory memory;
     p.workspace = aligned(memory, ops::measure_workspace_bytes(p));
     ops::measure(p);
 }
@@ -138,7 +140,7 @@ void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kin
     }
     ops::ScoreKeysParams p{
         rows.data(), static_cast<int32_t>(rows.size()), layers_[layer].head_dim, kind, pools, nullptr, threads_};
-    std::vector<unsigned char> memory;
+    Memory memory;
     p.workspace = aligned(memory, ops::score_keys_workspace_bytes(p));
     ops::score_keys(p);
     for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &slots[r * line], out + r * columns, columns);
@@ -163,7 +165,7 @@ void Store::pool_scores(int layer, std::span<const SeqId> seqs, const float* sco
     }
     ops::PoolParams p{rows.data(), static_cast<int32_t>(rows.size()), group, kernel, kind, divide, pools, nullptr,
                       threads_};
-    std::vector<unsigned char> memory;
+    Memory memory;
     p.workspace = aligned(memory, ops::pool_workspace_bytes(p));
     ops::pool(p);
     for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &pooled[r * line], out + r * columns, columns);

@@ -41,6 +41,21 @@ KV_INLINE I field(I line) {
     return {half_field<Bits, K>(line.a), half_field<Bits, K>(line.b)};
 }
 
+// What the Bits bits from Shift on of each word stand for, in units of the scale.
+template <int Bits, int Shift>
+KV_INLINE __m256 half_value(__m256i x) {
+    if constexpr (Bits == 2) {
+        const __m256i c = _mm256_and_si256(_mm256_srli_epi32(x, Shift), _mm256_set1_epi32(3));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(c, c), _mm256_set1_epi32(3)));
+    } else {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 32 - Bits - Shift), 32 - Bits));
+    }
+}
+template <int Bits, int Shift>
+KV_INLINE V code_value(I line) {
+    return {half_value<Bits, Shift>(line.a), half_value<Bits, Shift>(line.b)};
+}
+
 // sum + codes . pair in every lane, exact.
 KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
     int32_t both;

@@ -30,6 +30,17 @@ KV_INLINE I field(I line) {
     }
 }
 
+// What the Bits bits from Shift on of each word stand for, in units of the scale.
+template <int Bits, int Shift>
+KV_INLINE V code_value(I line) {
+    if constexpr (Bits == 2) {
+        const __m512i c = _mm512_and_si512(_mm512_srli_epi32(line.x, Shift), _mm512_set1_epi32(3));
+        return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(c, c), _mm512_set1_epi32(3)))};
+    } else {
+        return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line.x, 32 - Bits - Shift), 32 - Bits))};
+    }
+}
+
 // sum + codes . pair in every lane, exact.
 KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
     int32_t both;

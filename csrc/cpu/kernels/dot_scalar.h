@@ -23,6 +23,17 @@ KV_INLINE void store_line(void* p, I a) { __builtin_memcpy(p, a.x, 64); }
 KV_INLINE I add(I a, I b) { KV_LANES(I, a.x[i] + b.x[i]); }
 KV_INLINE V to_f32(I a) { KV_LANES(V, static_cast<float>(a.x[i])); }
 
+// What the Bits bits from Shift on of each word stand for, in units of the scale.
+template <int Bits, int Shift>
+KV_INLINE float value_of(uint32_t word) {
+    if constexpr (Bits == 2) return static_cast<float>(2 * static_cast<int32_t>(word >> Shift & 3u) - 3);
+    return static_cast<float>(static_cast<int32_t>(word << (32 - Bits - Shift)) >> (32 - Bits));
+}
+template <int Bits, int Shift>
+KV_INLINE V code_value(I line) {
+    KV_LANES(V, (value_of<Bits, Shift>(static_cast<uint32_t>(line.x[i]))));
+}
+
 KV_INLINE uint32_t half_word(int32_t word, int half) { return static_cast<uint32_t>(word) >> 16 * half & 0xFFFF; }
 // The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.
 template <int Bits, int K>

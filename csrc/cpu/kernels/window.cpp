@@ -9,6 +9,9 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
+// Rows whose sums stay in registers beside the constants of exp; divides kWindowRows.
+constexpr int kSoftRows = kWindowRows > 1 ? kWindowRows / 2 : 1;
+
 // Keys of a page as f32 [D][16].
 template <Format F>
 KV_INLINE const float* widen(const WindowTile& t, const unsigned char* page) {
@@ -30,11 +33,12 @@ KV_INLINE const float* widen(const WindowTile& t, const unsigned char* page) {
 template <Format F>
 void window_page(const WindowTile& t, const unsigned char* page, const unsigned char* ahead) {
     const float* const k = widen<F>(t, page);
-    prefetch_lines(ahead, static_cast<int64_t>(t.head_dim) * kSlots * (F == Format::f32 ? 4 : 2));
+    const int64_t bytes = static_cast<int64_t>(t.head_dim) * kSlots * (F == Format::f32 ? 4 : 2);
     const float* q = reinterpret_cast<const float*>(t.q);
     for (int row = 0; row < t.rows; row += kWindowRows) {
         V dots[kWindowRows];
         for (V& x : dots) x = zero();
+        prefetch_share(t, row, ahead, bytes);
         for (int d = 0; d < t.head_dim; ++d, q += kWindowRows) {
             const V line = load(k + d * kSlots);
             for (int n = 0; n < kWindowRows; ++n) dots[n] = fma(set1(q[n]), line, dots[n]);
@@ -53,14 +57,14 @@ KV_INLINE float sum_lanes(V x) {
 template <bool Moved>
 KV_INLINE void soften_rows(float* z, int32_t entries, int64_t stride, const float* lanes, float* m, float* total,
                            float* moved) {
-    V sum[kWindowRows], products[kWindowRows];
-    for (int n = 0; n < kWindowRows; ++n) {
+    V sum[kSoftRows], products[kSoftRows];
+    for (int n = 0; n < kSoftRows; ++n) {
         const float most = max_lane(load(lanes + n * kSlots));
         m[n] = most == kUnread ? 0.0f : most;
         sum[n] = products[n] = zero();
     }
     for (int e = 0; e < entries; ++e, z += stride) {
-        for (int n = 0; n < kWindowRows; ++n) {
+        for (int n = 0; n < kSoftRows; ++n) {
             const V x = sub(load(z + n * kSlots), set1(m[n])), y = exp(x);
             store(z + n * kSlots, y);
             sum[n] = add(sum[n], y);
@@ -68,7 +72,7 @@ KV_INLINE void soften_rows(float* z, int32_t entries, int64_t stride, const floa
             if constexpr (Moved) products[n] = fma(y, max(set1(-100.0f), x), products[n]);
         }
     }
-    for (int n = 0; n < kWindowRows; ++n) {
+    for (int n = 0; n < kSoftRows; ++n) {
         total[n] = sum_lanes(sum[n]);
         if constexpr (Moved) moved[n] = sum_lanes(products[n]);
     }
@@ -76,7 +80,7 @@ KV_INLINE void soften_rows(float* z, int32_t entries, int64_t stride, const floa
 
 void soften_window(float* z, int32_t entries, int32_t rows, const float* lanes, float* m, float* total, float* moved) {
     const int64_t stride = static_cast<int64_t>(rows) * kSlots;
-    for (int row = 0; row < rows; row += kWindowRows) {
+    for (int row = 0; row < rows; row += kSoftRows) {
         if (moved) {
             soften_rows<true>(z + row * kSlots, entries, stride, lanes + row * kSlots, m + row, total + row,
                               moved + row);

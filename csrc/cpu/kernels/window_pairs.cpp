@@ -9,11 +9,11 @@ namespace {
 
 void window_pairs(const WindowTile& t, const unsigned char* page, const unsigned char* ahead) {
     const int words = t.head_dim / 2;
-    prefetch_lines(ahead, static_cast<int64_t>(words) * 64);
     const uint32_t* q = t.q;
     for (int row = 0; row < t.rows; row += kWindowRows) {
         V dots[kWindowRows];
         for (V& x : dots) x = zero();
+        prefetch_share(t, row, ahead, static_cast<int64_t>(words) * 64);
         for (int i = 0; i < words; ++i, q += kWindowRows) {
             const __m512i line = _mm512_loadu_si512(page + 64 * i);
             for (int n = 0; n < kWindowRows; ++n) {

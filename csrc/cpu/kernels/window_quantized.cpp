@@ -27,13 +27,13 @@ void window_page(const WindowTile& t, const unsigned char* page, const unsigned 
     for (int64_t at = 0, i = 0; at < half; at += 64, i += kFields) {
         expand_fields<kBits, 0>(load_line(page + at), t.decoded + 64 * i);
     }
-    prefetch_lines(ahead, half);
-    prefetch_lines(ahead ? ahead + 2 * half : nullptr, static_cast<int64_t>(groups) * 2 * kSlots);
     const int16_t* q = reinterpret_cast<const int16_t*>(t.q);
     for (int row = 0; row < t.rows; row += kWindowRows) {
         const unsigned char* line = t.decoded;
         V z[kWindowRows];
         for (V& x : z) x = zero();
+        prefetch_share(t, row, ahead, half);
+        prefetch_share(t, row, ahead ? ahead + 2 * half : nullptr, static_cast<int64_t>(groups) * 2 * kSlots);
         for (int g = 0; g < groups; ++g) {
             I sum[kWindowRows];
             for (I& x : sum) x = none();

@@ -31,8 +31,11 @@ KV_INLINE void finish_tile(const WindowTile& t, int row, const V (&dots)[kWindow
     }
 }
 
-KV_INLINE void prefetch_lines(const unsigned char* ahead, int64_t bytes) {
-    for (int64_t at = 0; ahead && at < bytes; at += 64) prefetch(ahead + at);
+// Of the next page, the share of one register tile: all lines at once would wait for each other.
+KV_INLINE void prefetch_share(const WindowTile& t, int row, const unsigned char* ahead, int64_t bytes) {
+    if (!ahead) return;
+    const int64_t lines = (bytes + 63) / 64, tiles = t.rows / kWindowRows, tile = row / kWindowRows;
+    for (int64_t i = lines * tile / tiles; i < lines * (tile + 1) / tiles; ++i) prefetch(ahead + 64 * i);
 }
 
 }  // namespace
