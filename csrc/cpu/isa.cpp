@@ -76,6 +76,7 @@ void fill(Isa level, Kernels* table) {
         name::fill_encode(table);           \
         name::fill_keys(table);             \
         name::fill_pages(table);            \
+        name::fill_pool(table);             \
         name::fill_ranks(table);            \
         name::fill_rotate(table);           \
         name::fill_scores(table);           \

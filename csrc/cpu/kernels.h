@@ -133,6 +133,14 @@ struct Kernels {
     void (*rank_keys)(const float* score, const int32_t* positions, int32_t n, uint64_t* keys);
     // Tokens of kind k and at least this key: out k, kind 0. Its others: out 0.
     void (*mark_ranked)(const uint64_t* keys, int32_t n, uint64_t least, uint8_t k, uint8_t* kind, uint8_t* out);
+
+    // sums [n] += each token's largest or average value among its neighbours: the `before` [n] tokens before it and the
+    // `after` [n] after it, at most `reach` each, and itself; divisor 0: by how many they are. All arrays go on to a
+    // multiple of 16 tokens, values for `reach` more on both sides, of any content.
+    void (*pool_max)(const float* values, const float* before, const float* after, int32_t n, int32_t reach,
+                     float* sums);
+    void (*pool_average)(const float* values, const float* before, const float* after, int32_t n, int32_t reach,
+                         float divisor, float* sums);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -144,6 +152,7 @@ struct Kernels {
     void fill_encode(Kernels* table);           \
     void fill_keys(Kernels* table);             \
     void fill_pages(Kernels* table);            \
+    void fill_pool(Kernels* table);             \
     void fill_ranks(Kernels* table);            \
     void fill_rotate(Kernels* table);           \
     void fill_scores(Kernels* table);           \

@@ -5,7 +5,7 @@
 //   max:  s[g, i] = max_near score[g, j]                                             NaN wins
 //   out[i] = (s[0, i] + s[1, i] + ...) / G                                           0 where hidden
 //
-// Slots need not lie in the order of their positions: a row that is not in order is sorted first (equal positions by
+// Slots need not lie in the order of their positions: the runs of a row that are in order are merged first (equal positions by
 // place). A contiguous row with `kernel` as divisor is a padded average pool.
 #pragma once
 

@@ -76,8 +76,9 @@ void widen_codes(const unsigned char* page, const uint16_t* scales, int32_t dim,
     constexpr int kLineDims = 4 * (8 / Bits);
     Sums sums;
     clear(sums);
-    for (int d = 0; d < dim; d += kLineDims, page += 64) {
-        const V scale = load_bf16(scales + d / group * kSlots);
+    V scale = zero();
+    for (int d = 0, left = 0; d < dim; d += kLineDims, left -= kLineDims, page += 64) {
+        if (left == 0) scale = load_bf16(scales), scales += kSlots, left = group;
         each_code<Bits, 0>(load_line(page), [&](int i, V code) __attribute__((always_inline)) {
             const V x = centre ? fma(scale, code, set1(centre[d + i])) : mul(scale, code);
             store(k + (d + i) * kSlots, x);
@@ -91,14 +92,15 @@ template <int Bits>
 void dot_codes(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group, const float* x,
                float* dots) {
     constexpr int kLineDims = 4 * (8 / Bits);
-    V sum = zero();
-    for (int d = 0; d < dim; d += kLineDims, page += 64) {
+    V sum = zero(), scale = zero();
+    for (int d = 0, left = 0; d < dim; d += kLineDims, left -= kLineDims, page += 64) {
+        if (left == 0) scale = load_bf16(scales), scales += kSlots, left = group;
         Sums sums;
         clear(sums);
         each_code<Bits, 0>(load_line(page), [&](int i, V code) __attribute__((always_inline)) {
             sums.x[i % kSums] = fma(code, set1(x[d + i]), sums.x[i % kSums]);
         });
-        sum = fma(load_bf16(scales + d / group * kSlots), total(sums), sum);
+        sum = fma(scale, total(sums), sum);
     }
     store(dots, sum);
 }
