@@ -132,7 +132,7 @@ def known(cache: Cache, seq: Sequence) -> Row:
         states.append(by_position.scatter_(1, at, seen.state)[:, :-1])
         score = torch.zeros(KV_HEADS, length + 1).scatter_(1, at, cache.policy.scorer.score(seen))
         scores.append((states[-1] > 0, score[:, :-1]))
-        oq.append(cache._plans.statistics.get((layer, seq.id), torch.ones(KV_HEADS)))
+        oq.append(cache._plans.statistics.oq(layer, [seq.id], KV_HEADS))
     return states, scores, oq
 
 
