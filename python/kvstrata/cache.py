@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata import holdings
 from kvstrata._C import Store
 from kvstrata.budget import Budget
-from kvstrata.budget.protect import page_bytes, pages
-from kvstrata.budget.room import fit, keeps_scores, limit_now
-from kvstrata.config import DTYPES, SLOTS, BudgetExceeded, Shape, Unsupported
+from kvstrata.budget.room import keeps_scores
+from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
+from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Policy, resolve
-from kvstrata.policy.base import FULL, STATES
+from kvstrata.policy import Policy
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
 from kvstrata.step import Step
-
-_FORMATS = ("f32", "bf16", "f16", "int8", "int4", "int2")
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,10 @@ class Cache:
         if hold < 0:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
-        self.budget = Budget.parse(budget)
         self.hold = hold
-        self._asked = resolve(policy)
-        self.policy = fit(self._asked, shape, self.budget, [0])
+        self._limit = Limit(shape, budget, policy)
+        self.budget = self._limit.budget
+        self.policy = self._limit.fit([0])
         self._fitted: object = None  # what the policy was last fitted to
         assert self.policy.window is not None
         self._store = Store(
@@ -67,12 +65,12 @@ class Cache:
             self.policy.window,
             hold,
             self.policy.sinks,
-            [_FORMATS.index(name) for name in self.policy.formats],
+            [holdings.FORMATS.index(name) for name in self.policy.formats],
             self.policy.queries,
             keeps_scores(self.policy),
             self.policy.massed,
         )
-        self._slabs = Slabs(self._store, shape.device, self._limit(), self._expected())
+        self._slabs = Slabs(self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy))
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
@@ -89,21 +87,24 @@ class Cache:
     def free(self, seqs: Items[Sequence]) -> None:
         """Ends the sequences; pages that nobody else holds are free at once."""
         self._store.free([s.id for s in seqs])
-        self._forget(seqs)
+        self._end(seqs)
 
     def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
+        self._share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
         self._live += ids
-        self._plans.follow(ids, [seq.id] * n)
+        self._follow(ids, [seq.id] * n)
         self._counts["forks"] += n
         return [Sequence(i) for i in ids]
 
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
+        gone = {s.id for s in seqs}
+        self._share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
         ids = self._store.select([s.id for s in seqs], list(index))
-        self._plans.follow(ids, [seqs[i].id for i in index])
-        self._forget(seqs)
+        self._follow(ids, [seqs[i].id for i in index])
+        self._end(seqs)
         self._live += ids
         return [Sequence(i) for i in ids]
 
@@ -115,6 +116,7 @@ class Cache:
             if not low <= length <= high:
                 raise ValueError(f"crop: length is {length}, expected {low}..{high} (tokens below {low} were dropped)")
         for seq, length in pairs:
+            self._limit.cropped(seq.id, self._store.length(seq.id) - length)
             self._store.crop(seq.id, length)
             self._plans.cropped(seq.id, length)
         self._counts["crops"] += 1
@@ -139,13 +141,13 @@ class Cache:
         """Empties the sequences; the handles stay."""
         for seq in seqs:
             self._store.clear(seq.id)
-        self._plans.forget([s.id for s in seqs])
+        self._forget([s.id for s in seqs])
 
     def reset(self) -> None:
         """Empties every sequence; pages go back to the pools."""
         for i in self._live:
             self._store.clear(i)
-        self._plans.forget(self._live)
+        self._forget(self._live)
 
     def logical_length(self, seq: Sequence) -> int:
         """Real tokens seen, whatever was dropped."""
@@ -155,10 +157,31 @@ class Cache:
         """Slots that one row holds."""
         return self._store.stored(seq.id, layer, head)
 
-    def _forget(self, seqs: Items[Sequence]) -> None:
-        gone = {s.id for s in seqs}
-        self._plans.forget(list(gone))
+    def _follow(self, ids: list[int], sources: list[int]) -> None:
+        self._slabs.settle()
+        self._plans.follow(ids, sources)
+        self._limit.follow(ids, sources)
+
+    def _forget(self, ids: list[int]) -> None:
+        self._plans.forget(ids)
+        self._limit.forget(ids)
+
+    def _end(self, seqs: Items[Sequence]) -> None:
+        gone = [s.id for s in seqs]
+        self._forget(gone)
         self._live = [i for i in self._live if i not in gone]
+
+    def _share(self, ids: list[int]) -> None:
+        """Before the limit is shared by ``ids``, more sequences than now: what has begun is planned for its smaller share, as
+        pages that forks hold together are free only once all of them have let them go. BudgetExceeded with nothing changed
+        where the share would be too small."""
+        lengths, before = [self._store.length(i) for i in ids], [self._store.length(i) for i in self._live]
+        if self.policy.allocator is None or len(ids) <= len(before) or not any(lengths):
+            return
+        self._limit.admit(self.policy, lengths)
+        limit = self._limit.now(self.policy, lengths)
+        if limit * len(before) < self._limit.now(self.policy, before) * len(ids):
+            self._plans.ahead(self._live, limit, len(ids))
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -233,14 +256,16 @@ class Cache:
         begun = any(self._store.length(i) for i in self._live)
         to = (len(lengths), max(lengths) if self.budget.unit == "share" else 0)
         if self._fitted != to and not begun:
-            policy = fit(self._asked, self.shape, self.budget, lengths)
+            policy = self._limit.fit(lengths)
             assert policy.window is not None
             if policy != self.policy:
                 self._store.set_tail(policy.window)
                 self.policy = policy
             self._fitted = to
         if self.policy.allocator is not None:
-            self._slabs.limit = limit_now(self.policy, self.shape, self.budget, lengths)
+            self._slabs.limit = self._limit.now(self.policy, lengths)
+            if begun:
+                self._limit.admit(self.policy, lengths)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
@@ -273,17 +298,32 @@ class Cache:
         self._plans.apply(layer, [seq.id], state, list(range(heads)))
 
     def _after_commit(self, ids: list[int], before: list[int], longest: int, cut: bool) -> None:
-        self._slabs.note_peak()
+        self._slabs.settle()
         if self.policy.planner is None:
             return
         if cut:
             self._plans.note(ids)
+        self._limit.count(ids, [self._store.length(i) - n for i, n in zip(ids, before, strict=True)])
         interval = self.policy.interval
         due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
+        if self._falls():
+            due = False
         if due:
             self._plans.run(ids)
         if longest > interval:
             self.trim()
+
+    def _falls(self) -> bool:
+        """Follows the schedule: a limit that falls is planned for, then binds. Whether all was planned."""
+        if self._limit.schedule is None:
+            return False
+        limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
+        falls = self._slabs.limit is None or limit < self._slabs.limit
+        if falls:
+            self._plans.ahead(self._live, limit, len(self._live))
+            self.trim()
+        self._slabs.limit = limit
+        return falls
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -295,59 +335,9 @@ class Cache:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
         return self._slabs.trim()
 
-    def _limit(self) -> int | None:
-        return int(self.budget.value) if self.budget is not None and self.budget.unit == "bytes" else None
-
-    def _expected(self) -> int | None:
-        """Bytes that one sequence will settle at, if the policy says so."""
-        if self._limit() is not None:
-            return self._limit()
-        if self.policy.planner is None:
-            return None
-        assert self.policy.window is not None
-        per_row = pages(self.policy.sinks) + pages(self.policy.window) + 1
-        return sum(per_row * s.kv_heads * page_bytes(self.shape, i) for i, s in enumerate(self.shape.layers))
-
     def report(self) -> Report:
         """What is held now."""
-        rows = [
-            [
-                [(self._store.stored(i, layer, h), len(self._store.row(i, layer, h)[0])) for i in self._live]
-                for h in heads
-            ]
-            for layer, heads in enumerate(range(spec.kv_heads) for spec in self.shape.layers)
-        ]  # (slots, entries) by layer, head and sequence
-        slots, entries = (sum(row[n] for layer in rows for head in layer for row in head) for n in (0, 1))
-        logical = tuple(self._store.length(i) for i in self._live)
-        pools = [self._store.pool(p) for p in range(self._store.n_pools)]
-        used = sum(p["used"] * p["page_bytes"] for p in pools)
-        free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
-        kinds = {
-            **self._bytes_by_format(pools),
-            "free pages": free,
-            "positions": self._slabs.held - used - free,
-            "tables": self._store.metadata_bytes,
-            "workspace": self._store.workspace_bytes,
-        }
-        assert self.policy.window is not None
-        return Report(
-            policy=self.policy.name,
-            budget=None if self.budget is None else str(self.budget),
-            window=self.policy.window,
-            sinks=self.policy.sinks,
-            logical_tokens=logical,
-            stored_tokens=slots,
-            states=self._states() | {"evicted": sum(logical) * self.shape.rows - slots},
-            stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
-            bytes_by_kind=kinds,
-            nbytes=self.nbytes(),
-            allocator_bytes=self._slabs.allocator_bytes(),
-            peak_bytes=self._slabs.note_peak(),
-            dense_bytes=sum(logical) * self.shape.token_bytes(),
-            limit_bytes=self._slabs.limit,
-            lost_slots=entries * SLOTS - slots,
-            counts=self._plans.counts | self._counts,
-        )
+        return holdings.report(self)
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense copies for debugging, in table order.
@@ -363,22 +353,3 @@ class Cache:
             self._store.read(seq.id, layer, h, k[h].data_ptr(), v[h].data_ptr())
             self._store.positions(seq.id, layer, h, positions[h].data_ptr())
         return k.to(self.shape.dtype), v.to(self.shape.dtype), positions
-
-    def _bytes_by_format(self, pools: list[dict[str, int]]) -> dict[str, int]:
-        """Bytes of used pages by format."""
-        names = dict.fromkeys(f"pages {_FORMATS[p['format']]}" for p in pools)
-        return {
-            name: sum(p["used"] * p["page_bytes"] for p in pools if name == f"pages {_FORMATS[p['format']]}")
-            for name in names
-        }
-
-    def _states(self) -> dict[str, int]:
-        """Stored tokens by state, summed over rows."""
-        counts = torch.zeros(len(STATES) + 2, dtype=torch.int64)
-        for layer in range(len(self.shape.layers)):
-            columns = self._store.columns(layer, self._live) if self._live else 0
-            state = torch.empty(len(self._live) * self.shape.layers[layer].kv_heads, columns, dtype=torch.uint8)
-            self._store.look(layer, self._live, 0, 0, state.data_ptr(), 0, columns)
-            counts += torch.bincount(state.flatten().long(), minlength=len(counts))
-        named = {"full": FULL} | {name: STATES[name] for name in self.policy.formats}
-        return {name: int(counts[state]) for name, state in named.items()}

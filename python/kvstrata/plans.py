@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
-from kvstrata.budget.room import keeps_scores, page_costs, room
+from kvstrata.budget.room import keeps_scores, page_costs
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.rows import Rows
@@ -30,6 +30,7 @@ class Plans:
         """By (layer, sequence): OQ of its rows, f32 [H]."""
         self.planned: dict[int, int] = {}
         """By sequence: its length when all its layers were planned last."""
+        self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
         self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
 
     @property
@@ -59,6 +60,14 @@ class Plans:
         for seen in found:
             self._apply(seen, ids)
         self.note(ids)
+
+    def ahead(self, ids: list[int], limit: int, batch: int) -> None:
+        """All layers, for a lower limit or more sequences than now; the present limit leaves the room that rewriting takes."""
+        self._goal = limit, batch
+        try:
+            self.run(ids)
+        finally:
+            self._goal = None
 
     def before(self, ids: list[int], counts: list[int], cut: bool) -> None:
         """Plans what a step of so many tokens for each of ``ids`` finds unplanned, where the limit has no room for both: a step
@@ -149,17 +158,18 @@ class Plans:
 
     # --- what they may hold -------------------------------------------------------------------------------------------------
 
-    def _total(self) -> int:
-        """Bytes for unprotected tokens of all the cache's sequences."""
+    def _total(self) -> tuple[int, int]:
+        """Bytes for unprotected tokens of all the cache's sequences, and how many these are."""
         cache = self._cache
-        limit = cache._slabs.limit
+        limit, batch = self._goal or (cache._slabs.limit, max(1, len(cache._live)))
         assert limit is not None
-        return max(0, room(cache.policy, cache.shape, limit, max(1, len(cache._live))).content)
+        return max(0, cache._limit.content(cache.policy, limit, batch)), batch
 
     def _equal_share(self, seen: Seen, ids: list[int]) -> Allowance:
         cache = self._cache
-        rows = max(1, len(cache._live)) * sum(cache.shape.layers[i].kv_heads for i in self.layers)
-        each = torch.full((seen.positions.shape[0],), self._total() // rows, dtype=torch.int64)
+        total, batch = self._total()
+        rows = batch * sum(cache.shape.layers[i].kv_heads for i in self.layers)
+        each = torch.full((seen.positions.shape[0],), total // rows, dtype=torch.int64)
         return Allowance(each, page_costs(cache.shape, seen.layer, cache.policy), self._last_share(seen.layer, ids))
 
     def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
@@ -179,7 +189,8 @@ class Plans:
     def _allocated(self, found: list[Seen], ids: list[int]) -> list[Seen]:
         cache, allocator = self._cache, self._cache.policy.allocator
         assert allocator is not None
-        total = self._total() * len(ids) // max(1, len(cache._live))
+        total, batch = self._total()
+        total = total * len(ids) // batch
         costs = [page_costs(cache.shape, seen.layer, cache.policy) for seen in found]
         table, needs = self._table(found, costs, ids), allocator.needs
         if "mass" in needs and found[0].score is None:

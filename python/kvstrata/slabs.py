@@ -145,6 +145,12 @@ class Slabs:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
         return self.held + self._store.metadata_bytes + self._store.workspace_bytes
 
+    def settle(self) -> None:
+        """After books and workspace may have grown: where they did so past the limit, free pages go."""
+        if self.limit is not None and self.nbytes() > self.limit:
+            self.trim()
+        self.note_peak()
+
     def note_peak(self) -> int:
         """Takes the present size into ``peak``, and returns it."""
         self.peak = max(self.peak, self.nbytes())

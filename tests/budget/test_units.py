@@ -39,9 +39,7 @@ FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Budget.bytes("2GiB", schedule=FALLING), "schedule: a cache does not follow one yet"),
-        (lambda: Budget.tokens(256, schedule=FALLING), "schedule"),
-        (lambda: Budget.share(0.5, schedule=FALLING), "schedule"),
+        (lambda: Budget.share(0.5, schedule=FALLING), "schedule: a share grows with the sequences, expected at=N"),
         (lambda: Budget.bytes("2GiB", far="16GiB"), "far is '16GiB', there is no Far tier yet"),
         (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
         (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),

@@ -123,6 +123,23 @@ def test_a_step_that_cannot_fit_raises_and_changes_nothing() -> None:
     assert before == [cache.materialize(layer, seq)[2].tolist() for layer in range(3)]
 
 
+@pytest.mark.parametrize("name", ["keydiff", "snapkv", "arkv"])
+def test_forks_keep_to_a_full_limit(name: str) -> None:
+    """Three sequences in the room of one: each is cut to its share before they part."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget="700KiB", policy=name)
+    seqs = cache.new()
+    generator = torch.Generator().manual_seed(5)
+    feed(cache, seqs, [900], generator)
+    seqs += cache.fork(seqs[0])
+    seqs = cache.select(seqs, [0, 1, 1])
+    for _ in range(90):
+        feed(cache, seqs, [1] * 3, generator)
+        assert cache.nbytes() <= 700 << 10
+    assert cache.report().peak_bytes <= 700 << 10
+    with pytest.raises(BudgetExceeded, match="716800 bytes are too few for 43 sequences"):
+        cache.fork(seqs[0], 40)
+
+
 def test_layers_of_different_heads_are_refused_at_once() -> None:
     shape = Shape([LayerSpec(2, 8, 64), LayerSpec(4, 8, 64)], torch.bfloat16)
     with pytest.raises(Unsupported, match=r"layers have \[2, 4\] KV heads"):

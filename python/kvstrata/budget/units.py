@@ -15,10 +15,10 @@ from kvstrata.config import Unsupported
 class Budget:
     """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`.
 
-    schedule: how the limit falls while decoding (None, or a constant one: it does not); far: "auto", a Far tier exactly when
-    the policy archives, which none does yet, or None, no Far tier; disk: None; per: "cache", one limit for all sequences;
-    count: False; at: the length in tokens that a share is of (None: each plan's logical length). Values that this release
-    cannot honour are Unsupported, with the reason.
+    schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
+    does not); far: "auto", a Far tier exactly when the policy archives, which none does yet, or None, no Far tier;
+    disk: None; per: "cache", one limit for all sequences; count: False; at: the length in tokens that a share is of (None:
+    each plan's logical length). Values that this release cannot honour are Unsupported, with the reason.
     """
 
     unit: Literal["bytes", "tokens", "share"]
@@ -31,8 +31,8 @@ class Budget:
     at: int | None = None
 
     def __post_init__(self) -> None:
-        if self.schedule is not None and not self.schedule.constant:
-            raise Unsupported("budget: schedule: a cache does not follow one yet, its limit stays as given")
+        if self.schedule is not None and not self.schedule.constant and self.unit == "share" and self.at is None:
+            raise Unsupported("budget: schedule: a share grows with the sequences, expected at=N with a schedule")
         if self.far not in ("auto", None):
             raise Unsupported(f"budget: far is {self.far!r}, there is no Far tier yet; expected 'auto' or None")
         if self.disk is not None:
