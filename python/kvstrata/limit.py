@@ -77,6 +77,15 @@ class Limit:
         """Bytes that a limit leaves for the unprotected tokens of so many sequences; may be negative."""
         return room(policy, self._shape, limit, batch, self._falls(batch)).content
 
+    def most(self, policy: Policy) -> int | None:
+        """Tokens that a plan may leave in a row where the budget counts them: with room for those until the next plan.
+
+        Sinks and tail are fewer: ``room`` has found place for them and for an interval in the bytes of as many Full tokens.
+        """
+        if self.budget is None or not self.budget.count:
+            return None
+        return int(self.budget.value) - policy.interval
+
     def admit(self, policy: Policy, lengths: Sequence[int]) -> None:
         """BudgetExceeded where the limit, or the end of its schedule, leaves nothing for sequences of so many tokens, whose
         sinks and tails are fixed by now."""

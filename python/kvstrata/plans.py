@@ -12,6 +12,7 @@ from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.room import keeps_scores, page_costs
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
+from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
 
 if TYPE_CHECKING:
@@ -276,12 +277,20 @@ class Plans:
                 f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8"
                 f" {list(seen.positions.shape)}"
             )
-        state = plan.state.contiguous().clone()  # it is brought into the order of the tables as they change
+        state = self._capped(seen, plan.state)  # it is brought into the order of the tables as they change
         self._store.check_plan(seen.layer, ids, state.data_ptr(), state.shape[1], True)
         changed = (state != seen.state) & seen.stored
         self.counts["evicted"] += int((changed & (state == 0)).sum())
         self.counts["quantized"] += int((changed & (state > FULL)).sum())
         self.apply(seen.layer, ids, state, torch.nonzero(changed.any(1)).flatten().tolist())
+
+    def _capped(self, seen: Seen, state: Tensor) -> Tensor:
+        """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
+        most = self._cache._limit.most(self._cache.policy)
+        if most is not None:
+            score = seen.positions.to(torch.float32) if seen.score is None else seen.score
+            state = at_most(state, score, seen.positions, seen.protected, most)
+        return state.contiguous().clone()
 
     def apply(self, layer: int, ids: list[int], state: Tensor, rows: list[int]) -> None:
         """Changes the given rows to state u8 [R, N], which was checked, one after another: each whole, or where memory is short

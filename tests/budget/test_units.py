@@ -44,7 +44,6 @@ FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
         (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
         (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),
         (lambda: Budget.bytes("2GiB", per="sequence"), "pages are not charged to sequences yet"),
-        (lambda: Budget.tokens(256, count=True), "stored tokens are not capped between plans yet"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: str) -> None:
@@ -60,6 +59,7 @@ def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: 
         (lambda: Budget.bytes("2GiB", per="layer"), "per is 'layer'"),
         (lambda: Budget.share(0.5, at=0), "at is 0"),
         (lambda: Budget("tokens", 5, at=5), "at belongs to a share"),
+        (lambda: Budget("bytes", 5, count=True), "count belongs to tokens"),
     ],
 )
 def test_refused_arguments(make: object, message: str) -> None:

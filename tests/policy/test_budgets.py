@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
-from kvstrata import Budget, Cache, LayerSpec, Shape
+from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.config import BudgetExceeded, Unsupported
-from kvstrata.policy import NAMED
+from kvstrata.policy import NAMED, SinksAndTail
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
 COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
@@ -138,6 +138,37 @@ def test_forks_keep_to_a_full_limit(name: str) -> None:
     assert cache.report().peak_bytes <= 700 << 10
     with pytest.raises(BudgetExceeded, match="716800 bytes are too few for 43 sequences"):
         cache.fork(seqs[0], 40)
+
+
+@pytest.mark.parametrize("name", ["adakv", "arkv", "h2o", "kivi", "snapkv", "streaming"])
+@pytest.mark.parametrize("n", [128, 300])
+def test_counted_tokens(name: str, n: int) -> None:
+    """Never more than n stored in a row, of any state, after prompts, short steps and single tokens; most of them are used."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(n, count=True), name)
+    seqs = cache.new(2)
+    generator = torch.Generator().manual_seed(6)
+    most = 0
+    for lengths in ([700, 90], *[[1, 1]] * 150, [16, 3], [200, 40], *[[7, 1]] * 20, *[[1, 1]] * 70):
+        feed(cache, seqs, lengths, generator)
+        stored = [[cache.stored_length(i, s, h) for s in seqs for h in range(2)] for i in range(3)]
+        assert max(map(max, stored)) <= n
+        most = max(most, min(row[0] for row in stored))
+    assert n == 128 or most > n - 48, "the rows of a long sequence are full before a plan"
+    assert sum(cache.report().states.values()) == sum(cache.report().logical_tokens) * cache.shape.rows
+
+
+def test_counted_tokens_of_a_window() -> None:
+    """What comes before the next plan has its place beside sinks and window."""
+    policy = Policy("slow", SinksAndTail(4), sinks=4, window=None, interval=64)
+    with pytest.raises(ValueError, match="budget: 82 tokens per row, expected at least 83 "):
+        Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(82, count=True), policy)
+    cache = Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(100, count=True), policy)
+    seqs, most = cache.new(), 0
+    generator = torch.Generator().manual_seed(7)
+    for n in (300, *[1] * 200):
+        feed(cache, seqs, [n], generator)
+        most = max(most, cache.stored_length(0, seqs[0], 0))
+    assert most == 4 + 32 + 63
 
 
 def test_layers_of_different_heads_are_refused_at_once() -> None:

@@ -59,17 +59,18 @@ def concretise(policy: Policy, shape: Shape, budget: Budget | None, batch: int) 
     if budget.unit == "share":
         raise Unsupported(f"budget: policy {policy.name!r} takes tokens or bytes, a share is not built yet")
     if budget.unit == "tokens":
-        return _window_from_tokens(policy, int(budget.value))
+        return _window_from_tokens(policy, int(budget.value), policy.interval if budget.count else SLOTS)
     return _window_from_bytes(policy, shape, int(budget.value), batch)
 
 
-def _window_from_tokens(policy: Policy, tokens: int) -> Policy:
-    room = (tokens - policy.sinks - (SLOTS - 1)) // SLOTS * SLOTS
-    least = (policy.window or SLOTS) + policy.sinks + SLOTS - 1
+def _window_from_tokens(policy: Policy, tokens: int, interval: int) -> Policy:
+    """interval: tokens that may come before the next plan; one less stands beside sinks and window."""
+    room = (tokens - policy.sinks - (interval - 1)) // SLOTS * SLOTS
+    least = (policy.window or SLOTS) + policy.sinks + interval - 1
     if room < (policy.window or SLOTS):
         raise ValueError(
             f"budget: {tokens} tokens per row, expected at least {least} "
-            f"(sinks {policy.sinks} + window {policy.window or SLOTS} + {SLOTS - 1} in the open page)"
+            f"(sinks {policy.sinks} + window {policy.window or SLOTS} + {interval - 1} in the open page)"
         )
     return policy if policy.window else replace(policy, window=room)
 

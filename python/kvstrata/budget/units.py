@@ -17,8 +17,8 @@ class Budget:
 
     schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
     does not); far: "auto", a Far tier exactly when the policy archives, which none does yet, or None, no Far tier;
-    disk: None; per: "cache", one limit for all sequences; count: False; at: the length in tokens that a share is of (None:
-    each plan's logical length). Values that this release cannot honour are Unsupported, with the reason.
+    disk: None; per: "cache", one limit for all sequences; count: of :meth:`tokens`; at: the length in tokens that a share
+    is of (None: each plan's logical length). Values that this release cannot honour are Unsupported, with the reason.
     """
 
     unit: Literal["bytes", "tokens", "share"]
@@ -41,8 +41,8 @@ class Budget:
             raise ValueError(f"budget: per is {self.per!r}, expected 'cache' or 'sequence'")
         if self.per == "sequence":
             raise Unsupported("budget: per='sequence': pages are not charged to sequences yet; expected 'cache'")
-        if self.count:
-            raise Unsupported("budget: count=True: stored tokens are not capped between plans yet; expected False")
+        if self.count and self.unit != "tokens":
+            raise ValueError(f"budget: count belongs to tokens, got it with {self.unit}")
         if self.at is not None and self.unit != "share":
             raise ValueError(f"budget: at belongs to a share, got it with {self.unit}")
         if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool) or self.at < 1):
@@ -72,7 +72,12 @@ class Budget:
 
     @staticmethod
     def tokens(n: int, *, count: bool = False, schedule: Schedule | None = None) -> Budget:
-        """n tokens per row (per KV head and layer), for every sequence; count: never more than n stored in any row."""
+        """n tokens per row (per KV head and layer), for every sequence.
+
+        count: beside the bytes of n Full tokens, never more than n stored in any row of a full-attention layer after a step,
+        whatever their states: for comparisons with methods that count. While a prompt is read its next chunk stands in one
+        layer on top, and while recording the tokens not yet confirmed.
+        """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"budget: tokens is {n!r}, expected an int >= 1")
         return Budget("tokens", n, schedule, count=count)

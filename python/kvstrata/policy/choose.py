@@ -50,6 +50,22 @@ def choose_states(
     return torch.where(movable, planned, torch.where(positions >= 0, now, EVICTED)).to(torch.uint8)
 
 
+def at_most(state: Tensor, score: Tensor, positions: Tensor, protect: Tensor, most: int) -> Tensor:
+    """The planned states u8 [R, N] with no more than ``most`` tokens kept in any row, in whatever state.
+
+    score, positions, protect: as in :func:`choose_states`. The worst unprotected tokens go; protected ones stay even where
+    they are more.
+    """
+    kept = (positions >= 0) & (state != EVICTED)
+    among = kept & ~protect
+    drop = torch.minimum((kept.sum(1) - most).clamp_min(0), among.sum(1))
+    if not bool((drop > 0).any()):
+        return state
+    key = torch.where(among, rank_keys(score, positions), torch.iinfo(torch.int64).max)
+    gone = among & ~_all_but_worst(key, among, drop)
+    return torch.where(gone, EVICTED, state).to(torch.uint8)
+
+
 def fall(now: Tensor, target: Tensor) -> Tensor:
     """The state that a token takes which is ``now`` and shall be ``target``: the one of fewer bits, u8 as ``now``."""
     gone = (now == EVICTED) | (target == EVICTED)
