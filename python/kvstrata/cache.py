@@ -82,12 +82,14 @@ class Cache:
         """n empty sequences."""
         ids = self._store.create(n)
         self._live += ids
+        self._settle()
         return [Sequence(i) for i in ids]
 
     def free(self, seqs: Items[Sequence]) -> None:
         """Ends the sequences; pages that nobody else holds are free at once."""
         self._store.free([s.id for s in seqs])
         self._end(seqs)
+        self._settle()
 
     def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
@@ -95,6 +97,7 @@ class Cache:
         ids = self._store.fork(seq.id, n)
         self._live += ids
         self._follow(ids, [seq.id] * n)
+        self._settle()
         self._counts["forks"] += n
         return [Sequence(i) for i in ids]
 
@@ -106,6 +109,7 @@ class Cache:
         self._follow(ids, [seqs[i].id for i in index])
         self._end(seqs)
         self._live += ids
+        self._settle()
         return [Sequence(i) for i in ids]
 
     def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
@@ -158,7 +162,6 @@ class Cache:
         return self._store.stored(seq.id, layer, head)
 
     def _follow(self, ids: list[int], sources: list[int]) -> None:
-        self._slabs.settle()
         self._plans.follow(ids, sources)
         self._limit.follow(ids, sources)
 
@@ -170,6 +173,12 @@ class Cache:
         gone = [s.id for s in seqs]
         self._forget(gone)
         self._live = [i for i in self._live if i not in gone]
+
+    def _settle(self) -> None:
+        """After the sequences are others: what each may hold is theirs, and their tables are within it."""
+        if self._limit.each:
+            self._slabs.limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
+        self._slabs.settle()
 
     def _share(self, ids: list[int]) -> None:
         """Before the limit is shared by ``ids``, more sequences than now: what has begun is planned for its smaller share, as
@@ -245,6 +254,8 @@ class Cache:
             return
         if self.policy.allocator is not None or self.budget.unit == "bytes":
             self._fit({s.id: n for s, n in zip(seqs, lengths, strict=True)})
+            if self._limit.each and self.policy.planner is None:
+                self._limit.admit_whole(lengths)
         elif self.policy.planner is None and self.budget.unit == "tokens" and max(lengths) > self.budget.value:
             raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {max(lengths)}")
 

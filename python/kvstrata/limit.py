@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from kvstrata.budget import Budget, Schedule
 from kvstrata.budget.protect import limit_bytes, page_bytes, pages
 from kvstrata.budget.room import fit, limit_now, room
-from kvstrata.config import BudgetExceeded, Shape
+from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy, resolve
 
 TURN_ABOVE = 16
@@ -33,7 +33,14 @@ class Limit:
     def fit(self, lengths: Sequence[int]) -> Policy:
         """The policy as it runs with sequences of so many tokens. ValueError where the budget, or the end of its schedule, is
         too small; Unsupported for what cannot follow a schedule."""
+        if self.each:
+            lengths = lengths[:1]
         return fit(self._asked, self._shape, self.budget, lengths, self._falls(len(lengths)))
+
+    @property
+    def each(self) -> bool:
+        """Whether every sequence has a limit of its own."""
+        return self.budget is not None and self.budget.per == "sequence"
 
     @property
     def schedule(self) -> Schedule | None:
@@ -75,6 +82,8 @@ class Limit:
 
     def content(self, policy: Policy, limit: int, batch: int) -> int:
         """Bytes that a limit leaves for the unprotected tokens of so many sequences; may be negative."""
+        if self.each:
+            return batch * room(policy, self._shape, limit // batch, 1).content
         return room(policy, self._shape, limit, batch, self._falls(batch)).content
 
     def most(self, policy: Policy) -> int | None:
@@ -92,6 +101,15 @@ class Limit:
         limit, batch = self._at(policy, lengths, None), len(lengths)
         if self.content(policy, limit, batch) <= 0:
             raise BudgetExceeded(f"budget: {limit} bytes are too few for {batch} sequences")
+
+    def admit_whole(self, lengths: Iterable[int]) -> None:
+        """For a policy that drops nothing: BudgetExceeded where one of so many tokens is larger than the limit of each."""
+        longest, total = max(lengths), 0
+        for i, spec in enumerate(self._shape.layers):
+            most = longest if spec.window is None else min(longest, spec.window + 64 + 2 * SLOTS)
+            total += spec.kv_heads * pages(most) * page_bytes(self._shape, i)
+        if (limit := self.fixed()) is not None and total > limit:
+            raise BudgetExceeded(f"budget: limit is {limit} bytes per sequence, one of {longest} tokens needs {total}")
 
     def _falls(self, batch: int) -> tuple[int, int] | None:
         """The first and the last bytes of the schedule."""

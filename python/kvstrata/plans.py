@@ -50,7 +50,12 @@ class Plans:
         self._apply(seen, ids)
 
     def run(self, ids: list[int]) -> None:
-        """All layers: scores first, then one division of the limit over them, then each layer's plan."""
+        """All layers: scores first, then one division of the limit over them, then each layer's plan. Where each sequence has
+        a limit of its own, one after another."""
+        if self._cache._limit.each and len(ids) > 1:
+            for i in ids:
+                self.run([i])
+            return
         ends = [self._store.length(i) for i in ids]
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:

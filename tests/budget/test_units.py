@@ -43,7 +43,7 @@ FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
         (lambda: Budget.bytes("2GiB", far="16GiB"), "far is '16GiB', there is no Far tier yet"),
         (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
         (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),
-        (lambda: Budget.bytes("2GiB", per="sequence"), "pages are not charged to sequences yet"),
+        (lambda: Budget.bytes("2GiB", per="sequence", schedule=FALLING), "one for all sequences yet"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: str) -> None:
@@ -60,6 +60,7 @@ def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: 
         (lambda: Budget.share(0.5, at=0), "at is 0"),
         (lambda: Budget("tokens", 5, at=5), "at belongs to a share"),
         (lambda: Budget("bytes", 5, count=True), "count belongs to tokens"),
+        (lambda: Budget("tokens", 5, per="sequence"), "per='sequence' belongs to bytes"),
     ],
 )
 def test_refused_arguments(make: object, message: str) -> None:
@@ -80,6 +81,7 @@ def test_units_agree_where_they_mean_the_same() -> None:
     assert limit_bytes(tokens, shape, [5000]) == 7 * page, "of 100 tokens: seven pages of every row"
     assert limit_bytes(tokens, shape, [5000, 9]) == 14 * page
     assert limit_bytes(Budget.bytes(7 * page), shape, [5000]) == limit_bytes(tokens, shape, [1])
+    assert limit_bytes(Budget.bytes(7 * page, per="sequence"), shape, [1, 9]) == 14 * page
     dense = shape.token_bytes()
     assert limit_bytes(Budget.share(0.25), shape, [4000, 96]) == 1024 * dense
     assert limit_bytes(Budget.share(0.25, at=4096), shape, [7]) == 1024 * dense

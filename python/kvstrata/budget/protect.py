@@ -29,11 +29,11 @@ def page_bytes(shape: Shape, layer: int) -> int:
 def limit_bytes(budget: Budget, shape: Shape, lengths: Sequence[int]) -> int:
     """What a budget means in bytes for sequences of so many logical tokens.
 
-    bytes: as they are; tokens: Full pages for n tokens of every row with their metadata, per sequence; share: of K and V
-    alone of a dense cache of these lengths, or of ``budget.at`` tokens per sequence, rounded down.
+    bytes: as they are, or for each; tokens: Full pages for n tokens of every row with their metadata, for each sequence;
+    share: of K and V alone of a dense cache of these lengths, or of ``budget.at`` tokens per sequence, rounded down.
     """
     if budget.unit == "bytes":
-        return int(budget.value)
+        return int(budget.value) * (len(lengths) if budget.per == "sequence" else 1)
     if budget.unit == "tokens":
         row = sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
         return row * pages(int(budget.value)) * len(lengths)

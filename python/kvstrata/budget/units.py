@@ -17,8 +17,9 @@ class Budget:
 
     schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
     does not); far: "auto", a Far tier exactly when the policy archives, which none does yet, or None, no Far tier;
-    disk: None; per: "cache", one limit for all sequences; count: of :meth:`tokens`; at: the length in tokens that a share
-    is of (None: each plan's logical length). Values that this release cannot honour are Unsupported, with the reason.
+    disk: None; per: "cache", one limit for all sequences, or "sequence", one for each; count: of :meth:`tokens`; at: the
+    length in tokens that a share is of (None: each plan's logical length). Values that this release cannot honour are
+    Unsupported, with the reason.
     """
 
     unit: Literal["bytes", "tokens", "share"]
@@ -39,8 +40,10 @@ class Budget:
             raise Unsupported(f"budget: disk is {self.disk!r}, there is no disk tier yet; expected None")
         if self.per not in ("cache", "sequence"):
             raise ValueError(f"budget: per is {self.per!r}, expected 'cache' or 'sequence'")
-        if self.per == "sequence":
-            raise Unsupported("budget: per='sequence': pages are not charged to sequences yet; expected 'cache'")
+        if self.per == "sequence" and self.unit != "bytes":
+            raise ValueError(f"budget: per='sequence' belongs to bytes, {self.unit} are of each sequence anyway")
+        if self.per == "sequence" and self.schedule is not None and not self.schedule.constant:
+            raise Unsupported("budget: schedule: it is one for all sequences yet, expected per='cache'")
         if self.count and self.unit != "tokens":
             raise ValueError(f"budget: count belongs to tokens, got it with {self.unit}")
         if self.at is not None and self.unit != "share":
@@ -60,7 +63,9 @@ class Budget:
     ) -> Budget:
         """At most this many bytes, metadata included; "2GiB" is 2^31, "2GB" is 2 * 10^9.
 
-        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds.
+        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds. per: "sequence" is a limit
+        for each sequence, forks too: the cache may hold as many times the bytes, no sequence more for the others being small.
+        Pages that forks share count in each of them.
         """
         limits = []
         for name, given in (("bytes", value), ("near", value if near is None else near)):
