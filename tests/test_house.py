@@ -106,7 +106,7 @@ RANK = {
 }  # fmt: skip
 # Files that are one unit with another.
 PARTS = dict.fromkeys(("pools", "scores"), "ops")
-PARTS |= dict.fromkeys(("step", "slabs", "plans", "rows", "limit", "holdings"), "cache")
+PARTS |= dict.fromkeys(("step", "slabs", "plans", "rows", "limit", "holdings", "charges"), "cache")
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
 

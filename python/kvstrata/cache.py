@@ -9,15 +9,16 @@ import torch
 
 from kvstrata import holdings
 from kvstrata._C import Store
-from kvstrata.budget import Budget
+from kvstrata.budget import Budget, Ledger, Scope
 from kvstrata.budget.room import keeps_scores
+from kvstrata.charges import Charges
 from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
 from kvstrata.policy import Policy
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
-from kvstrata.step import Step
+from kvstrata.step import Step, packed, padded
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts
-    for itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
-    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: a :class:`Ledger`, in which
+    the cache opens a :attr:`scope`, or None; hold: tokens that stay unsealed until confirmed while recording. One thread at
+    a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class Cache:
         policy: Policy | str | None = None,
         *,
         far: str | None = "auto",
-        ledger: None = None,
+        ledger: Ledger | None = None,
         hold: int = 64,
     ) -> None:
         if far not in ("auto", None):
             raise Unsupported(f"Cache: far is {far!r}, this build has no Far tier; expected 'auto' or None")
-        if ledger is not None:
-            raise Unsupported("Cache: a shared ledger is not built yet; expected None")
+        if ledger is not None and not isinstance(ledger, Ledger):
+            raise ValueError(f"Cache: ledger is {type(ledger).__name__}, expected None or a Ledger")
         if hold < 0:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
@@ -70,20 +71,26 @@ class Cache:
             keeps_scores(self.policy),
             self.policy.massed,
         )
-        self._slabs = Slabs(self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy))
+        self._charges = Charges(self, ledger)
+        self._slabs = Slabs(
+            self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy), self._charges
+        )
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
+        self._slabs.settle()
+
+    @property
+    def scope(self) -> Scope | None:
+        """The cache's scope in its ledger: ``ledger.report(cache.scope)``."""
+        return self._charges.scope
 
     # --- sequences --------------------------------------------------------------------------------------------------------
 
     def new(self, n: int = 1) -> list[Sequence]:
         """n empty sequences."""
-        ids = self._store.create(n)
-        self._live += ids
-        self._settle()
-        return [Sequence(i) for i in ids]
+        return self._begun(self._store.create(n))
 
     def free(self, seqs: Items[Sequence]) -> None:
         """Ends the sequences; pages that nobody else holds are free at once."""
@@ -95,11 +102,10 @@ class Cache:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
         self._share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
-        self._live += ids
         self._follow(ids, [seq.id] * n)
-        self._settle()
+        found = self._begun(ids)
         self._counts["forks"] += n
-        return [Sequence(i) for i in ids]
+        return found
 
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
@@ -124,6 +130,7 @@ class Cache:
             self._store.crop(seq.id, length)
             self._plans.cropped(seq.id, length)
         self._counts["crops"] += 1
+        self._slabs.settle()
 
     def crop_floor(self, seq: Sequence) -> int:
         """The shortest length that :meth:`crop` can restore exactly."""
@@ -135,23 +142,27 @@ class Cache:
         if not on:
             for i in self._live:
                 self._store.confirm(i)
+            self._slabs.settle()
 
     def confirm(self, seqs: Items[Sequence]) -> None:
         """Makes every token of the sequences final."""
         for seq in seqs:
             self._store.confirm(seq.id)
+        self._slabs.settle()
 
     def clear(self, seqs: Items[Sequence]) -> None:
         """Empties the sequences; the handles stay."""
         for seq in seqs:
             self._store.clear(seq.id)
         self._forget([s.id for s in seqs])
+        self._slabs.settle()
 
     def reset(self) -> None:
         """Empties every sequence; pages go back to the pools."""
         for i in self._live:
             self._store.clear(i)
         self._forget(self._live)
+        self._slabs.settle()
 
     def logical_length(self, seq: Sequence) -> int:
         """Real tokens seen, whatever was dropped."""
@@ -173,6 +184,17 @@ class Cache:
         gone = [s.id for s in seqs]
         self._forget(gone)
         self._live = [i for i in self._live if i not in gone]
+
+    def _begun(self, ids: list[int]) -> list[Sequence]:
+        """Handles of new sequences, which end again where a ledger has no room for their tables."""
+        self._live += ids
+        found = [Sequence(i) for i in ids]
+        try:
+            self._settle()
+        except BudgetExceeded:
+            self.free(found)
+            raise
+        return found
 
     def _settle(self) -> None:
         """After the sequences are others: what each may hold is theirs, and their tables are within it."""
@@ -211,7 +233,7 @@ class Cache:
         if lengths is not None:
             if valid is not None or columns is not None:
                 raise ValueError("step: lengths excludes valid and columns")
-            return self._packed(seqs, list(lengths))
+            return packed(self, seqs, list(lengths))
         if valid is None:
             if columns is None:
                 raise ValueError("step: give lengths, valid or columns")
@@ -219,25 +241,7 @@ class Cache:
                 raise ValueError(f"step: columns is {columns}, expected >= 1")
             starts = list(range(0, len(seqs) * columns + 1, columns))
             return Step(self, seqs, starts, list(range(columns)) * len(seqs), columns)
-        return self._padded(seqs, valid)
-
-    def _packed(self, seqs: list[Sequence], lengths: list[int]) -> Step:
-        if len(lengths) != len(seqs):
-            raise ValueError(f"step: lengths has {len(lengths)} elements, expected {len(seqs)}")
-        if any(n < 0 for n in lengths) or sum(lengths) == 0:
-            raise ValueError(f"step: lengths is {lengths}, expected none negative and at least one token")
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        return Step(self, seqs, starts, list(range(starts[-1])), None)
-
-    def _padded(self, seqs: list[Sequence], valid: torch.Tensor) -> Step:
-        if valid.dtype != torch.bool or valid.dim() != 2 or valid.shape[0] != len(seqs):
-            raise ValueError(f"step: valid is {valid.dtype} {list(valid.shape)}, expected torch.bool [{len(seqs)}, T]")
-        if not bool(valid.any()):
-            raise ValueError("step: valid marks no token, expected at least one")
-        starts = [0, *valid.sum(1).cumsum(0).tolist()]
-        return Step(self, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])
+        return padded(self, seqs, valid)
 
     def _enter(self, step: Step) -> None:
         if self._step is not None:
@@ -307,6 +311,16 @@ class Cache:
         state *= keep[:, :columns]
         self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
         self._plans.apply(layer, [seq.id], state, list(range(heads)))
+        self._slabs.settle()
+
+    def _charge(self, ids: list[int], counts: list[int], cut: bool) -> None:
+        """Reserves in the ledger what a step may consume and by how much tables may grow."""
+        if self.scope is None:
+            return
+        layers, policy = len(self.shape.layers), self.policy
+        needed = self._store.needed(0, layers, 0, self._store.longest)
+        near = self._slabs.growth(policy, self.shape, len(self._live), needed)
+        self._charges.begin(near, self._slabs.piece(), counts, self._plans.coming(ids, counts, cut))
 
     def _after_commit(self, ids: list[int], before: list[int], longest: int, cut: bool) -> None:
         self._slabs.settle()
@@ -317,10 +331,15 @@ class Cache:
         self._limit.count(ids, [self._store.length(i) - n for i, n in zip(ids, before, strict=True)])
         interval = self.policy.interval
         due = any(self._store.length(i) // interval != n // interval for i, n in zip(ids, before, strict=True))
-        if self._falls():
-            due = False
-        if due:
-            self._plans.run(ids)
+        try:
+            if not self._falls() and due:
+                self._plans.run(ids)
+        except BudgetExceeded:
+            if self.scope is None:
+                raise
+            self._plans.counts["plans put off"] += (
+                1  # others took what is left; limits bind the steps until it is made up
+            )
         if longest > interval:
             self.trim()
 
@@ -344,7 +363,9 @@ class Cache:
 
     def trim(self) -> int:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
-        return self._slabs.trim()
+        freed = self._slabs.trim()
+        self._slabs.settle()
+        return freed
 
     def report(self) -> Report:
         """What is held now."""
@@ -355,12 +376,4 @@ class Cache:
 
         k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32 [H, N] (-1 there).
         """
-        spec = self.shape.layers[layer]
-        n = self._store.columns(layer, [seq.id])
-        k = torch.zeros(spec.kv_heads, n, spec.head_dim)
-        v = torch.zeros_like(k)
-        positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
-        for h in range(spec.kv_heads):
-            self._store.read(seq.id, layer, h, k[h].data_ptr(), v[h].data_ptr())
-            self._store.positions(seq.id, layer, h, positions[h].data_ptr())
-        return k.to(self.shape.dtype), v.to(self.shape.dtype), positions
+        return holdings.materialize(self, layer, seq.id)

@@ -76,3 +76,16 @@ def _states(cache: Cache) -> dict[str, int]:
         counts += torch.bincount(state.flatten().long(), minlength=len(counts))
     named = {"full": FULL} | {name: STATES[name] for name in cache.policy.formats}
     return {name: int(counts[state]) for name, state in named.items()}
+
+
+def materialize(cache: Cache, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:meth:`Cache.materialize`."""
+    spec = cache.shape.layers[layer]
+    n = cache._store.columns(layer, [seq])
+    k = torch.zeros(spec.kv_heads, n, spec.head_dim)
+    v = torch.zeros_like(k)
+    positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
+    for h in range(spec.kv_heads):
+        cache._store.read(seq, layer, h, k[h].data_ptr(), v[h].data_ptr())
+        cache._store.positions(seq, layer, h, positions[h].data_ptr())
+    return k.to(cache.shape.dtype), v.to(cache.shape.dtype), positions

@@ -32,7 +32,7 @@ class Plans:
         self.planned: dict[int, int] = {}
         """By sequence: its length when all its layers were planned last."""
         self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
-        self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
+        self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0, "plans put off": 0}
 
     @property
     def layers(self) -> list[int]:
@@ -86,6 +86,16 @@ class Plans:
         due = [i for i, n in waiting.items() if n > 0 and n + (0 if cut else new[i]) > most]
         if due:
             self.run(due)
+
+    def coming(self, ids: list[int], counts: list[int], cut: bool) -> int:
+        """Plans of a layer that a step makes which brings so many tokens to its sequences."""
+        policy = self._cache.policy
+        if policy.planner is None:
+            return 0
+        ends = [(self._store.length(i), self._store.length(i) + n) for i, n in zip(ids, counts, strict=True)]
+        due = [first // policy.interval != last // policy.interval for first, last in ends]
+        whole = sum(due) if self._cache._limit.each else int(any(due))
+        return len(self.layers) * (whole + (-(-max(counts) // policy.chunk) if cut else 0))
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
@@ -271,6 +281,7 @@ class Plans:
     def _apply(self, seen: Seen, ids: list[int]) -> None:
         planner = self._cache.policy.planner
         assert planner is not None
+        self._cache._charges.plan()
         plan: Plan = planner.plan(seen)
         self.counts["plans"] += 1
         if plan.tier is not None or plan.group is not None or plan.set is not None:
@@ -301,10 +312,12 @@ class Plans:
         """Changes the given rows to state u8 [R, N], which was checked, one after another: each whole, or where memory is short
         piece by piece, each piece whole. Rows of ``state`` follow their tables' new order."""
         heads = self._cache.shape.layers[layer].kv_heads
-        for r in rows:
-            seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
-            more = True
-            while more:
-                most = self._cache._slabs.reserve_plan(layer, seq, head, address)
-                more = self._store.apply_plan(layer, seq, head, address, most)
-        self._cache._slabs.note_peak()
+        try:
+            for r in rows:
+                seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
+                more = True
+                while more:
+                    most = self._cache._slabs.reserve_plan(layer, seq, head, address)
+                    more = self._store.apply_plan(layer, seq, head, address, most)
+        finally:
+            self._cache._slabs.settle()

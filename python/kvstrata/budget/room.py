@@ -90,6 +90,16 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
     return Room(limit, batch, content - min(piece, content // (rows + 1)))
 
 
+def books(policy: Policy, shape: Shape, pages: int, slabs: int, batch: int) -> int:
+    """What tables, scores, rings, centres and the workspace of decoding take at the most, with so many pages in all."""
+    beside = 20 + (_SCORES if keeps_scores(policy) else 0)
+    each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
+    each += 2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in shape.layers)
+    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in shape.layers)
+    held = pages * min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
+    return pages * beside + slabs * _SLAB + batch * each + _workspace(policy, shape, held * batch, batch)
+
+
 def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, last: int) -> int:
     """What a limit that falls keeps of the first one: its workspace, and the books of its slabs, which are small ones as they
     have to fit the last."""
