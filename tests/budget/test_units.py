@@ -91,6 +91,24 @@ def test_units_agree_where_they_mean_the_same() -> None:
     assert Budget.bytes("2GB") != Budget.bytes("2GiB")
 
 
+def test_a_cache_has_one_limit_however_it_is_said() -> None:
+    """In tokens, bytes and a share of a length: the same policy, and as many tokens stored."""
+    shape = Shape([LayerSpec(2, 4, 64)] * 2, torch.bfloat16)
+    tokens = Budget.tokens(512)
+    limit = limit_bytes(tokens, shape, [1])
+    found = []
+    for budget in (tokens, Budget.bytes(limit), Budget.share(1 / shape.token_bytes(), at=limit)):
+        cache = Cache(shape, budget, "keydiff")
+        seqs, generator = cache.new(), torch.Generator().manual_seed(0)
+        with cache.step(seqs, [900]) as step:
+            for layer in range(2):
+                step.attend(layer, *(torch.randn(900, h, 64, generator=generator).bfloat16() for h in (4, 2, 2)))
+        report = cache.report()
+        assert report.limit_bytes == limit
+        found.append((cache.policy, report.stored))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_cache_refuses_a_share_of_a_length() -> None:
     with pytest.raises(Unsupported, match="share"):
         Cache(Shape([LayerSpec(1, 1, 16)], torch.float32), Budget.share(0.5, at=4096), "streaming")

@@ -76,6 +76,26 @@ def test_a_limit_below_sinks_and_tail_is_refused(name: str) -> None:
         Cache(Shape(LAYERS, torch.bfloat16), budget=Budget.bytes(60000), policy=name)
 
 
+@pytest.mark.parametrize("name", ["arkv", "h2o", "keydiff", "kivi", "snapkv", "streaming"])
+def test_from_the_least_limit_upwards(name: str) -> None:
+    """512 tokens under five limits: held bytes never above, prompt included. A byte under the least, which the refusal names,
+    is refused."""
+    shape = Shape([LayerSpec(2, 4, 32)] * 2, torch.bfloat16)
+    with pytest.raises(ValueError, match="expected at least") as refused:
+        Cache(shape, Budget.bytes(1000), name)
+    least = int(str(refused.value).split()[-1])
+    with pytest.raises(ValueError, match=f"budget: {least - 1} bytes .* at least {least}"):
+        Cache(shape, Budget.bytes(least - 1), name)
+    for limit in (least, least * 11 // 10, least * 3 // 2, 2 * least, 4 * least):
+        cache = Cache(shape, Budget.bytes(limit), name)
+        seqs, generator = cache.new(), torch.Generator().manual_seed(8)
+        for n in (300, *[1] * 512):
+            feed(cache, seqs, [n], generator)
+            assert cache._slabs.note_peak() <= limit
+        assert allocated(cache) == cache._slabs.held
+        assert cache.report().peak_bytes > 0.6 * limit, "the limit is used"
+
+
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_what_fits_is_exact(name: str) -> None:
     """Under a budget that holds everything, a policy that only evicts gives the very bits of ``full``."""

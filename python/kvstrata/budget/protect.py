@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -75,9 +75,33 @@ def _window_from_tokens(policy: Policy, tokens: int, interval: int) -> Policy:
     return policy if policy.window else replace(policy, window=room)
 
 
+def least_limit(fits: Callable[[int], bool], refused: int) -> int:
+    """The smallest limit in bytes that fits, above one that does not."""
+    low, high = refused, 2 * refused + 1
+    while not fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
 def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
-    """Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk, which
-    is shortened, to 64 tokens at the least, where it would take more than an eighth of the limit."""
+    wanted = (policy.window or SLOTS) // SLOTS
+    chunk, room = _chunk_and_window(policy, shape, limit, batch)
+    if room < wanted:
+        least = least_limit(lambda n: _chunk_and_window(policy, shape, n, batch)[1] >= wanted, limit)
+        raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least}")
+    policy = replace(policy, chunk=chunk)
+    return policy if policy.window else replace(policy, window=int(room) * SLOTS)
+
+
+def _chunk_and_window(policy: Policy, shape: Shape, limit: int, batch: int) -> tuple[int, int]:
+    """Tokens of a chunk and pages of a window under a limit.
+
+    Pages per row: sinks, window, one open, one that a short step may add; scratch: one layer's prompt chunk, which is
+    shortened, to 64 tokens at the least, where it would take more than an eighth of the limit.
+    """
     row = batch * sum(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
     widest = batch * max(spec.kv_heads * page_bytes(shape, i) for i, spec in enumerate(shape.layers))
     wanted = (policy.window or SLOTS) // SLOTS
@@ -86,10 +110,5 @@ def _window_from_bytes(policy: Policy, shape: Shape, limit: int, batch: int) -> 
         scratch = widest * (chunk // SLOTS + 1)  # a chunk that begins inside a page ends inside one more
         room = (limit - limit // 64 - scratch) // row - pages(policy.sinks) - 2
         if chunk < 2 * LEAST_CHUNK or (scratch <= limit // 8 and room >= wanted):
-            break
+            return chunk, room
         chunk = chunk // 2 // SLOTS * SLOTS
-    policy = replace(policy, chunk=chunk)
-    if room < wanted:
-        least = (row * (pages(policy.sinks) + 2 + wanted) + scratch) * 64 // 63 + 64
-        raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least}")
-    return policy if policy.window else replace(policy, window=int(room) * SLOTS)

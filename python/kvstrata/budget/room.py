@@ -9,7 +9,7 @@ import torch
 
 from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
-from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, limit_bytes, pages
+from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
 from kvstrata.policy.base import FULL, STATES, Policy
@@ -182,11 +182,13 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         if smaller is None:
             break
         policy = smaller
-    left = room(policy, shape, limit, batch, falls)
-    if left.content <= 0:
-        raise ValueError(
-            f"budget: {limit} bytes for {batch} sequence(s), expected at least {left.least() * SLACK // (SLACK - 1) + 1}"
-        )
+    if room(policy, shape, limit, batch, falls).content <= 0:
+        smallest = policy
+
+        def fits(n: int) -> bool:
+            return room(smallest, shape, n, batch, None if falls is None else (falls[0], n)).content > 0
+
+        raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least_limit(fits, limit)}")
     return policy
 
 
