@@ -10,6 +10,7 @@ import torch
 from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.config import BudgetExceeded, Unsupported
 from kvstrata.policy import NAMED, SinksAndTail
+from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
 COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
@@ -175,6 +176,18 @@ def test_counted_tokens(name: str, n: int) -> None:
         most = max(most, min(row[0] for row in stored))
     assert n == 128 or most > n - 48, "the rows of a long sequence are full before a plan"
     assert sum(cache.report().states.values()) == sum(cache.report().logical_tokens) * cache.shape.rows
+
+
+def test_the_worst_go_first() -> None:
+    """Not finite before finite, of equal scores the newest; protected tokens and empty places are left alone."""
+    nan = float("nan")
+    score = torch.tensor([[0.5, nan, 0.1, 0.1, 0.0, 0.0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+    positions = torch.tensor([[0, 1, 2, 3, 9, -1], [5, 4, 3, 2, 1, 0]], dtype=torch.int32)
+    state = torch.tensor([[1, 1, 3, 3, 1, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.uint8)
+    protect = torch.tensor([[False] * 4 + [True, False], [True] * 6])
+    kept = [at_most(state, score, positions, protect, n)[0].tolist() for n in (5, 4, 3, 2, 0)]
+    assert kept == [[1, 1, 3, 3, 1, 0], [1, 0, 3, 3, 1, 0], [1, 0, 3, 0, 1, 0], [1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0]]
+    assert at_most(state, score, positions, protect, 0)[1].tolist() == state[1].tolist()
 
 
 def test_counted_tokens_of_a_window() -> None:
