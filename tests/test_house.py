@@ -105,9 +105,8 @@ RANK = {
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 # Files that are one unit with another.
-PARTS = dict.fromkeys(("choices", "pools", "scores"), "ops") | dict.fromkeys(
-    ("step", "slabs", "plans", "rows", "statistics"), "cache"
-)
+PARTS = dict.fromkeys(("choices", "pools", "scores"), "ops")
+PARTS |= dict.fromkeys(("step", "slabs", "plans", "rows", "statistics", "limit", "holdings", "charges"), "cache")
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
 

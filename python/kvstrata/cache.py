@@ -7,19 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata import holdings
 from kvstrata._C import Store
-from kvstrata.budget import Budget
-from kvstrata.budget.protect import page_bytes, pages
-from kvstrata.budget.room import fit, keeps_scores, limit_now
-from kvstrata.config import DTYPES, SLOTS, BudgetExceeded, Shape, Unsupported
+from kvstrata.budget import Budget, Ledger, Scope
+from kvstrata.budget.room import keeps_scores
+from kvstrata.charges import Charges
+from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
+from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Policy, resolve
-from kvstrata.policy.base import FULL, STATES
+from kvstrata.policy import Policy
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
-from kvstrata.step import Step
-
-_FORMATS = ("f32", "bf16", "f16", "int8", "int4", "int2")
+from kvstrata.step import Step, packed, padded
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: None, each cache counts
-    for itself; hold: tokens that stay unsealed until confirmed while recording. One thread at a time.
-    ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
+    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: a :class:`Ledger`, in which
+    the cache opens a :attr:`scope`, or None; hold: tokens that stay unsealed until confirmed while recording. One thread at
+    a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
 
     def __init__(
@@ -45,20 +44,20 @@ class Cache:
         policy: Policy | str | None = None,
         *,
         far: str | None = "auto",
-        ledger: None = None,
+        ledger: Ledger | None = None,
         hold: int = 64,
     ) -> None:
         if far not in ("auto", None):
             raise Unsupported(f"Cache: far is {far!r}, this build has no Far tier; expected 'auto' or None")
-        if ledger is not None:
-            raise Unsupported("Cache: a shared ledger is not built yet; expected None")
+        if ledger is not None and not isinstance(ledger, Ledger):
+            raise ValueError(f"Cache: ledger is {type(ledger).__name__}, expected None or a Ledger")
         if hold < 0:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
-        self.budget = Budget.parse(budget)
         self.hold = hold
-        self._asked = resolve(policy)
-        self.policy = fit(self._asked, shape, self.budget, [0])
+        self._limit = Limit(shape, budget, policy)
+        self.budget = self._limit.budget
+        self.policy = self._limit.fit([0])
         self._fitted: object = None  # what the policy was last fitted to
         assert self.policy.window is not None
         self._store = Store(
@@ -67,44 +66,56 @@ class Cache:
             self.policy.window,
             hold,
             self.policy.sinks,
-            [_FORMATS.index(name) for name in self.policy.formats],
+            [holdings.FORMATS.index(name) for name in self.policy.formats],
             self.policy.queries,
             keeps_scores(self.policy),
             self.policy.massed,
         )
-        self._slabs = Slabs(self._store, shape.device, self._limit(), self._expected())
+        self._charges = Charges(self, ledger)
+        self._slabs = Slabs(
+            self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy), self._charges
+        )
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
+        self._slabs.settle()
+
+    @property
+    def scope(self) -> Scope | None:
+        """The cache's scope in its ledger: ``ledger.report(cache.scope)``."""
+        return self._charges.scope
 
     # --- sequences --------------------------------------------------------------------------------------------------------
 
     def new(self, n: int = 1) -> list[Sequence]:
         """n empty sequences."""
-        ids = self._store.create(n)
-        self._live += ids
-        return [Sequence(i) for i in ids]
+        return self._begun(self._store.create(n))
 
     def free(self, seqs: Items[Sequence]) -> None:
         """Ends the sequences; pages that nobody else holds are free at once."""
         self._store.free([s.id for s in seqs])
-        self._forget(seqs)
+        self._end(seqs)
+        self._settle()
 
     def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
+        self._share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
-        self._live += ids
-        self._plans.follow(ids, [seq.id] * n)
+        self._follow(ids, [seq.id] * n)
+        found = self._begun(ids)
         self._counts["forks"] += n
-        return [Sequence(i) for i in ids]
+        return found
 
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
+        gone = {s.id for s in seqs}
+        self._share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
         ids = self._store.select([s.id for s in seqs], list(index))
-        self._plans.follow(ids, [seqs[i].id for i in index])
-        self._forget(seqs)
+        self._follow(ids, [seqs[i].id for i in index])
+        self._end(seqs)
         self._live += ids
+        self._settle()
         return [Sequence(i) for i in ids]
 
     def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
@@ -115,9 +126,11 @@ class Cache:
             if not low <= length <= high:
                 raise ValueError(f"crop: length is {length}, expected {low}..{high} (tokens below {low} were dropped)")
         for seq, length in pairs:
+            self._limit.cropped(seq.id, self._store.length(seq.id) - length)
             self._store.crop(seq.id, length)
             self._plans.cropped(seq.id, length)
         self._counts["crops"] += 1
+        self._slabs.settle()
 
     def crop_floor(self, seq: Sequence) -> int:
         """The shortest length that :meth:`crop` can restore exactly."""
@@ -129,23 +142,27 @@ class Cache:
         if not on:
             for i in self._live:
                 self._store.confirm(i)
+            self._slabs.settle()
 
     def confirm(self, seqs: Items[Sequence]) -> None:
         """Makes every token of the sequences final."""
         for seq in seqs:
             self._store.confirm(seq.id)
+        self._slabs.settle()
 
     def clear(self, seqs: Items[Sequence]) -> None:
         """Empties the sequences; the handles stay."""
         for seq in seqs:
             self._store.clear(seq.id)
-        self._plans.forget([s.id for s in seqs])
+        self._forget([s.id for s in seqs])
+        self._slabs.settle()
 
     def reset(self) -> None:
         """Empties every sequence; pages go back to the pools."""
         for i in self._live:
             self._store.clear(i)
-        self._plans.forget(self._live)
+        self._forget(self._live)
+        self._slabs.settle()
 
     def logical_length(self, seq: Sequence) -> int:
         """Real tokens seen, whatever was dropped."""
@@ -155,10 +172,47 @@ class Cache:
         """Slots that one row holds."""
         return self._store.stored(seq.id, layer, head)
 
-    def _forget(self, seqs: Items[Sequence]) -> None:
-        gone = {s.id for s in seqs}
-        self._plans.forget(list(gone))
+    def _follow(self, ids: list[int], sources: list[int]) -> None:
+        self._plans.follow(ids, sources)
+        self._limit.follow(ids, sources)
+
+    def _forget(self, ids: list[int]) -> None:
+        self._plans.forget(ids)
+        self._limit.forget(ids)
+
+    def _end(self, seqs: Items[Sequence]) -> None:
+        gone = [s.id for s in seqs]
+        self._forget(gone)
         self._live = [i for i in self._live if i not in gone]
+
+    def _begun(self, ids: list[int]) -> list[Sequence]:
+        """Handles of new sequences, which end again where a ledger has no room for their tables."""
+        self._live += ids
+        found = [Sequence(i) for i in ids]
+        try:
+            self._settle()
+        except BudgetExceeded:
+            self.free(found)
+            raise
+        return found
+
+    def _settle(self) -> None:
+        """After the sequences are others: what each may hold is theirs, and their tables are within it."""
+        if self._limit.each:
+            self._slabs.limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
+        self._slabs.settle()
+
+    def _share(self, ids: list[int]) -> None:
+        """Before the limit is shared by ``ids``, more sequences than now: what has begun is planned for its smaller share, as
+        pages that forks hold together are free only once all of them have let them go. BudgetExceeded with nothing changed
+        where the share would be too small."""
+        lengths, before = [self._store.length(i) for i in ids], [self._store.length(i) for i in self._live]
+        if self.policy.allocator is None or len(ids) <= len(before) or not any(lengths):
+            return
+        self._limit.admit(self.policy, lengths)
+        limit = self._limit.now(self.policy, lengths)
+        if limit * len(before) < self._limit.now(self.policy, before) * len(ids):
+            self._plans.ahead(self._live, limit, len(ids))
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -179,7 +233,7 @@ class Cache:
         if lengths is not None:
             if valid is not None or columns is not None:
                 raise ValueError("step: lengths excludes valid and columns")
-            return self._packed(seqs, list(lengths))
+            return packed(self, seqs, list(lengths))
         if valid is None:
             if columns is None:
                 raise ValueError("step: give lengths, valid or columns")
@@ -187,25 +241,7 @@ class Cache:
                 raise ValueError(f"step: columns is {columns}, expected >= 1")
             starts = list(range(0, len(seqs) * columns + 1, columns))
             return Step(self, seqs, starts, list(range(columns)) * len(seqs), columns)
-        return self._padded(seqs, valid)
-
-    def _packed(self, seqs: list[Sequence], lengths: list[int]) -> Step:
-        if len(lengths) != len(seqs):
-            raise ValueError(f"step: lengths has {len(lengths)} elements, expected {len(seqs)}")
-        if any(n < 0 for n in lengths) or sum(lengths) == 0:
-            raise ValueError(f"step: lengths is {lengths}, expected none negative and at least one token")
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        return Step(self, seqs, starts, list(range(starts[-1])), None)
-
-    def _padded(self, seqs: list[Sequence], valid: torch.Tensor) -> Step:
-        if valid.dtype != torch.bool or valid.dim() != 2 or valid.shape[0] != len(seqs):
-            raise ValueError(f"step: valid is {valid.dtype} {list(valid.shape)}, expected torch.bool [{len(seqs)}, T]")
-        if not bool(valid.any()):
-            raise ValueError("step: valid marks no token, expected at least one")
-        starts = [0, *valid.sum(1).cumsum(0).tolist()]
-        return Step(self, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])
+        return padded(self, seqs, valid)
 
     def _enter(self, step: Step) -> None:
         if self._step is not None:
@@ -222,6 +258,8 @@ class Cache:
             return
         if self.policy.allocator is not None or self.budget.unit == "bytes":
             self._fit({s.id: n for s, n in zip(seqs, lengths, strict=True)})
+            if self._limit.each and self.policy.planner is None:
+                self._limit.admit_whole(lengths)
         elif self.policy.planner is None and self.budget.unit == "tokens" and max(lengths) > self.budget.value:
             raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {max(lengths)}")
 
@@ -233,14 +271,16 @@ class Cache:
         begun = any(self._store.length(i) for i in self._live)
         to = (len(lengths), max(lengths) if self.budget.unit == "share" else 0)
         if self._fitted != to and not begun:
-            policy = fit(self._asked, self.shape, self.budget, lengths)
+            policy = self._limit.fit(lengths)
             assert policy.window is not None
             if policy != self.policy:
                 self._store.set_tail(policy.window)
                 self.policy = policy
             self._fitted = to
         if self.policy.allocator is not None:
-            self._slabs.limit = limit_now(self.policy, self.shape, self.budget, lengths)
+            self._slabs.limit = self._limit.now(self.policy, lengths)
+            if begun:
+                self._limit.admit(self.policy, lengths)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
@@ -272,17 +312,45 @@ class Cache:
         state *= keep[:, :columns]
         self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
         self._plans.apply(layer, [seq.id], state, list(range(heads)))
+        self._slabs.settle()
+
+    def _charge(self, counts: dict[int, int], cut: list[int]) -> None:
+        """Reserves in the ledger what a step may consume and by how much tables may grow."""
+        if self.scope is None:
+            return
+        layers, policy = len(self.shape.layers), self.policy
+        needed = self._store.needed(0, layers, 0, self._store.longest)
+        near = self._slabs.growth(policy, self.shape, len(self._live), needed)
+        self._charges.begin(near, self._slabs.piece(), list(counts.values()), self._plans.coming(counts, cut))
 
     def _after_commit(self, before: dict[int, int], longest: int, cut: list[int]) -> None:
         """before: lengths of the step's sequences before it; longest: the most tokens it fed one; cut: those cut inside it."""
-        self._slabs.note_peak()
+        self._slabs.settle()
         if self.policy.planner is None:
             return
         self._plans.note(cut)
-        if due := self._plans.due(before):
-            self._plans.run(due)
+        self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
+        try:
+            if not self._falls() and (due := self._plans.due(before)):
+                self._plans.run(due)
+        except BudgetExceeded:
+            if self.scope is None:
+                raise
+            self._plans.counts["plans put off"] += 1  # others took what is left; limits bind until it is made up
         if longest > self.policy.interval:
             self.trim()
+
+    def _falls(self) -> bool:
+        """Follows the schedule: a limit that falls is planned for, then binds. Whether all was planned."""
+        if self._limit.schedule is None:
+            return False
+        limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
+        falls = self._slabs.limit is None or limit < self._slabs.limit
+        if falls:
+            self._plans.ahead(self._live, limit, len(self._live))
+            self.trim()
+        self._slabs.limit = limit
+        return falls
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -292,92 +360,17 @@ class Cache:
 
     def trim(self) -> int:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
-        return self._slabs.trim()
-
-    def _limit(self) -> int | None:
-        return int(self.budget.value) if self.budget is not None and self.budget.unit == "bytes" else None
-
-    def _expected(self) -> int | None:
-        """Bytes that one sequence will settle at, if the policy says so."""
-        if self._limit() is not None:
-            return self._limit()
-        if self.policy.planner is None:
-            return None
-        assert self.policy.window is not None
-        per_row = pages(self.policy.sinks) + pages(self.policy.window) + 1
-        return sum(per_row * s.kv_heads * page_bytes(self.shape, i) for i, s in enumerate(self.shape.layers))
+        freed = self._slabs.trim()
+        self._slabs.settle()
+        return freed
 
     def report(self) -> Report:
         """What is held now."""
-        rows = [
-            [
-                [(self._store.stored(i, layer, h), len(self._store.row(i, layer, h)[0])) for i in self._live]
-                for h in heads
-            ]
-            for layer, heads in enumerate(range(spec.kv_heads) for spec in self.shape.layers)
-        ]  # (slots, entries) by layer, head and sequence
-        slots, entries = (sum(row[n] for layer in rows for head in layer for row in head) for n in (0, 1))
-        logical = tuple(self._store.length(i) for i in self._live)
-        pools = [self._store.pool(p) for p in range(self._store.n_pools)]
-        used = sum(p["used"] * p["page_bytes"] for p in pools)
-        free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
-        kinds = {
-            **self._bytes_by_format(pools),
-            "free pages": free,
-            "positions": self._slabs.held - used - free,
-            "tables": self._store.metadata_bytes,
-            "workspace": self._store.workspace_bytes,
-        }
-        assert self.policy.window is not None
-        return Report(
-            policy=self.policy.name,
-            budget=None if self.budget is None else str(self.budget),
-            window=self.policy.window,
-            sinks=self.policy.sinks,
-            logical_tokens=logical,
-            stored_tokens=slots,
-            states=self._states() | {"evicted": sum(logical) * self.shape.rows - slots},
-            stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
-            bytes_by_kind=kinds,
-            nbytes=self.nbytes(),
-            allocator_bytes=self._slabs.allocator_bytes(),
-            peak_bytes=self._slabs.note_peak(),
-            dense_bytes=sum(logical) * self.shape.token_bytes(),
-            limit_bytes=self._slabs.limit,
-            lost_slots=entries * SLOTS - slots,
-            counts=self._plans.counts | self._counts,
-        )
+        return holdings.report(self)
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense copies for debugging, in table order.
 
         k, v [H, N, D] in the cache's dtype (zeros past a row's last token) and positions i32 [H, N] (-1 there).
         """
-        spec = self.shape.layers[layer]
-        n = self._store.columns(layer, [seq.id])
-        k = torch.zeros(spec.kv_heads, n, spec.head_dim)
-        v = torch.zeros_like(k)
-        positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
-        for h in range(spec.kv_heads):
-            self._store.read(seq.id, layer, h, k[h].data_ptr(), v[h].data_ptr())
-            self._store.positions(seq.id, layer, h, positions[h].data_ptr())
-        return k.to(self.shape.dtype), v.to(self.shape.dtype), positions
-
-    def _bytes_by_format(self, pools: list[dict[str, int]]) -> dict[str, int]:
-        """Bytes of used pages by format."""
-        names = dict.fromkeys(f"pages {_FORMATS[p['format']]}" for p in pools)
-        return {
-            name: sum(p["used"] * p["page_bytes"] for p in pools if name == f"pages {_FORMATS[p['format']]}")
-            for name in names
-        }
-
-    def _states(self) -> dict[str, int]:
-        """Stored tokens by state, summed over rows."""
-        counts = torch.zeros(len(STATES) + 2, dtype=torch.int64)
-        for layer in range(len(self.shape.layers)):
-            columns = self._store.columns(layer, self._live) if self._live else 0
-            state = torch.empty(len(self._live) * self.shape.layers[layer].kv_heads, columns, dtype=torch.uint8)
-            self._store.look(layer, self._live, 0, 0, state.data_ptr(), 0, columns)
-            counts += torch.bincount(state.flatten().long(), minlength=len(counts))
-        named = {"full": FULL} | {name: STATES[name] for name in self.policy.formats}
-        return {name: int(counts[state]) for name, state in named.items()}
+        return holdings.materialize(self, layer, seq.id)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.entropy import EntropyShare
-from kvstrata.budget.room import keeps_scores, page_costs, room
+from kvstrata.budget.room import keeps_scores, page_costs
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
+from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
 from kvstrata.statistics import Statistics
 
@@ -33,7 +34,8 @@ class Plans:
         """By sequence: its length when all its layers were planned last."""
         self._among: dict[int, int] = {}
         """By sequence: how many shared the limit then."""
-        self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0}
+        self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
+        self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0, "plans put off": 0}
 
     @property
     def layers(self) -> list[int]:
@@ -63,6 +65,14 @@ class Plans:
             self._apply(seen, ids)
         self.note(ids)
 
+    def ahead(self, ids: list[int], limit: int, batch: int) -> None:
+        """All layers, for a lower limit or more sequences than now; the present limit leaves the room that rewriting takes."""
+        self._goal = limit, batch
+        try:
+            self.run(ids)
+        finally:
+            self._goal = None
+
     def before(self, counts: dict[int, int], cut: list[int]) -> None:
         """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
         the tokens of their interval, others must end within it. Before that, what sequences hold too much since more share
@@ -79,20 +89,36 @@ class Plans:
 
     def due(self, before: dict[int, int]) -> list[int]:
         """Sequences that a step brought over the end of an interval, by their lengths before it."""
+        return [i for i, n in before.items() if self._ends_interval(n, self._store.length(i))]
+
+    def coming(self, counts: dict[int, int], cut: list[int]) -> int:
+        """Plans of a layer that a step makes which brings so many tokens to its sequences; cut: those cut inside it."""
+        policy = self._cache.policy
+        if policy.planner is None:
+            return 0
+        now = {i: self._store.length(i) for i in counts}
+        whole = any(self._ends_interval(now[i], now[i] + n) for i, n in counts.items())
+        pieces = max((-(-counts[i] // policy.chunk) for i in cut), default=0)
+        return len(self.layers) * (int(whole) + pieces)
+
+    def _ends_interval(self, first: int, last: int) -> bool:
+        """Whether a sequence passes the end of an interval between two lengths."""
         interval = self._cache.policy.interval
-        return [i for i, n in before.items() if self._store.length(i) // interval != n // interval]
+        return first // interval != last // interval
 
     def _crowded(self) -> list[int]:
         """Sequences that were planned last when fewer shared the limit; none where there is no share for so many: such a step
         may be refused, and must have changed nothing then."""
         live = self._cache._live
+        if self._cache._limit.each:
+            return []
         due = [i for i in live if self._among.get(i, len(live)) < len(live)]
         return due if due and self._share() else []
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
         self.planned |= {i: self._store.length(i) for i in ids}
-        self._among |= dict.fromkeys(ids, len(self._cache._live))
+        self._among |= dict.fromkeys(ids, self._goal[1] if self._goal else len(self._cache._live))
 
     def _too_many(self, seq: int, new: int, cut: bool) -> bool:
         """Whether a sequence's room for unplanned tokens does not hold those it has and so many new ones."""
@@ -188,9 +214,9 @@ class Plans:
         """Bytes for unprotected tokens of one sequence: the same for each of the cache's, whichever are planned now. What one
         does not need is not lent to another, which would hold it yet when the first has grown."""
         cache = self._cache
-        limit, live = cache._slabs.limit, max(1, len(cache._live))
+        limit, batch = self._goal or (cache._slabs.limit, max(1, len(cache._live)))
         assert limit is not None
-        return max(0, room(cache.policy, cache.shape, limit, live).content) // live
+        return max(0, cache._limit.content(cache.policy, limit, batch)) // batch
 
     def _equal_share(self, seen: Seen, ids: list[int]) -> Allowance:
         cache = self._cache
@@ -300,6 +326,7 @@ class Plans:
     def _apply(self, seen: Seen, ids: list[int]) -> None:
         planner = self._cache.policy.planner
         assert planner is not None
+        self._cache._charges.plan()
         plan: Plan = planner.plan(seen)
         self.counts["plans"] += 1
         if plan.tier is not None or plan.group is not None or plan.set is not None:
@@ -311,21 +338,31 @@ class Plans:
                 f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8"
                 f" {list(seen.positions.shape)}"
             )
-        state = plan.state.contiguous().clone()  # it is brought into the order of the tables as they change
+        state = self._capped(seen, plan.state)  # it is brought into the order of the tables as they change
         self._store.check_plan(seen.layer, ids, state.data_ptr(), state.shape[1], True)
         changed = (state != seen.state) & seen.stored
         self.counts["evicted"] += int((changed & (state == 0)).sum())
         self.counts["quantized"] += int((changed & (state > FULL)).sum())
         self.apply(seen.layer, ids, state, torch.nonzero(changed.any(1)).flatten().tolist())
 
+    def _capped(self, seen: Seen, state: Tensor) -> Tensor:
+        """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
+        most = self._cache._limit.most(self._cache.policy)
+        if most is not None:
+            score = seen.positions.to(torch.float32) if seen.score is None else seen.score
+            state = at_most(state, score, seen.positions, seen.protected, most)
+        return state.contiguous().clone()
+
     def apply(self, layer: int, ids: list[int], state: Tensor, rows: list[int]) -> None:
         """Changes the given rows to state u8 [R, N], which was checked, one after another: each whole, or where memory is short
         piece by piece, each piece whole. Rows of ``state`` follow their tables' new order."""
         heads = self._cache.shape.layers[layer].kv_heads
-        for r in rows:
-            seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
-            more = True
-            while more:
-                most = self._cache._slabs.reserve_plan(layer, seq, head, address)
-                more = self._store.apply_plan(layer, seq, head, address, most)
-        self._cache._slabs.note_peak()
+        try:
+            for r in rows:
+                seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
+                more = True
+                while more:
+                    most = self._cache._slabs.reserve_plan(layer, seq, head, address)
+                    more = self._store.apply_plan(layer, seq, head, address, most)
+        finally:
+            self._cache._slabs.settle()

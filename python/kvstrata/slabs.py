@@ -7,8 +7,10 @@ import logging
 import torch
 
 from kvstrata._C import Store
-from kvstrata.budget.room import PIECE
-from kvstrata.config import SLOTS, BudgetExceeded
+from kvstrata.budget.room import PIECE, books
+from kvstrata.charges import Charges
+from kvstrata.config import SLOTS, BudgetExceeded, Shape
+from kvstrata.policy import Policy
 from kvstrata.testing import fault_point
 
 log = logging.getLogger("kvstrata")
@@ -25,13 +27,17 @@ _UNLIMITED = 1 << 62
 
 
 class Slabs:
-    """The slabs of one store. ``held`` never passes ``limit`` (bytes, with the store's metadata; None: no limit)."""
+    """The slabs of one store. ``held`` never passes ``limit`` (bytes, with the store's metadata; None: no limit), nor what a
+    ledger leaves."""
 
-    def __init__(self, store: Store, device: torch.device, limit: int | None, expected: int | None) -> None:
+    def __init__(
+        self, store: Store, device: torch.device, limit: int | None, expected: int | None, charges: Charges
+    ) -> None:
         self._store = store
         self._device = device
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
         self._expected = expected
+        self._charges = charges
         self.limit = limit
         self.held = 0
         self.peak = 0
@@ -62,7 +68,7 @@ class Slabs:
         state: address of the row's planned states. Returns the changing pages of the piece. BudgetExceeded with nothing
         changed where not even one of them can be rewritten.
         """
-        costs = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES + _ENTRY_BYTES for p in range(self._store.n_pools)]
+        costs = self._costs()
         spare = self._spare(costs)
         entries, changing, needed = self._store.plan_piece(layer, seq, head, state, costs, spare)
         if entries < changing:
@@ -72,16 +78,29 @@ class Slabs:
         self.reserve_pages(needed)
         return entries
 
+    def piece(self) -> int:
+        """Bytes that the least piece of a plan may need."""
+        return 2 * sum(self._costs()) + 2 * _SLAB_BYTES
+
+    def _costs(self) -> list[int]:
+        return [self._store.pool(p)["page_bytes"] + _POSITION_BYTES + _ENTRY_BYTES for p in range(self._store.n_pools)]
+
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
-        if self.limit is None:
-            return _UNLIMITED
-        return min(self._left(), max(self.limit // PIECE, 2 * sum(costs)))
+        bound = self._bound()
+        return _UNLIMITED if bound is None else min(self._left(bound), max(bound // PIECE, 2 * sum(costs)))
 
-    def _left(self) -> int:
-        """Bytes of the limit that pages of a new slab may take."""
-        assert self.limit is not None
-        return self.limit - self.nbytes() - _SLAB_BYTES
+    def _bound(self) -> int | None:
+        """The limit, or what a ledger leaves where that is less."""
+        now = self.nbytes()
+        left = self._charges.left(now)
+        if left is None:
+            return self.limit
+        return now + left if self.limit is None else min(self.limit, now + left)
+
+    def _left(self, bound: int) -> int:
+        """Bytes that pages of a new slab may take."""
+        return bound - self.nbytes() - _SLAB_BYTES
 
     def trim(self, keep: list[int] | None = None) -> int:
         """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
@@ -118,7 +137,14 @@ class Slabs:
         if self.limit is not None:
             pages = min(pages, max(grain, 1))  # small slabs run empty sooner, and may serve another format then
         pages = min(pages, MAX_PAGES_PER_SLAB)
-        tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+        hold = self._charges.lend(pages * per_page)
+        try:
+            tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+        except BaseException:
+            if hold is not None:
+                hold.rollback()
+            raise
+        self._charges.lent(hold, pages * per_page)
         payload = tensor.data_ptr()
         index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
         self._tensors[pool, index] = tensor
@@ -129,15 +155,18 @@ class Slabs:
 
     def _fit(self, wanted: int, short: int, per_page: int, needed: list[int]) -> int:
         """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
-        if self.limit is None:
+        bound = self._bound()
+        if bound is None:
             return wanted
-        room = self._left() // (per_page + _ENTRY_BYTES)
+        room = self._left(bound) // (per_page + _ENTRY_BYTES)
         if room < short:
             self.trim(keep=needed)
-            room = self._left() // (per_page + _ENTRY_BYTES)
+            bound = self._bound() or 0
+            room = self._left(bound) // (per_page + _ENTRY_BYTES)
         if room < short:
+            whose = "limit is" if bound == self.limit else "the ledger leaves a limit of"
             raise BudgetExceeded(
-                f"budget: limit is {self.limit} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"
+                f"budget: {whose} {bound} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"
             )
         return min(wanted, room)
 
@@ -145,10 +174,27 @@ class Slabs:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
         return self.held + self._store.metadata_bytes + self._store.workspace_bytes
 
+    def settle(self) -> None:
+        """After books and workspace may have grown: where they did so past the limit, free pages go."""
+        bound = self._bound()
+        if bound is not None and self.nbytes() > bound:
+            self.trim()
+        self.note_peak()
+        self._charges.settle(self.nbytes())
+
     def note_peak(self) -> int:
         """Takes the present size into ``peak``, and returns it."""
         self.peak = max(self.peak, self.nbytes())
         return self.peak
+
+    def growth(self, policy: Policy, shape: Shape, batch: int, needed: list[int]) -> int:
+        """Bytes by which tables and workspace may grow in a step of ``batch`` sequences that takes so many pages."""
+        pools, bound = [self._store.pool(p) for p in range(self._store.n_pools)], self._bound()
+        pages, new = sum(p["total"] for p in pools), sum(needed)
+        if bound is not None:
+            new = min(new, max(0, bound - self.held) // min(p["page_bytes"] for p in pools))
+        most = books(policy, shape, pages + new, len(self._tensors) + new, batch)
+        return max(0, most + self.held - self.nbytes())
 
     def _grain(self) -> int:
         """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far a 32nd."""
@@ -157,4 +203,6 @@ class Slabs:
 
     def _return(self, key: tuple[int, int]) -> None:
         self._store.give_back(*key)
-        self.held -= self._tensors.pop(key).untyped_storage().nbytes()
+        gone = self._tensors.pop(key).untyped_storage().nbytes()
+        self.held -= gone
+        self._charges.returned(gone)

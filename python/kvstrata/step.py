@@ -69,12 +69,15 @@ class Step:
             self._counts = dict(zip(self._ids, counts, strict=True))
             drops = self._cache.policy.planner is not None
             self._cut = [i for i, n in self._counts.items() if drops and n > CUT_ABOVE]
+            self._cache._charge(self._counts, self._cut)
             self._cache._plans.before(self._counts, self._cut)
             if not self._cut:
                 self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
         except BaseException:
             self._store.rollback()
             self._cache._leave(self)
+            self._cache._slabs.settle()
+            self._cache._charges.finish()
             raise
         self._is_open = True
         return self
@@ -93,13 +96,20 @@ class Step:
             self.rollback()
             raise
         self._close()
-        self._cache._after_commit(before, longest, self._cut)
+        try:
+            self._cache._charges.commit()
+            self._cache._after_commit(before, longest, self._cut)
+            self._cache._slabs.settle()
+        finally:
+            self._cache._charges.finish()
 
     def rollback(self) -> None:
         """Withdraws the step's tokens. A layer that was cut inside the step keeps its older tokens as cut."""
         self._check_open("rollback")
         self._store.rollback()
         self._close()
+        self._cache._slabs.settle()
+        self._cache._charges.finish()
 
     def __enter__(self) -> Step:
         return self if self._is_open else self.open()
@@ -319,3 +329,25 @@ class Step:
             raise ValueError(f"attend: {name} is on {x.device}, expected {shape.device}")
         if head_dim > 1:
             raise ValueError(f"attend: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
+
+
+def packed(cache: Cache, seqs: list[Sequence], lengths: list[int]) -> Step:
+    """A step of ``lengths`` tokens of each sequence, side by side."""
+    if len(lengths) != len(seqs):
+        raise ValueError(f"step: lengths has {len(lengths)} elements, expected {len(seqs)}")
+    if any(n < 0 for n in lengths) or sum(lengths) == 0:
+        raise ValueError(f"step: lengths is {lengths}, expected none negative and at least one token")
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    return Step(cache, seqs, starts, list(range(starts[-1])), None)
+
+
+def padded(cache: Cache, seqs: list[Sequence], valid: torch.Tensor) -> Step:
+    """A step of the tokens that ``valid`` bool [B, T] marks."""
+    if valid.dtype != torch.bool or valid.dim() != 2 or valid.shape[0] != len(seqs):
+        raise ValueError(f"step: valid is {valid.dtype} {list(valid.shape)}, expected torch.bool [{len(seqs)}, T]")
+    if not bool(valid.any()):
+        raise ValueError("step: valid marks no token, expected at least one")
+    starts = [0, *valid.sum(1).cumsum(0).tolist()]
+    return Step(cache, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])

@@ -39,14 +39,11 @@ FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Budget.bytes("2GiB", schedule=FALLING), "schedule: a cache does not follow one yet"),
-        (lambda: Budget.tokens(256, schedule=FALLING), "schedule"),
-        (lambda: Budget.share(0.5, schedule=FALLING), "schedule"),
+        (lambda: Budget.share(0.5, schedule=FALLING), "schedule: a share grows with the sequences, expected at=N"),
         (lambda: Budget.bytes("2GiB", far="16GiB"), "far is '16GiB', there is no Far tier yet"),
         (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
         (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),
-        (lambda: Budget.bytes("2GiB", per="sequence"), "pages are not charged to sequences yet"),
-        (lambda: Budget.tokens(256, count=True), "stored tokens are not capped between plans yet"),
+        (lambda: Budget.bytes("2GiB", per="sequence", schedule=FALLING), "one for all sequences yet"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: str) -> None:
@@ -62,6 +59,8 @@ def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: 
         (lambda: Budget.bytes("2GiB", per="layer"), "per is 'layer'"),
         (lambda: Budget.share(0.5, at=0), "at is 0"),
         (lambda: Budget("tokens", 5, at=5), "at belongs to a share"),
+        (lambda: Budget("bytes", 5, count=True), "count belongs to tokens"),
+        (lambda: Budget("tokens", 5, per="sequence"), "per='sequence' belongs to bytes"),
     ],
 )
 def test_refused_arguments(make: object, message: str) -> None:
@@ -82,6 +81,7 @@ def test_units_agree_where_they_mean_the_same() -> None:
     assert limit_bytes(tokens, shape, [5000]) == 7 * page, "of 100 tokens: seven pages of every row"
     assert limit_bytes(tokens, shape, [5000, 9]) == 14 * page
     assert limit_bytes(Budget.bytes(7 * page), shape, [5000]) == limit_bytes(tokens, shape, [1])
+    assert limit_bytes(Budget.bytes(7 * page, per="sequence"), shape, [1, 9]) == 14 * page
     dense = shape.token_bytes()
     assert limit_bytes(Budget.share(0.25), shape, [4000, 96]) == 1024 * dense
     assert limit_bytes(Budget.share(0.25, at=4096), shape, [7]) == 1024 * dense
@@ -89,6 +89,24 @@ def test_units_agree_where_they_mean_the_same() -> None:
     assert limit_bytes(Budget.share(0.29, at=100), shape, [1]) == 29 * dense, "not a byte less by rounding"
     assert limit_bytes(Budget.share(1.0), shape, [3]) == 3 * dense
     assert Budget.bytes("2GB") != Budget.bytes("2GiB")
+
+
+def test_a_cache_has_one_limit_however_it_is_said() -> None:
+    """In tokens, bytes and a share of a length: the same policy, and as many tokens stored."""
+    shape = Shape([LayerSpec(2, 4, 64)] * 2, torch.bfloat16)
+    tokens = Budget.tokens(512)
+    limit = limit_bytes(tokens, shape, [1])
+    found = []
+    for budget in (tokens, Budget.bytes(limit), Budget.share(1 / shape.token_bytes(), at=limit)):
+        cache = Cache(shape, budget, "keydiff")
+        seqs, generator = cache.new(), torch.Generator().manual_seed(0)
+        with cache.step(seqs, [900]) as step:
+            for layer in range(2):
+                step.attend(layer, *(torch.randn(900, h, 64, generator=generator).bfloat16() for h in (4, 2, 2)))
+        report = cache.report()
+        assert report.limit_bytes == limit
+        found.append((cache.policy, report.stored))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_cache_refuses_a_share_of_a_length() -> None:

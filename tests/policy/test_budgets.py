@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvstrata import Budget, Cache, LayerSpec, Shape
+from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.budget.room import fit
 from kvstrata.config import BudgetExceeded, Unsupported
-from kvstrata.policy import NAMED
+from kvstrata.policy import NAMED, SinksAndTail
+from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
 COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
@@ -76,6 +77,26 @@ def test_a_byte_limit_holds(name: str, kib: int) -> None:
 def test_a_limit_below_sinks_and_tail_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"budget: 60000 bytes for 1 sequence\(s\), expected at least \d+"):
         Cache(Shape(LAYERS, torch.bfloat16), budget=Budget.bytes(60000), policy=name)
+
+
+@pytest.mark.parametrize("name", ["arkv", "h2o", "keydiff", "kivi", "snapkv", "streaming"])
+def test_from_the_least_limit_upwards(name: str) -> None:
+    """512 tokens under five limits: held bytes never above, prompt included. A byte under the least, which the refusal names,
+    is refused."""
+    shape = Shape([LayerSpec(2, 4, 32)] * 2, torch.bfloat16)
+    with pytest.raises(ValueError, match="expected at least") as refused:
+        Cache(shape, Budget.bytes(1000), name)
+    least = int(str(refused.value).split()[-1])
+    with pytest.raises(ValueError, match=f"budget: {least - 1} bytes .* at least {least}"):
+        Cache(shape, Budget.bytes(least - 1), name)
+    for limit in (least, least * 11 // 10, least * 3 // 2, 2 * least, 4 * least):
+        cache = Cache(shape, Budget.bytes(limit), name)
+        seqs, generator = cache.new(), torch.Generator().manual_seed(8)
+        for n in (300, *[1] * 512):
+            feed(cache, seqs, [n], generator)
+            assert cache._slabs.note_peak() <= limit
+        assert allocated(cache) == cache._slabs.held
+        assert cache.report().peak_bytes > 0.6 * limit, "the limit is used"
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -143,6 +164,68 @@ def test_who_comes_later_finds_room(name: str) -> None:
     report = cache.report()
     assert report.peak_bytes <= 900 << 10
     assert sum(report.states.values()) == sum(report.logical_tokens) * cache.shape.rows
+
+
+@pytest.mark.parametrize("name", ["keydiff", "snapkv", "arkv"])
+def test_forks_keep_to_a_full_limit(name: str) -> None:
+    """Three sequences in the room of one: each is cut to its share before they part."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), budget="700KiB", policy=name)
+    seqs = cache.new()
+    generator = torch.Generator().manual_seed(5)
+    feed(cache, seqs, [900], generator)
+    seqs += cache.fork(seqs[0])
+    seqs = cache.select(seqs, [0, 1, 1])
+    for _ in range(90):
+        feed(cache, seqs, [1] * 3, generator)
+        assert cache.nbytes() <= 700 << 10
+    assert cache.report().peak_bytes <= 700 << 10
+    with pytest.raises(BudgetExceeded, match="716800 bytes are too few for 43 sequences"):
+        cache.fork(seqs[0], 40)
+
+
+@pytest.mark.parametrize("name", ["adakv", "arkv", "h2o", "kivi", "snapkv", "streaming"])
+@pytest.mark.parametrize("n", [128, 300])
+def test_counted_tokens(name: str, n: int) -> None:
+    """Never more than n stored in a row, of any state, after prompts, short steps and single tokens; most of them are used."""
+    cache = Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(n, count=True), name)
+    seqs = cache.new(2)
+    generator = torch.Generator().manual_seed(6)
+    most = 0
+    for lengths in ([700, 90], *[[1, 1]] * 150, [16, 3], [200, 40], *[[7, 1]] * 20, *[[1, 1]] * 70):
+        feed(cache, seqs, lengths, generator)
+        stored = [[cache.stored_length(i, s, h) for s in seqs for h in range(2)] for i in range(3)]
+        assert max(map(max, stored)) <= n
+        most = max(most, min(row[0] for row in stored))
+    assert n == 128 or most > 0.7 * n, (
+        "interval and scores take their part of the bytes, the short row lends none of its own"
+    )
+    assert sum(cache.report().states.values()) == sum(cache.report().logical_tokens) * cache.shape.rows
+
+
+def test_the_worst_go_first() -> None:
+    """Not finite before finite, of equal scores the newest; protected tokens and empty places are left alone."""
+    nan = float("nan")
+    score = torch.tensor([[0.5, nan, 0.1, 0.1, 0.0, 0.0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+    positions = torch.tensor([[0, 1, 2, 3, 9, -1], [5, 4, 3, 2, 1, 0]], dtype=torch.int32)
+    state = torch.tensor([[1, 1, 3, 3, 1, 0], [1, 1, 1, 1, 1, 0]], dtype=torch.uint8)
+    protect = torch.tensor([[False] * 4 + [True, False], [True] * 6])
+    kept = [at_most(state, score, positions, protect, n)[0].tolist() for n in (5, 4, 3, 2, 0)]
+    assert kept == [[1, 1, 3, 3, 1, 0], [1, 0, 3, 3, 1, 0], [1, 0, 3, 0, 1, 0], [1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0]]
+    assert at_most(state, score, positions, protect, 0)[1].tolist() == state[1].tolist()
+
+
+def test_counted_tokens_of_a_window() -> None:
+    """What comes before the next plan has its place beside sinks and window."""
+    policy = Policy("slow", SinksAndTail(4), sinks=4, window=None, interval=64)
+    with pytest.raises(ValueError, match="budget: 82 tokens per row, expected at least 83 "):
+        Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(82, count=True), policy)
+    cache = Cache(Shape(LAYERS, torch.bfloat16), Budget.tokens(100, count=True), policy)
+    seqs, most = cache.new(), 0
+    generator = torch.Generator().manual_seed(7)
+    for n in (300, *[1] * 200):
+        feed(cache, seqs, [n], generator)
+        most = max(most, cache.stored_length(0, seqs[0], 0))
+    assert most == 4 + 32 + 63
 
 
 def test_layers_of_different_heads_are_refused_at_once() -> None:

@@ -91,7 +91,7 @@ def policy_of(name: str) -> Policy:
 @pytest.fixture(autouse=True)
 def as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies run as they are, not made smaller for limits as small as these, and sooner for a batch than for a row."""
-    monkeypatch.setattr("kvstrata.cache.fit", lambda policy, *_: policy)
+    monkeypatch.setattr("kvstrata.limit.fit", lambda policy, *_: policy)
 
 
 def caches(net: Net, policy: Policy, batch: int, spare: float) -> tuple[Cache, list[Cache]]:

@@ -108,8 +108,8 @@ class Account:
 class ScopeReport:
     """All accounts of one scope at one moment, as attributes: ``report.near_bytes.remaining``.
 
-    Charged bytes are the used ones (``own``: charged to the scope itself). Fair shares, visible and logical tokens join when
-    a cache charges its pages through the ledger.
+    Charged bytes are the used ones (``own``: charged to the scope itself). A cache charges its slabs, tables and workspace to
+    its own scope; pages are not charged to sequences or branches yet, so there are no fair shares.
     """
 
     scope: Scope

@@ -1,6 +1,7 @@
 """Who holds how much: a tree of scopes, each with limits, and reservations made before the work.
 
-One lock guards all counters. They will move beside the pools into the native core; this face stays.
+One lock guards all counters. They will move beside the pools into the native core; this face stays. A cache charges its own
+scope; scopes below it are there for callers, who charge them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-from kvstrata.budget.account import CONSUMED, LEVELS, RECLAIMABLE, RESOURCES, Account, Counter, Node, Scope, ScopeReport
+from kvstrata.budget.account import CONSUMED, LEVELS, RECLAIMABLE, Account, Counter, Node, Scope, ScopeReport
+from kvstrata.budget.amounts import amounts_of, checked, fits_above, may_set, title
 from kvstrata.budget.regime import Regime
 from kvstrata.budget.sizes import size
 from kvstrata.config import BudgetExceeded, Unsupported
@@ -44,9 +46,10 @@ class Ledger:
         self._on_shrink: dict[int, OnShrink] = {}
         self._events: deque[tuple[OnRegime, Scope, Regime, Regime]] = deque()
         self._delivering = False
+        self._abandoned: deque[Scope] = deque()  # ended by a finalizer, which may run while the lock is held
         named = {"near_bytes": near, "far_bytes": far, "disk_bytes": disk}
         sizes = {name: size(f"Ledger: {name}", value) for name, value in named.items()}
-        self.root = self._add(None, "global", "global", sizes | _checked("Ledger", limits))
+        self.root = self._add(None, "global", "global", sizes | checked("Ledger", limits))
 
     # --- scopes ---------------------------------------------------------------------------------------------------------
 
@@ -61,12 +64,12 @@ class Ledger:
         """
         above = self.root if parent is None else parent
         level = LEVELS[min(LEVELS.index(above.level) + 1, len(LEVELS) - 1)]
-        amounts = _checked("open", limits)
+        amounts = checked("open", limits)
         with self._lock:
             node = self._node(above)
             for resource, limit in amounts.items():
                 if limit is not None:
-                    _fits_above(node, resource, limit, 0)
+                    fits_above(node, resource, limit, 0)
             scope = self._add(node, level, name, amounts)
             if grant:
                 for resource, limit in amounts.items():
@@ -87,7 +90,7 @@ class Ledger:
             held = {r: node.counters[r].used for r in RECLAIMABLE if node.counters[r].used}
             if node.children or node.holds or held:
                 raise ValueError(
-                    f"close: {_title(node)} has {node.children} scopes, {node.holds} reservations and holds {held or 'nothing'}"
+                    f"close: {title(node)} has {node.children} scopes, {node.holds} reservations and holds {held or 'nothing'}"
                 )
             for resource, counter in node.counters.items():
                 if counter.granted is not None:
@@ -100,19 +103,23 @@ class Ledger:
             self._note(node.parent)
         self._deliver()
 
+    def abandon(self, scope: Scope) -> None:
+        """For finalizers: the scope's owner is gone. What it holds itself returns and it ends at the next call."""
+        self._abandoned.append(scope)
+
     def set_limit(self, scope: Scope, *, shrink: bool = False, **limits: int | str | None) -> None:
         """Sets limits by resource; None switches one off, and counting goes on.
 
         ValueError, with nothing changed, where a limit is under used + reserved or above what an ancestor has left.
         shrink: the scope's ``on_shrink`` is first asked to free what is too much; Unsupported if there is none.
         """
-        amounts = _checked("set_limit", limits)
+        amounts = checked("set_limit", limits)
         if shrink:
             self._ask_to_shrink(scope, amounts)
         with self._lock:
             node = self._node(scope)
             for resource, limit in amounts.items():
-                _may_set(node, resource, limit)
+                may_set(node, resource, limit)
             for resource, limit in amounts.items():
                 counter = node.counters[resource]
                 counter.limit = limit
@@ -132,7 +139,7 @@ class Ledger:
         BudgetExceeded if used + reserved + amount would pass the limit of the scope or an ancestor, with the scope,
         resource, limit, used, reserved and asked; nothing has changed then.
         """
-        asked = _amounts("reserve", amounts)
+        asked = amounts_of("reserve", amounts)
         with self._lock:
             node = self._node(scope)
             for resource, n in asked.items():
@@ -140,7 +147,7 @@ class Ledger:
                     c = payer.counters[resource]
                     if c.limit is not None and c.taken + n > c.limit:
                         raise BudgetExceeded(
-                            f"budget: {_title(payer)}, {resource}: limit is {c.limit}, used {c.used}, "
+                            f"budget: {title(payer)}, {resource}: limit is {c.limit}, used {c.used}, "
                             f"reserved {c.reserved}, asked {n}"
                         )
             for resource, n in asked.items():
@@ -157,7 +164,7 @@ class Ledger:
 
         ValueError, with nothing changed, for more than it holds or for a consumed resource.
         """
-        given = _amounts("free", amounts)
+        given = amounts_of("free", amounts)
         with self._lock:
             node = self._node(scope)
             for resource, n in given.items():
@@ -165,7 +172,7 @@ class Ledger:
                     raise ValueError(f"free: {resource} is consumed and never returns")
                 if n > node.counters[resource].own:
                     raise ValueError(
-                        f"free: {_title(node)} holds {node.counters[resource].own} of {resource}, asked to free {n}"
+                        f"free: {title(node)} holds {node.counters[resource].own} of {resource}, asked to free {n}"
                     )
             for resource, n in given.items():
                 node.counters[resource].own -= n
@@ -203,6 +210,12 @@ class Ledger:
                 node.holds -= 1
             self._note(node)
         self._deliver()
+
+    def left(self, scope: Scope, resource: str) -> int | None:
+        """What may still be reserved of one resource, by the tightest limit of the scope and its ancestors; None: no limit."""
+        with self._lock:
+            counters = [node.counters[resource] for node in self._node(scope).paying(resource)]
+            return min((c.limit - c.taken for c in counters if c.limit is not None), default=None)
 
     # --- looking --------------------------------------------------------------------------------------------------------
 
@@ -246,7 +259,21 @@ class Ledger:
         self._nodes[scope.id] = node
         return scope
 
+    def _sweep(self) -> None:
+        """Ends what was abandoned. Under the lock."""
+        while self._abandoned:
+            scope = self._abandoned.popleft()
+            node = self._nodes.pop(scope.id, None)
+            if node is None or node.parent is None:
+                continue
+            for resource in RECLAIMABLE:
+                for payer in node.chain():
+                    payer.counters[resource].used -= node.counters[resource].own
+            node.parent.children -= 1
+            self._note(node.parent)
+
     def _node(self, scope: Scope) -> Node:
+        self._sweep()
         node = self._nodes.get(scope.id)
         if node is None or node.scope is not scope:
             raise ValueError(f"ledger: scope {scope.name!r} is unknown here, or has ended")
@@ -306,12 +333,12 @@ class Hold:
 
         ValueError above the hold or after its end; then nothing has changed.
         """
-        asked = _amounts("commit", amounts)
+        asked = amounts_of("commit", amounts)
         self._ledger._settle(self, dict(self._left) | asked, end=True)
 
     def draw(self, **amounts: int) -> None:
         """Makes the amounts used; the hold goes on with what is left. ValueError as for :meth:`commit`."""
-        self._ledger._settle(self, _amounts("draw", amounts), end=False)
+        self._ledger._settle(self, amounts_of("draw", amounts), end=False)
 
     def rollback(self) -> None:
         """Gives back what was not drawn, and ends the hold. ValueError after its end."""
@@ -329,48 +356,3 @@ class Hold:
     ) -> None:
         if not self._ended:
             self.rollback()
-
-
-def _title(node: Node) -> str:
-    return f"{node.scope.level} {node.scope.name!r}"
-
-
-def _fits_above(parent: Node, resource: str, limit: int, held: int) -> None:
-    """ValueError unless every scope that pays for a child's limit has it left, ``held`` of it being the child's already."""
-    for payer in parent.paying(resource):
-        counter = payer.counters[resource]
-        if counter.limit is not None and limit > counter.limit - counter.taken + held:
-            raise ValueError(
-                f"limit: {resource} is {limit}, expected at most the {counter.limit - counter.taken + held} that "
-                f"{_title(payer)} has left"
-            )
-
-
-def _may_set(node: Node, resource: str, limit: int | None) -> None:
-    counter = node.counters[resource]
-    if limit is None:
-        if counter.granted is not None:
-            raise ValueError(f"limit: {resource} of {_title(node)} was granted, expected a number")
-        return
-    if limit < counter.taken:
-        raise ValueError(
-            f"limit: {resource} is {limit}, expected at least used {counter.used} + reserved {counter.reserved}"
-        )
-    if node.parent is not None:
-        held = counter.taken if counter.granted is None else counter.granted
-        _fits_above(node.parent, resource, limit, held)
-
-
-def _amounts(verb: str, amounts: dict[str, int]) -> dict[str, int]:
-    for resource, n in amounts.items():
-        if resource not in RESOURCES:
-            raise ValueError(f"{verb}: resource is {resource!r}, expected one of {', '.join(RESOURCES)}")
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"{verb}: {resource} is {n!r}, expected an int >= 0")
-    return dict(amounts)
-
-
-def _checked(verb: str, limits: dict[str, int | None] | dict[str, int | str | None]) -> dict[str, int | None]:
-    sizes = {r: size(f"{verb}: {r}", n) if r in RECLAIMABLE else n for r, n in limits.items()}
-    _amounts(verb, {r: n for r, n in sizes.items() if n is not None})  # type: ignore[misc]
-    return sizes  # type: ignore[return-value]

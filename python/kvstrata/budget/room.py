@@ -9,7 +9,7 @@ import torch
 
 from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
-from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, limit_bytes, pages
+from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
 from kvstrata.policy.base import FULL, STATES, Policy
@@ -23,6 +23,8 @@ SLACK = 32
 
 _SCORES = 68
 """Bytes of a page's scores, with their part of the room to grow."""
+_SLAB = 128
+"""Bytes that the books of a slab take."""
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
 
@@ -59,8 +61,8 @@ class Room:
         return self.limit - self.content
 
 
-def room(policy: Policy, shape: Shape, limit: int, batch: int) -> Room:
-    """What the limit leaves. May be negative.
+def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Room:
+    """What the limit leaves. May be negative. falls: the first and the last bytes of a schedule.
 
     Between plans either a prompt chunk stands in one layer, or the tokens of an interval in all: no step begins with more
     unplanned tokens than it may add to (``Step.open``).
@@ -81,9 +83,30 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int) -> Room:
     each = whole * held + sliding + unplanned + rings * (2 if policy.chunk >= policy.queries else 1)
     each += (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
     content = limit - limit // SLACK - batch * each - _workspace(policy, shape, limit, batch)
+    if falls is not None:
+        content -= _of_more(policy, shape, limit, batch, *falls)
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
     piece = max(limit // PIECE, 2 * max(sum(cost.values()) for cost in costs.values()))
     return Room(limit, batch, content - min(piece, content // (rows + 1)))
+
+
+def books(policy: Policy, shape: Shape, pages: int, slabs: int, batch: int) -> int:
+    """What tables, scores, rings, centres and the workspace of decoding take at the most, with so many pages in all."""
+    beside = 20 + (_SCORES if keeps_scores(policy) else 0)
+    each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
+    each += 2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in shape.layers)
+    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in shape.layers)
+    held = pages * min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
+    return pages * beside + slabs * _SLAB + batch * each + _workspace(policy, shape, held * batch, batch)
+
+
+def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, last: int) -> int:
+    """What a limit that falls keeps of the first one: its workspace, and the books of its slabs, which are small ones as they
+    have to fit the last."""
+    smallest = min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
+    slabs = min(PIECE * first // max(last, 1), first // smallest) - PIECE
+    grown = _workspace(policy, shape, max(first, limit), batch) - _workspace(policy, shape, limit, batch)
+    return max(0, slabs) * _SLAB + grown
 
 
 def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
@@ -100,8 +123,12 @@ def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
     return most
 
 
-def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[int]) -> Policy:
+def fit(
+    policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[int], falls: tuple[int, int] | None = None
+) -> Policy:
     """The policy as it runs under a budget with sequences of so many tokens. ValueError where the budget is too small.
+
+    falls: the first and the last bytes of a schedule; it has to fit into the last, Unsupported for one that cannot fall.
 
     Without an allocator: :func:`kvstrata.budget.protect.concretise`. A share is taken of at least REFERENCE tokens: it
     grows with the sequences, sinks and tail do not.
@@ -109,6 +136,10 @@ def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[i
     if policy.allocator is None and policy.formats and budget is not None:
         policy = replace(policy, allocator=Uniform())  # what quantizes all keeps to a limit in equal shares
     if policy.allocator is None:
+        if falls is not None:
+            raise Unsupported(
+                f"budget: schedule: what policy {policy.name!r} holds cannot fall, expected a policy with an allocator"
+            )
         return concretise(policy, shape, budget, batch=len(lengths))
     if budget is None:
         raise ValueError(f"budget: policy {policy.name!r} needs one, got None")
@@ -122,7 +153,8 @@ def fit(policy: Policy, shape: Shape, budget: Budget | None, lengths: Sequence[i
     if policy.window is None and budget.unit == "tokens":
         share = int(budget.value * policy.window_share) // SLOTS * SLOTS
         policy = replace(policy, window=max(SLOTS, share))
-    return fitted(policy, shape, limit_bytes(budget, shape, lengths), len(lengths))
+    limit = limit_bytes(budget, shape, lengths) if falls is None else falls[1]
+    return fitted(policy, shape, limit, len(lengths), falls)
 
 
 def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[int]) -> int:
@@ -137,7 +169,7 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
     return limit
 
 
-def fitted(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
+def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
     """The policy with chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
     left for content, or they are at their least. ValueError where even then nothing is left.
 
@@ -149,17 +181,19 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int) -> Policy:
         policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
     while True:
         tail = _tail_bytes(policy, shape, batch) if shared else 0
-        if room(policy, shape, limit, batch).content >= 3 * (limit - tail) // 4:
+        if room(policy, shape, limit, batch, falls).content >= 3 * (limit - tail) // 4:
             break
         smaller = _smaller(policy)
         if smaller is None:
             break
         policy = smaller
-    left = room(policy, shape, limit, batch)
-    if left.content <= 0:
-        raise ValueError(
-            f"budget: {limit} bytes for {batch} sequence(s), expected at least {left.least() * SLACK // (SLACK - 1) + 1}"
-        )
+    if room(policy, shape, limit, batch, falls).content <= 0:
+        smallest = policy
+
+        def fits(n: int) -> bool:
+            return room(smallest, shape, n, batch, None if falls is None else (falls[0], n)).content > 0
+
+        raise ValueError(f"budget: {limit} bytes for {batch} sequence(s), expected at least {least_limit(fits, limit)}")
     return policy
 
 

@@ -15,10 +15,11 @@ from kvstrata.config import Unsupported
 class Budget:
     """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`.
 
-    schedule: how the limit falls while decoding (None, or a constant one: it does not); far: "auto", a Far tier exactly when
-    the policy archives, which none does yet, or None, no Far tier; disk: None; per: "cache", one limit for all sequences;
-    count: False; at: the length in tokens that a share is of (None: each plan's logical length). Values that this release
-    cannot honour are Unsupported, with the reason.
+    schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
+    does not); far: "auto", a Far tier exactly when the policy archives, which none does yet, or None, no Far tier;
+    disk: None; per: "cache", one limit for all sequences, or "sequence", one for each; count: of :meth:`tokens`; at: the
+    length in tokens that a share is of (None: each plan's logical length). Values that this release cannot honour are
+    Unsupported, with the reason.
     """
 
     unit: Literal["bytes", "tokens", "share"]
@@ -31,18 +32,20 @@ class Budget:
     at: int | None = None
 
     def __post_init__(self) -> None:
-        if self.schedule is not None and not self.schedule.constant:
-            raise Unsupported("budget: schedule: a cache does not follow one yet, its limit stays as given")
+        if self.schedule is not None and not self.schedule.constant and self.unit == "share" and self.at is None:
+            raise Unsupported("budget: schedule: a share grows with the sequences, expected at=N with a schedule")
         if self.far not in ("auto", None):
             raise Unsupported(f"budget: far is {self.far!r}, there is no Far tier yet; expected 'auto' or None")
         if self.disk is not None:
             raise Unsupported(f"budget: disk is {self.disk!r}, there is no disk tier yet; expected None")
         if self.per not in ("cache", "sequence"):
             raise ValueError(f"budget: per is {self.per!r}, expected 'cache' or 'sequence'")
-        if self.per == "sequence":
-            raise Unsupported("budget: per='sequence': pages are not charged to sequences yet; expected 'cache'")
-        if self.count:
-            raise Unsupported("budget: count=True: stored tokens are not capped between plans yet; expected False")
+        if self.per == "sequence" and self.unit != "bytes":
+            raise ValueError(f"budget: per='sequence' belongs to bytes, {self.unit} are of each sequence anyway")
+        if self.per == "sequence" and self.schedule is not None and not self.schedule.constant:
+            raise Unsupported("budget: schedule: it is one for all sequences yet, expected per='cache'")
+        if self.count and self.unit != "tokens":
+            raise ValueError(f"budget: count belongs to tokens, got it with {self.unit}")
         if self.at is not None and self.unit != "share":
             raise ValueError(f"budget: at belongs to a share, got it with {self.unit}")
         if self.at is not None and (not isinstance(self.at, int) or isinstance(self.at, bool) or self.at < 1):
@@ -60,7 +63,9 @@ class Budget:
     ) -> Budget:
         """At most this many bytes, metadata included; "2GiB" is 2^31, "2GB" is 2 * 10^9.
 
-        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds.
+        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds. per: "sequence" is a limit
+        for each sequence, forks too: the cache may hold as many times the bytes, no sequence more for the others being small.
+        Pages that forks share count in each of them.
         """
         limits = []
         for name, given in (("bytes", value), ("near", value if near is None else near)):
@@ -72,7 +77,12 @@ class Budget:
 
     @staticmethod
     def tokens(n: int, *, count: bool = False, schedule: Schedule | None = None) -> Budget:
-        """n tokens per row (per KV head and layer), for every sequence; count: never more than n stored in any row."""
+        """n tokens per row (per KV head and layer), for every sequence.
+
+        count: beside the bytes of n Full tokens, never more than n stored in any row of a full-attention layer after a step,
+        whatever their states: for comparisons with methods that count. While a prompt is read its next chunk stands in one
+        layer on top, and while recording the tokens not yet confirmed.
+        """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"budget: tokens is {n!r}, expected an int >= 1")
         return Budget("tokens", n, schedule, count=count)

@@ -50,7 +50,8 @@ class KVCache(StockCache):  # type: ignore[misc]
 
         policy: None (`full`), a name, or a Policy. budget: None, "1.5GiB", "25%" (kept), int or "256tok" (tokens per
         row), or a Budget; `keep_ratio` and `compression_ratio` (the share removed, in (0, 1)) say a share instead.
-        far: "auto", None, "64GiB" or a Far. hold: tokens that stay revocable while assisted decoding records.
+        far: "auto", None, "64GiB" or a Far. hold: tokens that stay revocable while assisted decoding records. ledger: None, or
+        a `kvstrata.budget.Ledger` that limits several caches together; its scope is `.cache.scope`.
 
         RuntimeError if the model is not patched; ValueError for a budget or policy that cannot work; Unsupported for
         a shape the core does not serve.

@@ -1,0 +1,120 @@
+"""What a cache holds and consumes, charged to its scope in a ledger."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from kvstrata.budget import Hold, Ledger, Scope
+from kvstrata.limit import TURN_ABOVE
+
+if TYPE_CHECKING:
+    from kvstrata.cache import Cache
+
+
+class Charges:
+    """The scope of one cache. Without a ledger nothing is counted.
+
+    near_bytes: slabs, charged before they are lent and freed as they return, and the tables and the workspace, for whose
+    growth a step reserves beforehand; after each verb of the cache they are what ``Cache.nbytes`` says. decode_tokens,
+    prefill_tokens, plans: reserved before a step, charged when it commits; a plan is one of one layer. Where other scopes of
+    the ledger leave no room to rewrite pages, the plan after a step is put off to the next one that is due, and counted.
+    Sequences and branches have no scopes yet: pages are charged to the cache.
+    """
+
+    def __init__(self, cache: Cache, ledger: Ledger | None) -> None:
+        self._ledger = ledger
+        self._used = 0
+        self._hold: Hold | None = None
+        self._spare: Hold | None = None  # pages with which the plan after a step begins
+        self.scope: Scope | None = None
+        if ledger is not None:
+            self.scope = ledger.open(name=f"{cache.policy.name} {id(cache):x}")
+            weakref.finalize(cache, ledger.abandon, self.scope).atexit = False
+
+    # --- bytes ------------------------------------------------------------------------------------------------------------
+
+    def left(self, nbytes: int) -> int | None:
+        """Bytes that a cache of ``nbytes`` may still lend; None: no limit."""
+        if self._ledger is None or self.scope is None:
+            return None
+        left = self._ledger.left(self.scope, "near_bytes")
+        return None if left is None else left - max(0, nbytes - self._used - self._held())
+
+    def lend(self, nbytes: int) -> Hold | None:
+        """Before a slab is made. BudgetExceeded with nothing changed."""
+        if self._ledger is None or self.scope is None:
+            return None
+        return self._ledger.reserve(self.scope, near_bytes=nbytes)
+
+    def lent(self, hold: Hold | None, nbytes: int) -> None:
+        """The slab is made."""
+        if hold is not None:
+            hold.commit()
+            self._used += nbytes
+
+    def returned(self, nbytes: int) -> None:
+        """A slab went back."""
+        if self._ledger is not None and self.scope is not None:
+            self._ledger.free(self.scope, near_bytes=nbytes)
+            self._used -= nbytes
+
+    def settle(self, nbytes: int) -> None:
+        """The cache holds so many bytes now. BudgetExceeded where tables grew beyond what was reserved and is left."""
+        if self._ledger is None or self.scope is None or nbytes == self._used:
+            return
+        if nbytes < self._used:
+            self._ledger.free(self.scope, near_bytes=self._used - nbytes)
+            self._used = nbytes
+            return
+        held = min(nbytes - self._used, self._held())
+        if held and self._hold is not None:
+            self._hold.draw(near_bytes=held)
+            self._used += held
+        if nbytes > self._used:
+            self._ledger.reserve(self.scope, near_bytes=nbytes - self._used).commit()
+            self._used = nbytes
+
+    def _held(self) -> int:
+        return 0 if self._hold is None else self._hold.left("near_bytes")
+
+    # --- steps ------------------------------------------------------------------------------------------------------------
+
+    def begin(self, near_bytes: int, spare: int, counts: list[int], plans: int) -> None:
+        """A step that brings so many tokens to its sequences. BudgetExceeded with nothing changed.
+
+        near_bytes: by which tables and workspace may grow; spare: that a plan after the step needs to rewrite pages.
+        """
+        if self._ledger is None or self.scope is None:
+            return
+        decoded = sum(n for n in counts if n <= TURN_ABOVE)
+        tokens = {"decode_tokens": decoded, "prefill_tokens": sum(counts) - decoded}
+        self._hold = self._ledger.reserve(self.scope, near_bytes=near_bytes, plans=plans, **tokens)
+        self._spare = self._ledger.reserve(self.scope, near_bytes=spare if plans else 0)
+
+    def commit(self) -> None:
+        """The step's tokens are there; plans follow."""
+        self._end_spare()
+        if self._hold is not None:
+            self._hold.draw(**{name: self._hold.left(name) for name in ("decode_tokens", "prefill_tokens")})
+
+    def plan(self) -> None:
+        """One layer is planned: of what the step reserved, or BudgetExceeded."""
+        if self._ledger is None or self.scope is None:
+            return
+        if self._hold is not None and self._hold.left("plans"):
+            self._hold.draw(plans=1)
+        else:
+            self._ledger.reserve(self.scope, plans=1).commit()
+
+    def finish(self) -> None:
+        """The step has ended; what it did not need is free."""
+        self._end_spare()
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.rollback()
+
+    def _end_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.rollback()

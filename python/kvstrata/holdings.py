@@ -1,0 +1,91 @@
+"""What a cache holds, counted: rows, slots, states, bytes by kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvstrata.config import SLOTS
+from kvstrata.policy.base import FULL, STATES
+from kvstrata.report import Report
+
+if TYPE_CHECKING:
+    from kvstrata.cache import Cache
+
+FORMATS = ("f32", "bf16", "f16", "int8", "int4", "int2")
+"""Names of page formats by their native numbers."""
+
+
+def report(cache: Cache) -> Report:
+    """A snapshot of the cache."""
+    store, slabs, shape, live = cache._store, cache._slabs, cache.shape, cache._live
+    rows = [
+        [[(store.stored(i, layer, h), len(store.row(i, layer, h)[0])) for i in live] for h in heads]
+        for layer, heads in enumerate(range(spec.kv_heads) for spec in shape.layers)
+    ]  # (slots, entries) by layer, head and sequence
+    slots, entries = (sum(row[n] for layer in rows for head in layer for row in head) for n in (0, 1))
+    logical = tuple(store.length(i) for i in live)
+    pools = [store.pool(p) for p in range(store.n_pools)]
+    used = sum(p["used"] * p["page_bytes"] for p in pools)
+    free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
+    kinds = {
+        **_bytes_by_format(pools),
+        "free pages": free,
+        "positions": slabs.held - used - free,
+        "tables": store.metadata_bytes,
+        "workspace": store.workspace_bytes,
+    }
+    assert cache.policy.window is not None
+    return Report(
+        policy=cache.policy.name,
+        budget=None if cache.budget is None else str(cache.budget),
+        window=cache.policy.window,
+        sinks=cache.policy.sinks,
+        logical_tokens=logical,
+        stored_tokens=slots,
+        states=_states(cache) | {"evicted": sum(logical) * shape.rows - slots},
+        stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
+        bytes_by_kind=kinds,
+        nbytes=cache.nbytes(),
+        allocator_bytes=slabs.allocator_bytes(),
+        peak_bytes=slabs.note_peak(),
+        dense_bytes=sum(logical) * shape.token_bytes(),
+        limit_bytes=slabs.limit,
+        lost_slots=entries * SLOTS - slots,
+        counts=cache._plans.counts | cache._counts,
+    )
+
+
+def _bytes_by_format(pools: list[dict[str, int]]) -> dict[str, int]:
+    """Bytes of used pages by format."""
+    names = dict.fromkeys(f"pages {FORMATS[p['format']]}" for p in pools)
+    return {
+        name: sum(p["used"] * p["page_bytes"] for p in pools if name == f"pages {FORMATS[p['format']]}")
+        for name in names
+    }
+
+
+def _states(cache: Cache) -> dict[str, int]:
+    """Stored tokens by state, summed over rows."""
+    counts = torch.zeros(len(STATES) + 2, dtype=torch.int64)
+    for layer, spec in enumerate(cache.shape.layers):
+        columns = cache._store.columns(layer, cache._live) if cache._live else 0
+        state = torch.empty(len(cache._live) * spec.kv_heads, columns, dtype=torch.uint8)
+        cache._store.look(layer, cache._live, 0, 0, state.data_ptr(), 0, columns)
+        counts += torch.bincount(state.flatten().long(), minlength=len(counts))
+    named = {"full": FULL} | {name: STATES[name] for name in cache.policy.formats}
+    return {name: int(counts[state]) for name, state in named.items()}
+
+
+def materialize(cache: Cache, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:meth:`Cache.materialize`."""
+    spec = cache.shape.layers[layer]
+    n = cache._store.columns(layer, [seq])
+    k = torch.zeros(spec.kv_heads, n, spec.head_dim)
+    v = torch.zeros_like(k)
+    positions = torch.full((spec.kv_heads, n), -1, dtype=torch.int32)
+    for h in range(spec.kv_heads):
+        cache._store.read(seq, layer, h, k[h].data_ptr(), v[h].data_ptr())
+        cache._store.positions(seq, layer, h, positions[h].data_ptr())
+    return k.to(cache.shape.dtype), v.to(cache.shape.dtype), positions
