@@ -106,7 +106,7 @@ void bind_store(py::module_& m) {
                           const std::vector<int64_t>& index) { return s.select(seqs, index); })
         .def("crop", &Store::crop)
         .def("confirm", &Store::confirm)
-        .def("set_tail", &Store::set_tail)
+        .def("refit", &Store::refit)
         .def("set_recording", &Store::set_recording)
         .def("length", [](const Store& s, SeqId seq) { return s.sequence(seq).length; })
         .def("floor", [](const Store& s, SeqId seq) { return s.sequence(seq).floor; })

@@ -68,10 +68,9 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
             quant_pool_[l * 3 + static_cast<int>(f) - static_cast<int>(Format::int8)] = pool_for(f, s.head_dim);
         }
     }
-    set_tail(options_.tail);
+    refit(options_.tail, options_.queries);
     check(options_.hold >= 0, "Store: hold is ", options_.hold, ", expected >= 0");
     check(options_.sinks >= 0, "Store: sinks is ", options_.sinks, ", expected >= 0");
-    check(options_.queries >= 0, "Store: queries is ", options_.queries, ", expected >= 0");
 }
 
 int Store::pool_of(int layer, State state) const {
@@ -87,12 +86,16 @@ State Store::state_of(PageId page) const {
     return static_cast<State>(static_cast<int>(State::int8) + static_cast<int>(f) - static_cast<int>(Format::int8));
 }
 
-void Store::set_tail(int tokens) {
-    check(tokens >= kSlots && tokens % kSlots == 0, "Store: tail is ", tokens, ", expected a positive multiple of ",
-          kSlots);
-    for (const auto& [id, s] : sequences_)
-        check(s->length == 0, "set_tail: sequence ", id, " has tokens, expected none");
-    options_.tail = tokens;
+// Another tail and another number of queries, both as in Options: what a policy asks for that was made to fit a limit.
+void Store::refit(int tail, int queries) {
+    check(tail >= kSlots && tail % kSlots == 0, "Store: tail is ", tail, ", expected a positive multiple of ", kSlots);
+    check(queries >= 0 && (queries > 0) == (options_.queries > 0), "Store: queries is ", queries, ", expected ",
+          options_.queries > 0 ? "at least 1" : "0");
+    for (const auto& [id, s] : sequences_) check(s->length == 0, "refit: sequence ", id, " has tokens, expected none");
+    options_.tail = tail;
+    options_.queries = queries;
+    for (QueryRing& ring : staged_) ring = QueryRing();  // a step may be open, without a token yet
+    for (auto& [id, s] : sequences_) s->rings = rings();
 }
 
 int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages) {

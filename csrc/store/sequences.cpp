@@ -32,11 +32,18 @@ Sequence Store::blank() const {
     s.rows.resize(n_rows_);
     for (pages::Row& row : s.rows) row.noted = options_.scored;
     if (!options_.formats.empty()) s.centres.resize(n_rows_);
-    if (options_.queries > 0) {
-        for (const LayerShape& l : layers_)
-            s.rings.emplace_back(options_.queries, l.q_heads, l.head_dim * dtype_bytes(options_.dtype));
-    }
+    s.rings = rings();
     return s;
+}
+
+// Empty ones, by layer; none where no queries are remembered.
+std::vector<QueryRing> Store::rings() const {
+    std::vector<QueryRing> out;
+    for (const LayerShape& l : layers_) {
+        if (options_.queries > 0)
+            out.emplace_back(options_.queries, l.q_heads, l.head_dim * dtype_bytes(options_.dtype));
+    }
+    return out;
 }
 
 std::vector<SeqId> Store::create(int n) {

@@ -129,7 +129,7 @@ class Store {
     void clear(SeqId seq);  // empty again, all pages released
     void set_recording(bool on) { recording_ = on; }
     void set_threads(int n) { threads_ = n; }
-    void set_tail(int tokens);  // before the first token
+    void refit(int tail, int queries);  // before the first token
     const Sequence& sequence(SeqId seq) const;
     const pages::Row& row(SeqId seq, int layer, int head) const;
     void positions(SeqId seq, int layer, int head, int32_t* out);
@@ -192,6 +192,7 @@ class Store {
     void add_mass(pages::Row& row, const std::vector<float>& mass);
     void reduce_mass(const ops::AttendRow& row, int group, std::vector<float>& out);
     Sequence blank() const;  // without a token
+    std::vector<QueryRing> rings() const;
     Sequence clone(const Sequence& s);
     State state_of(PageId page) const;
     const float* centre(const Sequence& s, int layer, int head) const;  // [D], or null: zeros

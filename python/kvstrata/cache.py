@@ -199,7 +199,7 @@ class Cache:
     def _settle(self) -> None:
         """After the sequences are others: what each may hold is theirs, and their tables are within it."""
         if self._limit.each:
-            self._slabs.limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
+            self._bind(self._limit.now(self.policy, [self._store.length(i) for i in self._live]))
         self._slabs.settle()
 
     def _share(self, ids: list[int]) -> None:
@@ -274,11 +274,11 @@ class Cache:
             policy = self._limit.fit(lengths)
             assert policy.window is not None
             if policy != self.policy:
-                self._store.set_tail(policy.window)
+                self._store.refit(policy.window, policy.queries)
                 self.policy = policy
             self._fitted = to
         if self.policy.allocator is not None:
-            self._slabs.limit = self._limit.now(self.policy, lengths)
+            self._bind(self._limit.now(self.policy, lengths))
             if begun:
                 self._limit.admit(self.policy, lengths)
 
@@ -349,8 +349,11 @@ class Cache:
         if falls:
             self._plans.ahead(self._live, limit, len(self._live))
             self.trim()
-        self._slabs.limit = limit
+        self._bind(limit)
         return falls
+
+    def _bind(self, limit: int) -> None:
+        self._slabs.bind(limit, self.policy, self.shape, max(1, len(self._live)))
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class Limit:
             return self.schedule.end
         if self.fixed() is not None:
             return self.fixed()
-        if policy.planner is None:
+        if policy.planner is None or policy.allocator is not None:
             return None
         assert policy.window is not None
         per_row = pages(policy.sinks) + pages(policy.window) + 1

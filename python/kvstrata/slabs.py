@@ -7,7 +7,7 @@ import logging
 import torch
 
 from kvstrata._C import Store
-from kvstrata.budget.room import PIECE, books
+from kvstrata.budget.room import PIECE, Books, books
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy
@@ -39,6 +39,8 @@ class Slabs:
         self._expected = expected
         self._charges = charges
         self.limit = limit
+        self.books = Books()
+        self._bound_by: object = None
         self.held = 0
         self.peak = 0
 
@@ -99,8 +101,12 @@ class Slabs:
         return now + left if self.limit is None else min(self.limit, now + left)
 
     def _left(self, bound: int) -> int:
-        """Bytes that pages of a new slab may take."""
-        return bound - self.nbytes() - _SLAB_BYTES
+        """Bytes that pages of a new slab may take: books may yet grow to the most that they take."""
+        now = self._store.metadata_bytes + self._store.workspace_bytes
+        return bound - self.held - max(now, self.books.of(self._pages(), len(self._tensors))) - _SLAB_BYTES
+
+    def _pages(self) -> int:
+        return sum(self._store.pool(p)["total"] for p in range(self._store.n_pools))
 
     def trim(self, keep: list[int] | None = None) -> int:
         """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
@@ -133,7 +139,7 @@ class Slabs:
         fault_point("slab.lend")
         per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
         grain = self._grain() // per_page
-        pages = self._fit(max(short, grain), short, per_page, needed)
+        pages = self._fit(pool, max(short, grain), short, needed)
         if self.limit is not None:
             pages = min(pages, max(grain, 1))  # small slabs run empty sooner, and may serve another format then
         pages = min(pages, MAX_PAGES_PER_SLAB)
@@ -153,22 +159,32 @@ class Slabs:
         self.note_peak()
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
 
-    def _fit(self, wanted: int, short: int, per_page: int, needed: list[int]) -> int:
-        """Pages of the next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many."""
+    def _fit(self, pool: int, wanted: int, short: int, needed: list[int]) -> int:
+        """Pages of a pool's next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many
+        beside what other pools still need."""
         bound = self._bound()
         if bound is None:
             return wanted
-        room = self._left(bound) // (per_page + _ENTRY_BYTES)
+        room = self._room(pool, bound, needed)
         if room < short:
             self.trim(keep=needed)
             bound = self._bound() or 0
-            room = self._left(bound) // (per_page + _ENTRY_BYTES)
+            room = self._room(pool, bound, needed)
         if room < short:
             whose = "limit is" if bound == self.limit else "the ledger leaves a limit of"
-            raise BudgetExceeded(
-                f"budget: {whose} {bound} bytes, {self.nbytes()} are in use, {short * per_page} more are needed"
-            )
+            more = self._missing(needed)
+            raise BudgetExceeded(f"budget: {whose} {bound} bytes, {self.nbytes()} are in use, {more} more are needed")
         return min(wanted, room)
+
+    def _room(self, pool: int, bound: int, needed: list[int]) -> int:
+        """Pages that a new slab of a pool may have, so that other pools find what they still need."""
+        others = [0 if p == pool else n for p, n in enumerate(needed)]
+        return (self._left(bound) - self._missing(others)) // self._costs()[pool]
+
+    def _missing(self, needed: list[int]) -> int:
+        """Bytes of so many pages of each pool, beyond those that are free."""
+        short = [max(0, n - self._store.pool(p)["free"]) for p, n in enumerate(needed)]
+        return sum(n * cost for n, cost in zip(short, self._costs(), strict=True))
 
     def nbytes(self) -> int:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
@@ -189,17 +205,26 @@ class Slabs:
 
     def growth(self, policy: Policy, shape: Shape, batch: int, needed: list[int]) -> int:
         """Bytes by which tables and workspace may grow in a step of ``batch`` sequences that takes so many pages."""
-        pools, bound = [self._store.pool(p) for p in range(self._store.n_pools)], self._bound()
-        pages, new = sum(p["total"] for p in pools), sum(needed)
+        bound, new = self._bound(), sum(needed)
+        smallest = min(self._store.pool(p)["page_bytes"] for p in range(self._store.n_pools))
         if bound is not None:
-            new = min(new, max(0, bound - self.held) // min(p["page_bytes"] for p in pools))
-        most = books(policy, shape, pages + new, len(self._tensors) + new, batch)
+            new = min(new, max(0, bound - self.held) // smallest)
+        pages = self._pages() + new
+        most = books(policy, shape, pages * smallest * batch, batch).of(pages, len(self._tensors) + new)
         return max(0, most + self.held - self.nbytes())
 
+    def bind(self, limit: int, policy: Policy, shape: Shape, batch: int) -> None:
+        """The limit of a cache of ``batch`` sequences from now on; what their books may take of it is no slab's."""
+        if (limit, batch, policy) != self._bound_by:
+            self._bound_by = limit, batch, policy
+            self.books = books(policy, shape, limit, batch)
+        self.limit = limit
+
     def _grain(self) -> int:
-        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, or of what it holds so far a 32nd."""
-        target = self._expected // 64 if self._expected else self.held // 32
-        return min(MAX_SLAB_BYTES, max(target, 0 if self._expected else MIN_SLAB_BYTES))
+        """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, else of its limit, or of what it holds so
+        far a 32nd."""
+        most = self._expected or self.limit
+        return min(MAX_SLAB_BYTES, most // 64 if most else max(self.held // 32, MIN_SLAB_BYTES))
 
     def _return(self, key: tuple[int, int]) -> None:
         self._store.give_back(*key)

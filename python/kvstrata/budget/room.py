@@ -90,14 +90,27 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
     return Room(limit, batch, content - min(piece, content // (rows + 1)))
 
 
-def books(policy: Policy, shape: Shape, pages: int, slabs: int, batch: int) -> int:
-    """What tables, scores, rings, centres and the workspace of decoding take at the most, with so many pages in all."""
-    beside = 20 + (_SCORES if keeps_scores(policy) else 0)
+@dataclass(frozen=True)
+class Books:
+    """What tables, scores, rings, centres and the workspace of decoding take at the most, in bytes. fixed: however few pages
+    there are; page, slab: for each of these."""
+
+    fixed: int = 0
+    page: int = 0
+    slab: int = 0
+
+    def of(self, pages: int, slabs: int) -> int:
+        """Bytes with so many pages and slabs in all."""
+        return self.fixed + pages * self.page + slabs * self.slab
+
+
+def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
+    """The books of ``batch`` sequences that hold so many bytes at the most."""
     each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
     each += 2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in shape.layers)
     each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in shape.layers)
-    held = pages * min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
-    return pages * beside + slabs * _SLAB + batch * each + _workspace(policy, shape, held * batch, batch)
+    beside = 20 + (_SCORES if keeps_scores(policy) else 0)
+    return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
 
 
 def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, last: int) -> int:
