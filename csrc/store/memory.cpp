@@ -89,12 +89,12 @@ State Store::state_of(PageId page) const {
 // Another tail and another number of queries, both as in Options: what a policy asks for that was made to fit a limit.
 void Store::refit(int tail, int queries) {
     check(tail >= kSlots && tail % kSlots == 0, "Store: tail is ", tail, ", expected a positive multiple of ", kSlots);
-    check(queries >= 0 && (queries > 0) == (options_.queries > 0), "Store: queries is ", queries, ", expected ",
-          options_.queries > 0 ? "at least 1" : "0");
+    check(queries >= 0, "Store: queries is ", queries, ", expected >= 0");
     for (const auto& [id, s] : sequences_) check(s->length == 0, "refit: sequence ", id, " has tokens, expected none");
     options_.tail = tail;
     options_.queries = queries;
-    for (QueryRing& ring : staged_) ring = QueryRing();  // a step may be open, without a token yet
+    staged_.assign(open_ && queries > 0 ? step_.size() * layers_.size() : 0,
+                   {});  // a step may be open, without a token yet
     for (auto& [id, s] : sequences_) s->rings = rings();
 }
 

@@ -194,7 +194,7 @@ class Plans:
         last = self.statistics.oq(seen.layer, ids, heads)
         lengths = [self._store.length(i) for i in ids]
         due = self.statistics.due(seen.layer, ids, lengths, allocator.every)
-        if not any(due):
+        if not any(due) or allocator.queries == 0:
             return last
         queries = torch.tensor([self._store.queries(seen.layer, i, 0) for i in ids]).repeat_interleave(heads)
         measured = seen.read.statistics(allocator.queries, allocator.stats)

@@ -85,7 +85,10 @@ class Slabs:
         return 2 * sum(self._costs()) + 2 * _SLAB_BYTES
 
     def _costs(self) -> list[int]:
-        return [self._store.pool(p)["page_bytes"] + _POSITION_BYTES + _ENTRY_BYTES for p in range(self._store.n_pools)]
+        """Bytes of a new page of each pool, with its entry and its part of a slab's books."""
+        grain = self._grain()
+        sizes = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES for p in range(self._store.n_pools)]
+        return [size + _ENTRY_BYTES + -(-self.books.slab // max(1, grain // size)) for size in sizes]
 
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""

@@ -196,7 +196,7 @@ def test_counted_tokens(name: str, n: int) -> None:
         stored = [[cache.stored_length(i, s, h) for s in seqs for h in range(2)] for i in range(3)]
         assert max(map(max, stored)) <= n
         most = max(most, min(row[0] for row in stored))
-    assert n == 128 or most > 0.7 * n, (
+    assert n == 128 or most > 0.65 * n, (
         "interval and scores take their part of the bytes, the short row lends none of its own"
     )
     assert sum(cache.report().states.values()) == sum(cache.report().logical_tokens) * cache.shape.rows

@@ -45,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def made(every: int) -> Cache:
     policy = arkv(allocator=EntropyShare(full_share=0.05, every=every))
-    return Cache(SHAPE, Budget.bytes(SHAPE.token_bytes() * 256), replace(policy, interval=64))
+    return Cache(SHAPE, Budget.bytes(SHAPE.token_bytes() * 1024), replace(policy, interval=64))
 
 
 @pytest.mark.parametrize("every", [0, 512])

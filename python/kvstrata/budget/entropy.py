@@ -29,9 +29,10 @@ class EntropyShare:
     the maximum over all of a sequence's; capacity: bytes in proportion to OQ, too (ours), else uniform.
     Without statistics, or with all of them 0: r = 1.
 
-    queries, stats, tau: how OQ is found: the statistics of the last ``queries`` queries, "sound" (ours) or as the "code" has
-    them, and their exponents 1 / tau (code; tuned on its test tasks). every: tokens that a sequence grows by before it is
-    measured again (ours; 0: at each plan, paper): all those queries read all that is stored, twice. ValueError for parameters.
+    queries, stats, tau: how OQ is found: the statistics of the last ``queries`` queries (0: nothing is measured, OQ is 1
+    everywhere), "sound" (ours) or as the "code" has them, and their exponents 1 / tau (code; tuned on its test tasks). every:
+    tokens that a sequence grows by before it is measured again (ours; 0: at each plan, paper): all those queries read all
+    that is stored, twice. ValueError for parameters.
     """
 
     full_share: float | None = None
@@ -46,8 +47,8 @@ class EntropyShare:
     def __post_init__(self) -> None:
         if self.full_share is not None and not 0 < self.full_share <= 1:
             raise ValueError(f"EntropyShare: full_share is {self.full_share}, expected None or 0 < full_share <= 1")
-        if self.queries < LEAST_QUERIES:
-            raise ValueError(f"EntropyShare: queries is {self.queries}, expected >= {LEAST_QUERIES}")
+        if self.queries != 0 and self.queries < LEAST_QUERIES:
+            raise ValueError(f"EntropyShare: queries is {self.queries}, expected 0 or >= {LEAST_QUERIES}")
         if self.every < 0:
             raise ValueError(f"EntropyShare: every is {self.every}, expected >= 0 tokens")
         if self.stats not in ("sound", "code"):

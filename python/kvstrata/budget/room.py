@@ -23,8 +23,8 @@ SLACK = 32
 
 _SCORES = 68
 """Bytes of a page's scores, with their part of the room to grow."""
-_SLAB = 128
-"""Bytes that the books of a slab take."""
+_SLAB, _SLABS = 128, PIECE + 16
+"""Bytes that the books of a slab take; slabs of a cache that is full, with those that are made and emptied by a plan."""
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
 
@@ -79,10 +79,9 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
     )
     widest = max(s.kv_heads * costs[i][FULL] for i, s in enumerate(shape.layers))
     unplanned = max(widest * (policy.chunk // SLOTS + 1), whole * (policy.interval // SLOTS))
-    rings = policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for _, s in planned)
-    each = whole * held + sliding + unplanned + rings * (2 if policy.chunk >= policy.queries else 1)
-    each += (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
-    content = limit - limit // SLACK - batch * each - _workspace(policy, shape, limit, batch)
+    smallest = min(min(cost.values()) for cost in costs.values())
+    beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest))
+    content = limit - limit // SLACK - batch * (whole * held + sliding + unplanned) - beside
     if falls is not None:
         content -= _of_more(policy, shape, limit, batch, *falls)
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
@@ -107,17 +106,25 @@ class Books:
 def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     """The books of ``batch`` sequences that hold so many bytes at the most."""
     each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
-    each += 2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in shape.layers)
-    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in shape.layers)
+    planned = [s for s in shape.layers if s.window is None]
+    each += (
+        2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in planned)
+    )  # a step's own, too
+    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
     beside = 20 + (_SCORES if keeps_scores(policy) else 0)
     return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
+
+
+def _slabs(limit: int, page: int) -> int:
+    """Slabs of a cache that is full; its smallest pages have so many bytes, small slabs one or two of them."""
+    return min(_SLABS, limit // (2 * page))
 
 
 def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, last: int) -> int:
     """What a limit that falls keeps of the first one: its workspace, and the books of its slabs, which are small ones as they
     have to fit the last."""
     smallest = min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
-    slabs = min(PIECE * first // max(last, 1), first // smallest) - PIECE
+    slabs = first // smallest // max(1, last // PIECE // smallest) - _slabs(limit, smallest)
     grown = _workspace(policy, shape, max(first, limit), batch) - _workspace(policy, shape, limit, batch)
     return max(0, slabs) * _SLAB + grown
 
@@ -184,7 +191,8 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
 
 def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
     """The policy with chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
-    left for content, or they are at their least. ValueError where even then nothing is left.
+    left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics read
+    go. ValueError where even then nothing is left.
 
     A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
     what the policy wants: three quarters of the rest are left then.
@@ -194,10 +202,10 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
     while True:
         tail = _tail_bytes(policy, shape, batch) if shared else 0
-        if room(policy, shape, limit, batch, falls).content >= 3 * (limit - tail) // 4:
-            break
+        content = room(policy, shape, limit, batch, falls).content
         smaller = _smaller(policy)
-        if smaller is None:
+        enough = 5 if smaller is not None and smaller.queries == 0 < policy.queries else 6
+        if smaller is None or content >= enough * (limit - tail) // 8:
             break
         policy = smaller
     if room(policy, shape, limit, batch, falls).content <= 0:
@@ -237,4 +245,6 @@ def _smaller(policy: Policy) -> Policy | None:
         return replace(policy, window=policy.window // 2 // SLOTS * SLOTS)
     if policy.chunk > LEAST_CHUNK:
         return replace(policy, chunk=LEAST_CHUNK)
+    if policy.queries > 0 and int(getattr(policy.scorer, "queries", 0)) == 0:
+        return policy.with_queries(0)
     return None
