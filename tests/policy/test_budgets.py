@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
+from kvstrata.budget import Knapsack
 from kvstrata.budget.room import fit
 from kvstrata.config import BudgetExceeded, Unsupported
-from kvstrata.policy import NAMED, SinksAndTail
+from kvstrata.policy import NAMED, MeanSpread, SinksAndTail, ThreeStates
 from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
@@ -233,6 +234,26 @@ def test_layers_of_different_heads_are_refused_at_once() -> None:
     with pytest.raises(Unsupported, match=r"layers have \[2, 4\] KV heads"):
         Cache(shape, budget="1MiB", policy="keydiff")
     assert Cache(shape, policy="kivi").policy.formats == ("int4",), "without a division they are served"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_knapsack_holds_its_limit(dtype: torch.dtype) -> None:
+    """A format for every token by mass per byte, in a cache: all formats are used, the limit holds at every step."""
+    planner, allocator = ThreeStates("int4"), Knapsack(("bf16", "int8", "int4", "int2"))
+    formats = allocator.formats[1:]
+    policy = Policy("knapsack", planner, MeanSpread(16), allocator, formats, sinks=16, combine="max")
+    limit = 900 << 10
+    cache = Cache(Shape(LAYERS, dtype), budget=Budget.bytes(limit), policy=policy)
+    (seq,) = cache.new()
+    generator = torch.Generator().manual_seed(2)
+    for n in (2000, *[1] * 40, 90, *[1] * 40):
+        feed(cache, [seq], [n], generator)
+        assert cache.nbytes() <= limit
+    report = cache.report()
+    assert report.peak_bytes <= limit
+    assert min(report.states[name] for name in ("full", "int4", "evicted")) > 0
+    assert sum(report.states.values()) == sum(report.logical_tokens) * cache.shape.rows
+    assert report.nbytes > 0.7 * limit
 
 
 @pytest.mark.parametrize(("name", "share"), [("h2o", 0.5), ("keydiff", 0.2)])

@@ -16,8 +16,9 @@ from kvstrata.budget.allocate import Allocation, RowsSeen, count_nans, masses
 from kvstrata.config import SLOTS, Unsupported
 from kvstrata.ops import choose_chunks, chunk_order
 
+FULL_NAMES = ("full", "f32", "bf16", "f16")
 FIDELITY: Mapping[str, float] = {
-    **dict.fromkeys(("full", "f32", "bf16", "f16"), 1.0),
+    **dict.fromkeys(FULL_NAMES, 1.0),
     "int8": 0.9935,
     "int4": 0.905,
     "int2": 0.67,
@@ -51,9 +52,9 @@ def _gain(a: Step, b: Step) -> float:
 class Knapsack:
     """Full, a quantized format or Evicted for each chunk, so that the sum of value * fidelity is largest within the bytes.
 
-    formats: names out of ``RowsSeen.formats``, the first one Full; fidelity: of each format in (0, 1] (defaults: Gaussian
-    data); layer_weight: omega [L] (None: 1); metric: "mass", or "energy" (value = (share * length of the token's value)^2,
-    fidelity 1 - e^2; needs ``seen.norms``).
+    formats: names out of ``RowsSeen.formats``, the first one Full, whatever the model's dtype; fidelity: of each format in
+    (0, 1] (defaults: Gaussian data); layer_weight: omega [L] (None: 1); metric: "mass", or "energy" (value = (share * length
+    of the token's value)^2, fidelity 1 - e^2; needs ``seen.norms``).
     Value of a token: omega * priority * score / sum of its row's scores over visible tokens. A quantized token can only
     stay as it is or go below. The loss against the optimum is at most the largest single step.
 
@@ -150,12 +151,12 @@ class Knapsack:
 
     def ladder(self, seen: RowsSeen, layer: int, now: int) -> list[Step]:
         """The steps of a chunk of one layer that is now stored in format ``now``: the hull of what it may become."""
-        if self.formats[0] != seen.formats[0] or not set(self.formats) <= set(seen.formats):
+        if seen.formats[0] not in FULL_NAMES or not set(self.formats[1:]) <= set(seen.formats[1:]):
             raise ValueError(
                 f"Knapsack: formats are {self.formats}, expected some of {seen.formats}, {seen.formats[0]!r} first"
             )
-        own = seen.formats[now]
-        names = [n for n in self.formats if now == 0 or self._fidelity(n) < self._fidelity(own)]
+        own, mine = seen.formats[now], (seen.formats[0], *self.formats[1:])  # Full pages are of the model's dtype
+        names = [n for n in mine if now == 0 or self._fidelity(n) < self._fidelity(own)]
         points = [(0, 0.0, 0)]
         for name in names if now == 0 else [own, *names]:
             at = seen.formats.index(name)
@@ -163,6 +164,8 @@ class Knapsack:
         return hull(points)
 
     def _fidelity(self, name: str) -> float:
+        if name in FULL_NAMES:
+            return 1.0
         if name not in self.fidelity:
             raise ValueError(f"Knapsack: no fidelity is known of format {name!r}")
         f = self.fidelity[name]

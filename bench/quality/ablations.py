@@ -1,0 +1,155 @@
+"""What each part of a policy is worth in answers, at equal bytes: variants beside one another on the same contexts.
+
+    python bench/quality/ablations.py --variants arkv,evict,int4,int2 --budgets 12.5% --n 100 --jobs 2 --out results/twins
+
+A run like those of ``kvstrata eval``: a folder, resumable, with a report; its policies are the variants named below. Writes
+OUT.md and OUT.json too where --publish names a stem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from math import inf, nan
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+from published import Section, publish
+
+from kvstrata.budget import Budget, EntropyShare, Knapsack, Uniform
+from kvstrata.cli.generate import positive
+from kvstrata.cli.output import Output
+from kvstrata.hf.cache import KVCache
+from kvstrata.policy import KeepTop, KeyDiversity, MeanSpread, Policy, ThreeStates, arkv, h2o, keydiff, kivi
+from kvstrata.policy.arkv import FULL_SHARE, KERNEL
+from kvstrata.quality import report
+from kvstrata.quality.contenders import POLICIES, in_bytes
+from kvstrata.quality.run import Config, Run
+from kvstrata.quality.tasks import RETRIEVAL
+
+OQ = {"E": 0, "V": 1, "K": 2}
+
+
+def without(statistic: str) -> Policy:
+    """arkv whose OQ leaves one statistic out: its exponent is 0."""
+    tau = list(EntropyShare().tau)
+    tau[OQ[statistic]] = inf
+    return arkv(allocator=EntropyShare(full_share=FULL_SHARE, tau=(tau[0], tau[1], tau[2])))
+
+
+def mass(formats: tuple[str, ...]) -> Policy:
+    """The knapsack over the given formats; what the last queries attend to, at most over plans, is worth most."""
+    policy = arkv(scorer=MeanSpread(), allocator=EntropyShare(), combine="max")
+    planner = ThreeStates("int4") if len(formats) > 1 else KeepTop()
+    return replace(policy, name="knapsack", planner=planner, allocator=Knapsack(formats), formats=formats[1:])
+
+
+VARIANTS: dict[str, tuple[str, Policy]] = {
+    "arkv": ("as it is", arkv()),
+    "evict": ("Full or Evicted only, the same ranks", replace(keydiff(), scorer=KeyDiversity(KERNEL))),
+    "int4": ("every token int4, the newest that fit", kivi("int4", window=64, sinks=16)),
+    "int2": ("every token int2, the newest that fit", kivi("int2", window=64, sinks=16)),
+    "no Full": (
+        "int4 or Evicted where not all fit",
+        replace(arkv(), planner=ThreeStates("int4", True, 0.0), allocator=Uniform()),
+    ),
+    "int8 middle": ("int8 in the middle", arkv("int8")),
+    "int2 middle": ("int2 in the middle", arkv("int2")),
+    "more Full": ("a twentieth of the pages Full", arkv(allocator=EntropyShare(full_share=0.05))),
+    "r constant": ("as many Full pages in each layer", arkv(allocator=EntropyShare(full_share=FULL_SHARE, queries=0))),
+    "paper's r": ("r = OQ / max OQ", arkv(allocator=EntropyShare())),
+    "without E": ("OQ without entropy", without("E")),
+    "without V": ("OQ without variance", without("V")),
+    "without K": ("OQ without kurtosis", without("K")),
+    "no cover": ("Full pages are bought before all is covered", arkv(cover=False)),
+    "no pooling": ("key diversity of each token alone", arkv(scorer=KeyDiversity())),
+    "max": ("scores joined by max(.95 old, new)", arkv(combine="max")),
+    "window vote": ("ranks by what the last queries attend to", arkv(scorer=MeanSpread())),
+    "knapsack": ("bf16, int4, int2 by window mass per byte", mass(("bf16", "int4", "int2"))),
+    "knapsack bf16": ("bf16 or Evicted by window mass per byte", mass(("bf16",))),
+    "h2o": ("Full or Evicted by accumulated mass", h2o()),
+}  # fmt: skip
+"""Name -> what it is, and the policy."""
+
+
+def make(name: str, model: Any, budget: Budget | None, tokens: int) -> Any:
+    """An empty cache of a variant."""
+    return KVCache.for_model(model, policy=VARIANTS[name][1], budget=in_bytes(budget, model, tokens))
+
+
+POLICIES |= {name: partial(make, name) for name in VARIANTS}  # at import: workers of a run import this file, too
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bench/quality/model")
+    parser.add_argument("--variants", default=",".join(VARIANTS), metavar="V,..")
+    parser.add_argument("--budgets", default="25%,12.5%", metavar="B,..")
+    parser.add_argument("--length", type=positive, default=2048)
+    parser.add_argument("--n", type=positive, default=100, help="contexts per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=positive, default=1)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument("--publish", type=Path, metavar="STEM", help="writes STEM.md and STEM.json")
+    return parser.parse_args()
+
+
+def paired(run: Run, name: str, budget: str) -> tuple[float, float]:
+    """Mean difference to arkv over tasks, on the same contexts, and half of its 95 % interval."""
+    means, variances = [], []
+    for task in run.config.tasks:
+        found = []
+        for (t, length, index, contender, b), record in run.records.items():
+            base = run.records.get((t, length, index, "arkv", b))
+            if (t, contender, b) == (task, name, budget) and base and "scores" in base and "scores" in record:
+                found.append(fmean(record["scores"]) - fmean(base["scores"]))
+        if len(found) < 2:
+            return nan, nan
+        means.append(fmean(found))
+        variances.append(variance(found) / len(found))
+    return fmean(means), 1.96 * sum(variances) ** 0.5 / len(means)
+
+
+def section(run: Run, numbers: dict[str, Any]) -> Section:
+    """One line per variant and budget, in order of the variants."""
+    body = []
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    for s in sorted(numbers["summary"], key=lambda s: (-Budget.parse(s["budget"]).value, order[s["contender"]])):
+        name, budget = s["contender"], s["budget"]
+        if "refused" in s:
+            body.append([name, VARIANTS[name][0], budget, "refused", "-", "-", "-"])
+            continue
+        difference, half = paired(run, name, budget)
+        said = "-" if name == "arkv" or difference != difference else f"{100 * difference:+.1f} \u00b1 {100 * half:.1f}"
+        held = f"{100 * s['bytes_share']:.1f}"
+        body.append([name, VARIANTS[name][0], budget, f"{100 * s['accuracy']:.1f}", report.spread(s), said, held])
+    said = (
+        f"Exact match in per cent, mean over {', '.join(run.config.tasks)}, {run.config.n} contexts of each, "
+        f"{run.config.lengths[0]} tokens, query-agnostic; difference to `arkv` on the same contexts; KV bytes in per cent of "
+        "the dense cache's."
+    )
+    header = ["variant", "what", "budget", "mean", "interval", "difference", "KV bytes"]
+    return Section("Variants at equal bytes", said, header, body)
+
+
+def main() -> int:
+    args, out = arguments(), Output(json=False)
+    names = [name.strip() for name in args.variants.split(",")]
+    if unknown := [name for name in names if name not in VARIANTS]:
+        return out.fail(f"variants: {unknown[0]!r} is unknown, expected some of {', '.join(VARIANTS)}")
+    budgets = tuple(b.strip() for b in args.budgets.split(","))
+    config = Config(args.model, RETRIEVAL, tuple(names), (), budgets, (args.length,), args.n, args.seed, jobs=args.jobs)
+    run = Run(args.out, config)
+    with out.progress("examples", len(run.units())) as advance:
+        run.work(lambda unit: advance(unit.task))
+    _, numbers = report.make(args.out, run.complaints)
+    args.out = args.publish
+    publish(out, "What each part of a policy is worth", args, numbers["summary"], [section(run, numbers)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
