@@ -371,6 +371,20 @@ class Cache:
         """What is held now."""
         return holdings.report(self)
 
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """ARKV's entropy, variance and kurtosis of each row as they were measured last, f32 [L, R, 3], and OQ, f32 [L, R].
+
+        R: KV heads of the sequences, in order; 0 and 1 where nothing was measured. ValueError where layers differ in KV heads.
+        """
+        heads = {spec.kv_heads for spec in self.shape.layers}
+        if len(heads) > 1:
+            raise ValueError(f"statistics: layers have {sorted(heads)} KV heads, expected one number")
+        known, layers, (n,) = self._plans.statistics, range(len(self.shape.layers)), heads
+        if not self._live:
+            return torch.zeros(len(layers), 0, 3), torch.ones(len(layers), 0)
+        values = torch.stack([known.values(layer, self._live, n) for layer in layers])
+        return values, torch.stack([known.oq(layer, self._live, n) for layer in layers])
+
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense copies for debugging, in table order.
 

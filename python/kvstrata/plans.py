@@ -246,7 +246,7 @@ class Plans:
         if "mass" in allocator.needs and found[0].score is None:
             raise Unsupported(f"policy {cache.policy.name!r}: its allocator needs scores, it has no scorer")
         share = self._share()
-        given = [self._divided(table.of(rows), share) for rows in table.sequences()]
+        given = [allocator.allocate(table.of(rows), share) for rows in table.sequences()]
         each = torch.cat([g.bytes for g in given], 1)
         shares = torch.cat([g.full_share for g in given], 1) if given[0].full_share is not None else None
         formats = torch.cat([g.formats for g in given], 1) if given[0].formats is not None else None
@@ -256,17 +256,6 @@ class Plans:
             states = None if formats is None else self._states(seen, formats[i])
             out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
         return out
-
-    def _divided(self, table: RowsSeen, total: int) -> Any:
-        """What an allocator gives the rows of one sequence. Its heaviest row must leave room for the plan that rewrites it."""
-        allocator = self._cache.policy.allocator
-        assert allocator is not None
-        given = allocator.allocate(table, total)
-        heaviest = int(given.bytes.max()) if given.bytes.numel() else 0
-        spare = total // max(1, given.bytes.numel())
-        if heaviest > spare and int(given.bytes.sum()) > total + spare - heaviest:
-            given = allocator.allocate(table, max(0, total + spare - heaviest))  # the plan rewrites one row at a time
-        return given
 
     def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:
         """[L, R, N] of unprotected tokens, moved to the front of each row."""

@@ -69,6 +69,8 @@ def test_what_was_measured_follows_a_fork_and_ends_with_its_sequence(measured: l
         cache._plans.statistics.values(0, [seqs[0].id], 2),
     )
     assert (oq != 1).all() and (values > 0).any()
+    told, every_oq = cache.statistics()
+    assert told.shape == (2, 2, 3) and torch.equal(told[0], values) and torch.equal(every_oq[0], oq)
     (fork,) = cache.fork(seqs[0])
     assert torch.equal(cache._plans.statistics.oq(0, [fork.id], 2), oq)
     cache.clear([fork])
