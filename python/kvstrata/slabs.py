@@ -97,6 +97,8 @@ class Slabs:
 
     def _bound(self) -> int | None:
         """The limit, or what a ledger leaves where that is less."""
+        if self._charges.scope is None:
+            return self.limit
         now = self.nbytes()
         left = self._charges.left(now)
         if left is None:
@@ -195,11 +197,12 @@ class Slabs:
 
     def settle(self) -> None:
         """After books and workspace may have grown: where they did so past the limit, free pages go."""
-        bound = self._bound()
-        if bound is not None and self.nbytes() > bound:
+        bound, now = self._bound(), self.nbytes()
+        if bound is not None and now > bound:
             self.trim()
-        self.note_peak()
-        self._charges.settle(self.nbytes())
+            now = self.nbytes()
+        self.peak = max(self.peak, now)
+        self._charges.settle(now)
 
     def note_peak(self) -> int:
         """Takes the present size into ``peak``, and returns it."""
