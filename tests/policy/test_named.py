@@ -230,3 +230,13 @@ def test_oq_of_statistics() -> None:
 def test_bad_parameters_of_oq_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EntropyShare(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("combine", ["sum", "max"])
+def test_scores_that_are_no_mass_are_not_joined(combine: str) -> None:
+    """A token without an old score has 0, more than every score that is negative."""
+    with pytest.raises(
+        ValueError, match=f"policy arkv: combine is '{combine}', expected replace: scores of KeyDiversity"
+    ):
+        policy.arkv(combine=combine)  # type: ignore[arg-type]
+    assert policy.arkv(scorer=MeanSpread(), combine=combine).combine == combine  # type: ignore[arg-type]

@@ -171,6 +171,11 @@ class Policy:
             raise ValueError(f"policy {self.name}: formats has {unknown[0]!r}, expected some of {', '.join(STATES)}")
         if self.combine not in ("replace", "sum", "max"):
             raise ValueError(f"policy {self.name}: combine is {self.combine!r}, expected replace, sum or max")
+        if self.combine != "replace" and not getattr(self.scorer, "is_mass", True):
+            raise ValueError(
+                f"policy {self.name}: combine is {self.combine!r}, expected replace: scores of {type(self.scorer).__name__} may"
+                " be negative and are comparable within one plan only"
+            )
         if not 0 <= self.decay <= 1:
             raise ValueError(f"policy {self.name}: decay is {self.decay}, expected 0 to 1")
         for field in ("interval", "chunk"):
