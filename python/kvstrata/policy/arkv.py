@@ -62,9 +62,9 @@ def arkv(
 
     quantized, cover: of :class:`kvstrata.policy.three_states.ThreeStates`; scorer: None is
     :class:`kvstrata.policy.keydiff.KeyDiversity` over KERNEL neighbours; allocator: None is
-    ``EntropyShare(full_share=FULL_SHARE)``; combine, decay: how a new score joins the last one, "replace" for scores that are no
-    attention mass; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three multiples of
-    16; sinks: first tokens kept. ValueError for parameters.
+    ``EntropyShare(full_share=FULL_SHARE)``; combine, decay: how a new score joins the last one, "replace" for scores
+    that are no attention mass; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three
+    multiples of 16; sinks: first tokens kept. ValueError for parameters.
 
     The paper's settings: ``arkv("int8", cover=False, scorer=MeanSpread(spread="variance", divide="kernel"), window=32,
     sinks=0, allocator=EntropyShare(stats="code", every=0))``. Deviations: the paper ranks by what the last queries attend to,
