@@ -93,7 +93,10 @@ class Slabs:
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
         bound = self._bound()
-        return _UNLIMITED if bound is None else min(self._left(bound), max(bound // PIECE, 2 * sum(costs)))
+        if bound is None:
+            return _UNLIMITED
+        left = self._left(bound) - len(costs) * self.books.slab  # the last slab of each pool may be a small one
+        return min(left, max(bound // PIECE, 2 * sum(costs)))
 
     def _bound(self) -> int | None:
         """The limit, or what a ledger leaves where that is less."""
@@ -184,12 +187,12 @@ class Slabs:
     def _room(self, pool: int, bound: int, needed: list[int]) -> int:
         """Pages that a new slab of a pool may have, so that other pools find what they still need."""
         others = [0 if p == pool else n for p, n in enumerate(needed)]
-        return (self._left(bound) - self._missing(others)) // self._costs()[pool]
+        return (self._left(bound) - self._missing(others) - self.books.slab) // self._costs()[pool]
 
     def _missing(self, needed: list[int]) -> int:
-        """Bytes of so many pages of each pool, beyond those that are free."""
+        """Bytes of so many pages of each pool, beyond those that are free. The last slab of a pool may be a small one."""
         short = [max(0, n - self._store.pool(p)["free"]) for p, n in enumerate(needed)]
-        return sum(n * cost for n, cost in zip(short, self._costs(), strict=True))
+        return sum(n * cost + (self.books.slab if n else 0) for n, cost in zip(short, self._costs(), strict=True))
 
     def nbytes(self) -> int:
         """Slabs as lent, page tables and refcounts, kernel workspace."""

@@ -43,3 +43,11 @@ def test_full_gives_the_text_the_same_likelihood() -> None:
 def test_a_needle_is_found() -> None:
     found = [ask("needle", i, FULL)[0]["scores"][0] for i in range(10)]
     assert sum(found) >= 9, found
+
+
+def test_a_plan_near_the_limit_finds_its_pages() -> None:
+    """A piece of a plan that needs pages of both formats, with as many bytes left as they cost: no slab takes another's."""
+    config = Config(str(FOLDER), ("multi_query",), ("arkv",), (), ("25%",), (2048,), 153)
+    (record,) = measured(config, Unit("multi_query", 2048, 152, (Contender("arkv", "25%"),)))
+    assert "refused" not in record
+    assert record["peak_bytes"] <= 0.25 * record["dense_bytes"]
