@@ -7,23 +7,13 @@ import random
 
 import pytest
 import torch
+from feeding import feed
 
 from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.budget import Ledger, Regime, Scope
 from kvstrata.config import BudgetExceeded
 
 SHAPE = Shape([LayerSpec(2, 4, 32), LayerSpec(2, 2, 32)], torch.float32)
-
-
-def feed(cache: Cache, seqs: list, lengths: list[int], generator: torch.Generator) -> None:  # type: ignore[type-arg]
-    total = sum(lengths)
-    with cache.step(seqs, lengths) as step:
-        for layer, spec in enumerate(cache.shape.layers):
-            q, k, v = (
-                torch.randn(total, heads, spec.head_dim, generator=generator)
-                for heads in (spec.q_heads, spec.kv_heads, spec.kv_heads)
-            )
-            step.attend(layer, q, k, v)
 
 
 def recount(cache: Cache) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import feed
 
 from kvstrata import Budget, Cache, LayerSpec, Shape
 from kvstrata.budget import Schedule
@@ -15,17 +16,6 @@ from kvstrata.config import BudgetExceeded
 
 SHAPE = Shape([LayerSpec(2, 4, 32)] * 2, torch.float32)
 START, END = 900 << 10, 400 << 10
-
-
-def feed(cache: Cache, seqs: list, lengths: list[int], generator: torch.Generator) -> None:  # type: ignore[type-arg]
-    total = sum(lengths)
-    with cache.step(seqs, lengths) as step:
-        for layer, spec in enumerate(cache.shape.layers):
-            q, k, v = (
-                torch.randn(total, heads, spec.head_dim, generator=generator)
-                for heads in (spec.q_heads, spec.kv_heads, spec.kv_heads)
-            )
-            step.attend(layer, q, k, v)
 
 
 @pytest.mark.parametrize(("policy", "interval"), [("keydiff", 48), ("arkv", 256)])
