@@ -59,6 +59,7 @@ class Cache:
         self.budget = self._limit.budget
         self.policy = self._limit.fit([0])
         self._fitted: object = None  # what the policy was last fitted to
+        self._admitted = 0  # sequences for which it was last found that the limit leaves them something
         assert self.policy.window is not None
         self._store = Store(
             [(s.kv_heads, s.q_heads, s.head_dim, s.window or 0) for s in shape.layers],
@@ -279,8 +280,9 @@ class Cache:
             self._fitted = to
         if self.policy.allocator is not None:
             self._bind(self._limit.now(self.policy, lengths))
-            if begun:
+            if begun and self._admitted != len(lengths):  # what each needs is fixed: more of them may be too many
                 self._limit.admit(self.policy, lengths)
+                self._admitted = len(lengths)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
