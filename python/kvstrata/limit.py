@@ -11,7 +11,8 @@ from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy, resolve
 
 TURN_ABOVE = 16
-"""A step that brings a sequence more tokens than this brings it a prompt; up to this, decoded tokens."""
+"""A step that brings a sequence more tokens than this brings it a prompt, cut layer by layer under a policy that drops tokens;
+up to this, decoded tokens."""
 
 
 class Limit:

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from kvstrata._C import Store
+from kvstrata.budget.protect import ENTRY_BYTES
 from kvstrata.budget.room import PIECE, Books, books
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
@@ -19,8 +20,6 @@ MAX_SLAB_BYTES = 32 << 20
 MIN_SLAB_BYTES = 64 << 10
 MAX_PAGES_PER_SLAB = 1 << 16
 _POSITION_BYTES = SLOTS * 4
-_ENTRY_BYTES = 20
-"""What a page's refcount and table entry may take, with room to grow, kept free for each page under a limit."""
 _SLAB_BYTES = 1024
 """What the books of a new slab may take, and of a few more that room is made for."""
 _UNLIMITED = 1 << 62
@@ -88,7 +87,7 @@ class Slabs:
         """Bytes of a new page of each pool, with its entry and its part of a slab's books."""
         grain = self._grain()
         sizes = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES for p in range(self._store.n_pools)]
-        return [size + _ENTRY_BYTES + -(-self.books.slab // max(1, grain // size)) for size in sizes]
+        return [size + ENTRY_BYTES + -(-self.books.slab // max(1, grain // size)) for size in sizes]
 
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""

@@ -10,15 +10,13 @@ import torch
 
 from kvstrata import dense, ops
 from kvstrata.config import DTYPES, LayerSpec
+from kvstrata.limit import TURN_ABOVE
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache, Sequence
 
 DENSE_ABOVE = 64
 """Steps that feed a sequence more tokens than this attend to their own keys and values densely, before they are stored."""
-
-CUT_ABOVE = 16
-"""Under a policy that drops tokens, sequences that a step feeds more than this are cut layer by layer."""
 
 MASS_QUERIES = 64
 """Queries of a prompt whose attention mass is found at a time."""
@@ -68,7 +66,7 @@ class Step:
             self._past = any(self._store.length(i) for i in self._ids)
             self._counts = dict(zip(self._ids, counts, strict=True))
             drops = self._cache.policy.planner is not None
-            self._cut = [i for i, n in self._counts.items() if drops and n > CUT_ABOVE]
+            self._cut = [i for i, n in self._counts.items() if drops and n > TURN_ABOVE]
             self._cache._charge(self._counts, self._cut)
             self._cache._plans.before(self._counts, self._cut)
             if not self._cut:
@@ -99,7 +97,6 @@ class Step:
         try:
             self._cache._charges.commit()
             self._cache._after_commit(before, longest, self._cut)
-            self._cache._slabs.settle()
         finally:
             self._cache._charges.finish()
 

@@ -10,8 +10,10 @@ from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.base import Policy
 
-PAGE_BOOKS = 64 + 20
-"""Bytes beside a page's payload: its slots' positions; its refcount and free bit, its table entry with growth room."""
+ENTRY_BYTES = 20
+"""What a page's refcount and free bit, and its table entry with room to grow, may take."""
+PAGE_BOOKS = 4 * SLOTS + ENTRY_BYTES
+"""Bytes beside a page's payload: its slots' positions and its entry."""
 
 LEAST_CHUNK = 64
 

@@ -9,7 +9,7 @@ import torch
 
 from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
-from kvstrata.budget.protect import LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
+from kvstrata.budget.protect import ENTRY_BYTES, LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
 from kvstrata.policy.base import FULL, STATES, Policy
@@ -111,7 +111,7 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
         2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in planned)
     )  # a step's own, too
     each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
-    beside = 20 + (_SCORES if keeps_scores(policy) else 0)
+    beside = ENTRY_BYTES + (_SCORES if keeps_scores(policy) else 0)
     return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
 
 
@@ -208,7 +208,7 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         if smaller is None or content >= enough * (limit - tail) // 8:
             break
         policy = smaller
-    if room(policy, shape, limit, batch, falls).content <= 0:
+    if content <= 0:
         smallest = policy
 
         def fits(n: int) -> bool:
