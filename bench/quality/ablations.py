@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
         replace(arkv(), planner=ThreeStates("int4", True, 0.0), allocator=Uniform()),
     ),
     "int8 middle": ("int8 in the middle", arkv("int8")),
+    "int4 middle": ("int4 in the middle, however few it holds", arkv("int4")),
     "int2 middle": ("int2 in the middle", arkv("int2")),
     "more Full": ("a twentieth of the pages Full", arkv(allocator=EntropyShare(full_share=0.05))),
     "r constant": ("as many Full pages in each layer", arkv(allocator=EntropyShare(full_share=FULL_SHARE, queries=0))),

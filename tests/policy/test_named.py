@@ -48,10 +48,10 @@ def test_roles_and_defaults() -> None:
     assert made["kivi"] == (None, None, QuantizeAll("int4"))
     assert made["keynorm"] == (KeyNorm(), Uniform(), KeepTop())
     assert made["keydiff"] == (KeyDiversity(), Uniform(), KeepTop())
-    assert made["arkv"] == (KeyDiversity(5), EntropyShare(full_share=0.01), ThreeStates("int4", cover=True))
+    assert made["arkv"] == (KeyDiversity(5), EntropyShare(full_share=0.01), ThreeStates(("int4", "int2"), cover=True))
     assert (policy.h2o().window, policy.h2o().window_share) == (None, 0.5)
     assert (policy.kivi().window, policy.kivi().formats) == (128, ("int4",))
-    assert (policy.arkv().combine, policy.arkv().decay, policy.arkv().formats) == ("replace", 0.95, ("int4",))
+    assert (policy.arkv().combine, policy.arkv().decay, policy.arkv().formats) == ("replace", 0.95, ("int4", "int2"))
 
 
 def test_settings_of_the_papers() -> None:

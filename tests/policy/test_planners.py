@@ -131,8 +131,23 @@ def test_shares_on_the_edge_of_a_page() -> None:
             b = round(pages * (r * C_FULL + (1 - r) * C_INT4) / r)
             if b * r / (r * C_FULL + (1 - r) * C_INT4) == pages:
                 full = torch.tensor([10**6])
-                got, _ = ThreeStates(cover=False).pages(allowed(b, share=[r]), full, full)
+                got, _ = ThreeStates(cover=False).pages(allowed(b, share=[r]), full, full, INT4)
                 assert int(got) == pages
+
+
+def test_a_row_takes_the_first_format_that_holds_enough() -> None:
+    """Of 160 tokens a third is 53.3: four int4 pages hold enough of them, three do not; each row by itself."""
+    seen = falling(160)
+    planner = ThreeStates(("int8", "int4", "int2"), held=1 / 3, full_share=0.0)
+    for b, state, pages in ((800, INT8, 4), (799, INT4, 7), (400, INT4, 4), (399, INT2, 6), (60, INT2, 1)):
+        found = planned(planner, seen, allowed(b))
+        assert torch.equal(found[0] == state, torch.arange(160) < 16 * pages), b
+        assert int((found == EVICTED).sum()) == 160 - 16 * pages
+    both = replace(seen, **{n: getattr(seen, n).repeat(3, 1) for n in ("positions", "open", "state", "score")})
+    both = replace(both, lengths=torch.tensor([160, 160, 30]))
+    found = planned(planner, both, allowed(400, 399, 399, share=[0.0, 0.0, 0.0]))
+    assert [int(row.max()) for row in found] == [INT4, INT2, INT8], "a short sequence needs less to hold a third"
+    assert torch.equal(found[:1], planned(planner, seen, allowed(400))), "as it is alone"
 
 
 def test_nothing_to_decide_is_the_identity() -> None:
@@ -179,6 +194,9 @@ def test_quantize_all_keeps_the_newest_under_a_limit() -> None:
     ("make", "message"),
     [
         (lambda: ThreeStates("int5"), r"ThreeStates: quantized is 'int5', expected one of int8, int4, int2"),
+        (lambda: ThreeStates(("int2", "int4")), r"quantized is \('int2', 'int4'\), .* or some of them in this order"),
+        (lambda: ThreeStates(()), r"ThreeStates: quantized is \(\), expected"),
+        (lambda: ThreeStates(held=-0.1), r"ThreeStates: held is -0.1, expected 0 to 1"),
         (lambda: ThreeStates(full_share=1.5), r"ThreeStates: full_share is 1.5, expected 0 to 1"),
         (lambda: QuantizeAll("full"), r"QuantizeAll: format is 'full', expected one of int8, int4, int2"),
         (lambda: KeepTop().plan(replace(row([FULL]), allowance=allowed(0))), r"KeepTop: there are no scores"),

@@ -46,7 +46,7 @@ class MeanSpread(WindowVote):
 
 
 def arkv(
-    quantized: str = "int4",
+    quantized: str | tuple[str, ...] = ("int4", "int2"),
     cover: bool = True,
     scorer: Scorer | None = None,
     *,
@@ -67,19 +67,21 @@ def arkv(
     multiples of 16; sinks: first tokens kept. ValueError for parameters.
 
     The paper's settings: ``arkv("int8", cover=False, scorer=MeanSpread(spread="variance", divide="kernel"), window=32,
-    sinks=0, allocator=EntropyShare(stats="code", every=0))``. Deviations: the paper ranks by what the last queries attend to,
-    which knows little of questions that come later; the default here ranks by the keys alone, averaged over neighbours, as
-    what an answer is made of stands together; :class:`MeanSpread` is for prompts that end in their question. Few pages stay
-    Full, because coverage answers more than precision does. Its code cuts the prompt without quantizing, decides by one query
-    while decoding, and overwrites what it has quantized; here quantized tokens live on, and one plan serves prompt and
-    decoding. Its FP8 with one scale for all heads is int8 per token. The code's own count budget is not rebuilt.
+    sinks=0, allocator=EntropyShare(stats="code", every=0))``. Deviations: the paper ranks by what the last queries attend
+    to, which knows little of questions that come later; the default here ranks by the keys alone, averaged over neighbours,
+    as what an answer is made of stands together; :class:`MeanSpread` is for prompts that end in their question. Few pages
+    stay Full, and where int4 would hold few of the tokens they are int2, because coverage answers more than precision does.
+    Its code cuts the prompt without quantizing, decides by one query while decoding, and overwrites what it has quantized;
+    here quantized tokens live on, and one plan serves prompt and decoding. Its FP8 with one scale for all heads is int8 per
+    token. The code's own count budget is not rebuilt.
     """
+    planner = ThreeStates(quantized, cover)
     return Policy(
         "arkv",
-        ThreeStates(quantized, cover),
+        planner,
         KeyDiversity(KERNEL) if scorer is None else scorer,
         EntropyShare(full_share=FULL_SHARE) if allocator is None else allocator,
-        formats=(quantized,),
+        formats=planner.formats,
         sinks=sinks,
         window=window,
         interval=interval,

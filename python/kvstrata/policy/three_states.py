@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from kvstrata.ops import choose_states
 from kvstrata.policy.base import EVICTED, FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import fall, pages_of
 
+HELD = 1 / 5
+"""Of several formats, the share of all tokens that a row must hold in one of more bits: below it, answers lack tokens rather
+than precision (``bench/quality/ablations.py``)."""
 _ROUNDING = 1e-9
 """Fractions of a page that the division by float64 may lose, as in the budget's splitter."""
 
@@ -20,8 +23,10 @@ _ROUNDING = 1e-9
 class ThreeStates:
     """The highest scores stay Full, the next are quantized, the rest is evicted.
 
-    quantized: the format, "int8", "int4" or "int2"; cover: evict nothing as long as all fits quantized (ours);
-    full_share: the share r in 0..1 of a row's pages that stay Full where not all fit, for allocators that say none.
+    quantized: the format, "int8", "int4" or "int2", or several, most bits first: a row takes the first one in which its bytes
+    hold at least ``held`` of the tokens that its sequence has seen, else the last (ours); held: 0..1; cover: evict nothing as
+    long as all fits quantized (ours); full_share: the share r in 0..1 of a row's pages that stay Full where not all fit, for
+    allocators that say none.
 
     A row with b bytes beside its protected tokens, page bytes c_F and c_Q, n tokens in M = ceil(n / 16) pages:
     1. M * c_F <= b: all stay as they are. 2. cover and M * c_Q <= b: nothing is evicted,
@@ -32,15 +37,24 @@ class ThreeStates:
     here bytes count, and a quantized token is still attended to.
     """
 
-    quantized: str = "int4"
+    quantized: str | tuple[str, ...] = "int4"
     cover: bool = True
     full_share: float = 1.0
+    held: float = HELD
 
     def __post_init__(self) -> None:
-        if self.quantized not in STATES:
-            raise ValueError(f"ThreeStates: quantized is {self.quantized!r}, expected one of {', '.join(STATES)}")
-        if not 0 <= self.full_share <= 1:
-            raise ValueError(f"ThreeStates: full_share is {self.full_share}, expected 0 to 1")
+        states = [STATES.get(f, 0) for f in self.formats]
+        if 0 in states or not states or states != sorted(set(states)):
+            some = f"expected one of {', '.join(STATES)}, or some of them in this order"
+            raise ValueError(f"ThreeStates: quantized is {self.quantized!r}, {some}")
+        for name in ("full_share", "held"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ThreeStates: {name} is {getattr(self, name)}, expected 0 to 1")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that it quantizes to."""
+        return (self.quantized,) if isinstance(self.quantized, str) else self.quantized
 
     def plan(self, seen: Seen) -> Plan:
         allowance, protect = seen.allowance, seen.protected
@@ -53,18 +67,37 @@ class ThreeStates:
             raise ValueError("ThreeStates: there are no scores, expected a policy with a scorer")
         movable = seen.stored & ~protect
         full = (movable & (seen.state == FULL)).sum(1)
-        full_pages, quant_pages = self.pages(allowance, full, movable.sum(1))
-        target = STATES[self.quantized]
-        state = choose_states(seen.score, seen.state, seen.positions, protect, full_pages, quant_pages, target)
+        tokens, target = movable.sum(1), self.target(allowance, seen.lengths)
+        state = torch.zeros_like(seen.state)
+        for f in sorted(set(target.tolist())):
+            # Rows of one length and share, as those of a layer mostly are, have one format: no copies then.
+            rows = slice(None) if bool((target == f).all()) else (target == f).nonzero().flatten()
+            few = _of_rows(allowance, rows)
+            pages = self.pages(few, full[rows], tokens[rows], f)
+            state[rows] = choose_states(
+                seen.score[rows], seen.state[rows], seen.positions[rows], protect[rows], *pages, f
+            )
         return Plan(state=state)
 
-    def pages(self, allowance: Allowance, full: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def target(self, allowance: Allowance, lengths: Tensor) -> Tensor:
+        """What each row's tokens become that do not stay Full: i64 [R], as in a plan's state column.
+
+        lengths: i64 [R], tokens that each row's sequence has seen.
+        """
+        target = torch.full_like(lengths, STATES[self.formats[-1]])
+        for name in reversed(self.formats[:-1]):
+            room = _whole(allowance.bytes.clamp_min(0), allowance.page_bytes[STATES[name]]) * SLOTS
+            target = torch.where(room >= self.held * lengths, STATES[name], target)
+        return target
+
+    def pages(self, allowance: Allowance, full: Tensor, tokens: Tensor, quantized: int) -> tuple[Tensor, Tensor]:
         """Pages that stay Full and pages that are quantized: i64 [R] each.
 
-        full: i64 [R], unprotected tokens that are still Full; tokens: i64 [R], all unprotected ones.
+        full: i64 [R], unprotected tokens that are still Full; tokens: i64 [R], all unprotected ones; quantized: the state of
+        the others.
         """
         b = allowance.bytes.clamp_min(0)
-        c_full, c_quant = allowance.page_bytes[FULL], allowance.page_bytes[STATES[self.quantized]]
+        c_full, c_quant = allowance.page_bytes[FULL], allowance.page_bytes[quantized]
         most = pages_of(tokens)
         covering = _whole((b - most * c_quant), max(c_full - c_quant, 1))
         covers = (most * c_quant <= b) & self.cover
@@ -87,3 +120,8 @@ class ThreeStates:
 
 def _whole(values: Tensor, by: int) -> Tensor:
     return torch.div(values, by, rounding_mode="floor")
+
+
+def _of_rows(allowance: Allowance, rows: Tensor | slice) -> Allowance:
+    share = allowance.full_share
+    return replace(allowance, bytes=allowance.bytes[rows], full_share=None if share is None else share[rows])
