@@ -2,8 +2,8 @@
 
     python bench/quality/ablations.py --variants arkv,evict,int4,int2 --budgets 12.5% --n 100 --jobs 2 --out results/twins
 
-A run like those of ``kvstrata eval``: a folder, resumable, with a report; its policies are the variants named below. Writes
-OUT.md and OUT.json too where --publish names a stem.
+A run like those of ``kvstrata eval`` for each seed: a folder, resumable, with a report; its policies are the variants named
+below. Writes a table over all seeds as STEM.md and STEM.json where --publish names a stem.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kvstrata.cli.output import Output
 from kvstrata.hf.cache import KVCache
 from kvstrata.policy import KeepTop, KeyDiversity, MeanSpread, Policy, ThreeStates, arkv, h2o, keydiff, kivi
 from kvstrata.policy.arkv import FULL_SHARE, KERNEL
-from kvstrata.quality import report
+from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
-from kvstrata.quality.run import Config, Run
+from kvstrata.quality.run import MODES, Config, Key, Record, Run
 from kvstrata.quality.tasks import RETRIEVAL
 
 OQ = {"E": 0, "V": 1, "K": 2}
@@ -69,6 +69,10 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "no pooling": ("key diversity of each token alone", arkv(scorer=KeyDiversity())),
     "window vote": ("ranks by what the last queries attend to", arkv(scorer=MeanSpread())),
     "window vote max": ("so, at most over plans: max(.95 old, new)", arkv(scorer=MeanSpread(), combine="max")),
+    "window vote max int4": (
+        "so, and int4 or Evicted only",
+        replace(arkv(scorer=MeanSpread(), combine="max"), planner=ThreeStates("int4", True, 0.0), allocator=Uniform()),
+    ),
     "knapsack": ("bf16, int4, int2 by window mass per byte", mass(("bf16", "int4", "int2"))),
     "knapsack bf16": ("bf16 or Evicted by window mass per byte", mass(("bf16",))),
     "h2o": ("Full or Evicted by accumulated mass", h2o()),
@@ -91,20 +95,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", default="25%,12.5%", metavar="B,..")
     parser.add_argument("--length", type=positive, default=2048)
     parser.add_argument("--n", type=positive, default=100, help="contexts per task")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=positive, default=1, help="contexts of so many seeds, from 0 on")
+    parser.add_argument(
+        "--mode", choices=MODES, default="query-agnostic", help="where the question is seen (kvstrata eval)"
+    )
     parser.add_argument("--jobs", type=positive, default=1)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--publish", type=Path, metavar="STEM", help="writes STEM.md and STEM.json")
     return parser.parse_args()
 
 
-def paired(run: Run, name: str, budget: str) -> tuple[float, float]:
+def joined(runs: list[Run]) -> dict[Key, Record]:
+    """The records of the runs of several seeds as those of one run."""
+    found: dict[Key, Record] = {}
+    for run in runs:
+        for (task, length, index, name, budget), record in run.records.items():
+            found[task, length, index + run.config.n * run.config.seed, name, budget] = record
+    return found
+
+
+def paired(records: dict[Key, Record], tasks: tuple[str, ...], name: str, budget: str) -> tuple[float, float]:
     """Mean difference to arkv over tasks, on the same contexts, and half of its 95 % interval."""
     means, variances = [], []
-    for task in run.config.tasks:
+    for task in tasks:
         found = []
-        for (t, length, index, contender, b), record in run.records.items():
-            base = run.records.get((t, length, index, "arkv", b))
+        for (t, length, index, contender, b), record in records.items():
+            base = records.get((t, length, index, "arkv", b))
             if (t, contender, b) == (task, name, budget) and base and "scores" in base and "scores" in record:
                 found.append(fmean(record["scores"]) - fmean(base["scores"]))
         if len(found) < 2:
@@ -114,22 +130,22 @@ def paired(run: Run, name: str, budget: str) -> tuple[float, float]:
     return fmean(means), 1.96 * sum(variances) ** 0.5 / len(means)
 
 
-def section(run: Run, numbers: dict[str, Any]) -> Section:
+def section(records: dict[Key, Record], summary: list[dict[str, Any]], config: Config, seeds: int) -> Section:
     """One line per variant and budget, in order of the variants."""
     body = []
     order = {name: i for i, name in enumerate(VARIANTS)}
-    for s in sorted(numbers["summary"], key=lambda s: (-Budget.parse(s["budget"]).value, order[s["contender"]])):
+    for s in sorted(summary, key=lambda s: (-Budget.parse(s["budget"]).value, order[s["contender"]])):
         name, budget = s["contender"], s["budget"]
         if "refused" in s:
             body.append([name, VARIANTS[name][0], budget, "refused", "-", "-", "-"])
             continue
-        difference, half = paired(run, name, budget)
+        difference, half = paired(records, config.tasks, name, budget)
         said = "-" if name == "arkv" or difference != difference else f"{100 * difference:+.1f} \u00b1 {100 * half:.1f}"
         held = f"{100 * s['bytes_share']:.1f}"
         body.append([name, VARIANTS[name][0], budget, f"{100 * s['accuracy']:.1f}", report.spread(s), said, held])
     said = (
-        f"Exact match in per cent, mean over {', '.join(run.config.tasks)}, {run.config.n} contexts of each, "
-        f"{run.config.lengths[0]} tokens, query-agnostic; difference to `arkv` on the same contexts; KV bytes in per cent of "
+        f"Exact match in per cent, mean over {', '.join(config.tasks)}, {seeds} x {config.n} contexts of each (seeds x n), "
+        f"{config.lengths[0]} tokens, {config.mode}; difference to `arkv` on the same contexts; KV bytes in per cent of "
         "the dense cache's."
     )
     header = ["variant", "what", "budget", "mean", "interval", "difference", "KV bytes"]
@@ -142,13 +158,21 @@ def main() -> int:
     if unknown := [name for name in names if name not in VARIANTS]:
         return out.fail(f"variants: {unknown[0]!r} is unknown, expected some of {', '.join(VARIANTS)}")
     budgets = tuple(b.strip() for b in args.budgets.split(","))
-    config = Config(args.model, RETRIEVAL, tuple(names), (), budgets, (args.length,), args.n, args.seed, jobs=args.jobs)
-    run = Run(args.out, config)
-    with out.progress("examples", len(run.units())) as advance:
-        run.work(lambda unit: advance(unit.task))
-    _, numbers = report.make(args.out, run.complaints)
+    runs = []
+    for seed in range(args.seeds):
+        one = Config(
+            args.model, RETRIEVAL, tuple(names), (), budgets, (args.length,), args.n, seed, args.mode, jobs=args.jobs
+        )
+        run = Run(args.out / f"seed-{seed}", one)
+        with out.progress(f"seed {seed}", len(run.units())) as advance:
+            run.work(lambda unit: advance(unit.task))
+        report.make(run.folder, run.complaints)
+        runs.append(run)
+    records = joined(runs)
+    summary = metrics.summary(metrics.cells(records))
     args.out = args.publish
-    publish(out, "What each part of a policy is worth", args, numbers["summary"], [section(run, numbers)])
+    made = section(records, summary, runs[0].config, args.seeds)
+    publish(out, "What each part of a policy is worth", args, summary, [made])
     return 0
 
 
