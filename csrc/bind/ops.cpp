@@ -4,6 +4,7 @@
 #include "bind/bind.h"
 #include "bind/tensors.h"
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "common/layout.h"
 #include "ops/append.h"
 #include "ops/attend.h"
@@ -328,6 +329,9 @@ void bind_ops(py::module_& m) {
     convert("pack", &ops::pack);
     convert("unpack", &ops::unpack);
     m.def("page_bytes", &bytes_of_page, py::arg("format"), py::arg("head_dim"));
+    m.def(
+        "hint_huge_pages", [](uintptr_t data, int64_t bytes) { hint_huge_pages(reinterpret_cast<void*>(data), bytes); },
+        py::arg("data"), py::arg("bytes"));
     m.def("scale_groups", &groups_of_vector, py::arg("format"), py::arg("head_dim"));
     m.def("supported", &supported);
 }

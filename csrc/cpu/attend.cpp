@@ -13,7 +13,6 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kAhead = 1;           // pages prefetched ahead, measured: more push each other out of a 32 KiB cache
 constexpr int64_t kAloneWork = 64;  // pages in all below which the caller works alone
 
 // One unit of work: a chunk of a row's entries for all its query rows, or all entries for one tile of them.
@@ -65,16 +64,32 @@ class Unit {
             const int64_t at = token(first + i) * row_.q_stride_t + (first + i) % p_.group * row_.q_stride_g;
             float* const q = s_.q + static_cast<int64_t>(i) * stride_;
             kernels_.convert(q, DType::f32, static_cast<const char*>(row_.q) + at * bytes, p_.q_dtype, p_.head_dim);
+            std::fill(q + p_.head_dim, q + stride_, 0.0f);
         }
     }
 
-    // The page `kAhead` entries on, if this unit will read it.
-    const unsigned char* ahead_of(int entry, int end) const {
-        const int next = entry + kAhead;
-        return next < end && visible_slots(row_, next) ? page_at(p_.pools, row_.pages[next]) : nullptr;
+    // Up to kBlock pages of a format that a row reads from `entry` on.
+    void look_ahead(const ops::AttendRow& row, int entry, int end, Format format, PageBlock& block) const {
+        int n = 0;
+        for (int e = entry; e < end && n < kBlock; ++e) {
+            if (!visible_slots(row, e)) continue;
+            if (p_.pools[page_pool(row.pages[e])].format != format) break;
+            block.ahead[n++] = page_at(p_.pools, row.pages[e]);
+        }
+        block.ahead[n] = nullptr;
     }
 
-    // Before a quantized page: a unit pays for the rotation once it meets the first.
+    // What comes after `entry`: more of this unit, or the unit that its thread will most likely do next.
+    void look_ahead(int entry, int end, Format format, PageBlock& block) const {
+        if (entry < end) return look_ahead(row_, entry, end, format, block);
+        const int next = cut_.first_unit + index_ + 1;
+        if (!cut_.split || next >= plan_.units()) return look_ahead(row_, 0, 0, format, block);
+        const int r = plan_.row_of(next);
+        const RowPlan& cut = plan_.row(r);
+        look_ahead(p_.rows[r], (next - cut.first_unit) * cut.chunk, cut.entries, format, block);
+    }
+
+    // Before quantized pages: a unit pays for the rotation once it meets the first.
     void expect_quantized(AttendTile& tile, Format format) {
         tile.group = group_size(format, p_.head_dim);
         if (tile.acc_rotated) return;
@@ -89,24 +104,43 @@ class Unit {
         std::fill_n(acc, static_cast<int64_t>(n) * stride_, 0.0f);
         std::fill_n(s_.sum, n * kSlots, 0.0f);
         std::fill_n(s_.maximum, n, kMinusInf);
-        AttendTile tile{s_.q,     acc,        s_.maximum, s_.sum,   s_.z, s_.p,        s_.rescale,
-                        s_.live,  s_.decoded, s_.masks,   nullptr,  n,    p_.head_dim, stride_,
-                        p_.scale, p_.softcap, nullptr,    s_.query, 0};
+        AttendTile tile{s_.q,     acc, s_.maximum,  s_.sum,  s_.z,     s_.p,       s_.rescale, s_.live,  s_.decoded,
+                        s_.masks, n,   p_.head_dim, stride_, p_.scale, p_.softcap, nullptr,    s_.query, 0};
         const int first_query = first / p_.group, last_query = (first + n - 1) / p_.group;
         MaskWalk walk(p_, row_, first_query, last_query - first_query + 1, begin);
+        PageBlock block{};
+        int entries[kBlock];
+        Format format{};
         for (int e = begin; e < end; ++e) {
-            if (walk.next(e, s_.query_masks)) {
-                for (int i = 0; i < n; ++i) s_.masks[i] = s_.query_masks[(first + i) / p_.group - first_query];
-                tile.bias = row_.bias ? row_.bias + static_cast<int64_t>(e) * kSlots : nullptr;
-                const PageId id = row_.pages[e];
-                const Format format = p_.pools[page_pool(id)].format;
-                if (!is_full(format)) expect_quantized(tile, format);
-                kernels_.attend_page[static_cast<int>(format)](tile, page_at(p_.pools, id), ahead_of(e, end));
-            } else if (row_.logits) {
-                std::fill_n(s_.z, n * kSlots, kMinusInf);
+            if (!walk.next(e, s_.query_masks)) {
+                for (int i = 0; row_.logits && i < n; ++i) std::fill_n(logits(first + i, e), kSlots, kMinusInf);
+                continue;
             }
-            for (int i = 0; row_.logits && i < n; ++i) std::copy_n(s_.z + i * kSlots, kSlots, logits(first + i, e));
+            const PageId id = row_.pages[e];
+            const Format now = p_.pools[page_pool(id)].format;
+            if (block.count == kBlock || (block.count && now != format))
+                visit(tile, block, format, first, entries, e, end);
+            format = now;
+            const int j = block.count++;
+            entries[j] = e;
+            block.pages[j] = page_at(p_.pools, id);
+            block.bias[j] = row_.bias ? row_.bias + static_cast<int64_t>(e) * kSlots : nullptr;
+            for (int i = 0; i < n; ++i) s_.masks[i * kBlock + j] = s_.query_masks[(first + i) / p_.group - first_query];
         }
+        if (block.count) visit(tile, block, format, first, entries, end, end);
+    }
+
+    // Adds a block to the tile of query rows from `first` on and empties it; `next` is the entry that comes after it.
+    void visit(AttendTile& tile, PageBlock& block, Format format, int first, const int* entries, int next, int end) {
+        look_ahead(next, end, format, block);
+        if (!is_full(format)) expect_quantized(tile, format);
+        kernels_.attend_block[static_cast<int>(format)](tile, block);
+        for (int i = 0; row_.logits && i < tile.rows; ++i) {
+            for (int j = 0; j < block.count; ++j) {
+                std::copy_n(tile.z + (i * kBlock + j) * kSlots, kSlots, logits(first + i, entries[j]));
+            }
+        }
+        block.count = 0;
     }
 
     // acc to outputs, sums to log-sum-exps; what quantized pages gave is rotated back, once. A row that read nothing keeps

@@ -36,9 +36,11 @@ int tile_rows(const ops::AttendParams& p) {
 }
 
 int64_t scratch_bytes(int rows, int stride) {
-    const int64_t floats = static_cast<int64_t>(rows) * (2 * stride + 3 * kSlots) + 2 * kSlots * stride;
+    const int64_t lanes = kSlots + 2 * kBlock * kSlots;
+    const int64_t floats = static_cast<int64_t>(rows) * (2 * stride + lanes) + kSlots * stride;
     const int64_t rotated = static_cast<int64_t>(rows) * stride * 6;  // and codes
-    return round64(floats * 4) + round64(rotated) + 4 * round64(rows * 4) + 3 * round64(rows * 2);
+    return round64(floats * 4) + round64(rotated) + 4 * round64(rows * 4) + 2 * round64(rows * 2) +
+           round64(rows * 2 * kBlock);
 }
 
 int trimmed(const ops::AttendRow& row) {
@@ -114,15 +116,15 @@ Scratch Plan::scratch(int worker) const {
     Scratch s;
     s.q = floats(rows * stride_);
     s.acc = floats(rows * stride_);
-    s.decoded = floats(2 * static_cast<int64_t>(kSlots) * stride_);
+    s.decoded = floats(static_cast<int64_t>(kSlots) * stride_);
     s.sum = floats(rows * kSlots);
-    s.z = floats(rows * kSlots);
-    s.p = floats(rows * kSlots);
+    s.z = floats(rows * kBlock * kSlots);
+    s.p = floats(rows * kBlock * kSlots);
     s.maximum = floats(round64(rows * 4) / 4);
     s.rescale = floats(round64(rows * 4) / 4);
     s.live = lanes(rows);
-    s.masks = lanes(rows);
     s.query_masks = lanes(rows);
+    s.masks = lanes(rows * kBlock);
     s.query.delta = floats(round64(rows * 4) / 4);
     s.query.centre = floats(round64(rows * 4) / 4);
     s.acc_rotated = floats(rows * stride_);

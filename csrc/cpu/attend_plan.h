@@ -23,11 +23,12 @@ struct RowPlan {
 
 // Scratch of one thread, carved from the workspace.
 struct Scratch {
-    float *q, *acc, *decoded;              // [kTileRows, D'], same, [2, 16 * D']     D' = padded head_dim
-    float *maximum, *rescale;              // [kTileRows]
-    float *sum, *z, *p;                    // [kTileRows, 16]
-    uint16_t *live, *masks, *query_masks;  // [kTileRows]
-    float* acc_rotated;                    // [kTileRows, D'] of quantized pages, like `query`
+    float *q, *acc, *decoded;      // [kTileRows, D'], same, [16 * D']     D' = padded head_dim
+    float *maximum, *rescale;      // [kTileRows]
+    float *sum, *z, *p;            // [kTileRows, 16], the others [kTileRows, kBlock, 16]
+    uint16_t *live, *query_masks;  // [kTileRows]
+    uint16_t* masks;               // [kTileRows, kBlock]
+    float* acc_rotated;            // [kTileRows, D'] of quantized pages, like `query`
     QueryCodes query;
 };
 

@@ -71,6 +71,7 @@ void fill(Isa level, Kernels* table) {
 #define KVSTRATA_FILL(name)                 \
     case Isa::name:                         \
         name::fill_attend(table);           \
+        name::fill_attend_pairs(table);     \
         name::fill_attend_quantized(table); \
         name::fill_elements(table);         \
         name::fill_encode(table);           \
@@ -113,8 +114,8 @@ struct Levels {
             if (available) {
                 if (i) tables[i] = tables[i - 1];
                 fill(static_cast<Isa>(i), &tables[i]);
-                const auto& page = tables[i].attend_page;  // a level's own kernels attend, if they do anything
-                const bool own = i == 0 || !std::equal(page, page + std::size(page), tables[i - 1].attend_page);
+                const auto& block = tables[i].attend_block;  // a level's own kernels attend, if they do anything
+                const bool own = i == 0 || !std::equal(block, block + std::size(block), tables[i - 1].attend_block);
                 if (own) info[i].kernels = kNames[i];
             } else if (below.empty()) {
                 below = std::string("needs ") + kNames[i] + ": " + reason;

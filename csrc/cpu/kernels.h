@@ -19,19 +19,28 @@ struct QueryCodes {
     float* centre;   // [rows] q . centre
 };
 
+inline constexpr int kBlock = 8;  // pages that visit a tile together: one softmax step for all of them
+
+// Pages of one format in the order of their list.
+struct PageBlock {
+    const unsigned char* pages[kBlock];
+    const unsigned char* ahead[kBlock + 1];  // of the same format: what to prefetch meanwhile, ends with null
+    const float* bias[kBlock];               // [16] each, or null
+    int32_t count;                           // 1..kBlock
+};
+
 // The running online softmax of up to kTileRows query rows over the pages of one KV row.
 struct AttendTile {
-    const float* q;         // [rows, stride] queries, f32
+    const float* q;         // [rows, stride] queries, f32; 0 beyond head_dim
     float* acc;             // [rows, stride] sum of p * v over full pages, relative to `maximum`
     float* maximum;         // [rows]         running maximum of z, -inf before the first slot
     float* sum;             // [rows, 16]     running sum of p, one lane per slot
-    float* z;               // [rows, 16]     out: the page's logits, -inf where unread
-    float* p;               // [rows, 16]     scratch
+    float* z;               // [rows, kBlock, 16] out: the pages' logits, -inf where unread
+    float* p;               // [rows, kBlock, 16] scratch
     float* rescale;         // [rows]         scratch
     uint16_t* live;         // [rows]         scratch
-    float* decoded;         // [2, stride * 16] scratch: a 16-bit page as f32, when many rows read it
-    const uint16_t* masks;  // [rows]         slots each row may read
-    const float* bias;      // [16] or null
+    float* decoded;         // [stride * 16]  scratch: half a 16-bit page as f32, when many rows read it
+    const uint16_t* masks;  // [rows, kBlock] slots each row may read
     int32_t rows, head_dim, stride;
     float scale, softcap;
     // Read by quantized pages only; acc_rotated is null until a unit meets its first one.
@@ -55,11 +64,8 @@ struct WindowTile {
 };
 
 struct Kernels {
-    // Adds one page to the tile; `ahead` is a page to prefetch meanwhile. Indexed by Format.
-    void (*attend_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
-    // Only the page's finished logits, tile.z. Reads q or query and group, masks, bias, scale, softcap;
-    // writes z and `decoded`.
-    void (*logits_page[6])(const AttendTile& tile, const unsigned char* page, const unsigned char* ahead);
+    // Adds a block of pages to the tile. Indexed by Format.
+    void (*attend_block[6])(const AttendTile& tile, const PageBlock& block);
 
     // Codes (QueryCodes) of one rotated query [dim]; returns its delta.
     float (*encode_query)(const float* rotated, int32_t dim, int16_t* codes);
@@ -147,6 +153,7 @@ struct Kernels {
 #define KVSTRATA_LEVEL(level)                   \
     namespace level {                           \
     void fill_attend(Kernels* table);           \
+    void fill_attend_pairs(Kernels* table);     \
     void fill_attend_quantized(Kernels* table); \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \

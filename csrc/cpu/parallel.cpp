@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "cpu/openmp.h"
@@ -19,15 +20,19 @@ struct Job {
     std::atomic<int> workers{0};
 };
 
-// What every thread of the team runs. A runtime may send fewer threads than asked for, so nothing is dealt out ahead.
+// What every thread of the team runs. A runtime may send fewer threads than asked for, so nothing is dealt out ahead; units
+// are taken in runs, a share of what is left, so that what a thread does next is mostly the next unit, and the last ones are
+// taken one by one.
 void take_units(void* context) {
     Job& job = *static_cast<Job*>(context);
     const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
     if (worker >= job.threads) return;
-    for (;;) {
-        const int64_t unit = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (unit >= job.units) return;
-        job.body(job.context, unit, worker);
+    int64_t first = job.next.load(std::memory_order_relaxed);
+    while (first < job.units) {
+        const int64_t run = std::max<int64_t>(1, (job.units - first) / (4 * job.threads));
+        if (!job.next.compare_exchange_weak(first, first + run, std::memory_order_relaxed)) continue;
+        for (int64_t unit = first; unit < first + run; ++unit) job.body(job.context, unit, worker);
+        first = job.next.load(std::memory_order_relaxed);
     }
 }
 

@@ -1,10 +1,9 @@
 // Memory of a store: slabs come in, empty ones go out, pages move between slabs so that slabs run empty.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "common/layout.h"
 #include "store/store.h"
 
@@ -18,14 +17,6 @@ Format full_format(DType dtype) {
         case DType::f16: return Format::f16;
         default: throw Unsupported("Store: dtype is not float32, bfloat16 or float16");
     }
-}
-
-// Asks for huge pages on the whole pages of a range. A refusal is not an error.
-void hint_huge(unsigned char* data, int64_t bytes) {
-    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 }  // namespace
@@ -101,7 +92,7 @@ void Store::refit(int tail, int queries) {
 int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages) {
     check(pool >= 0 && pool < n_pools(), "lend: pool is ", pool, ", expected 0..", n_pools() - 1);
     const int slab = pools_[pool].lend(payload, positions, n_pages);
-    hint_huge(payload, n_pages * info_[pool].page_bytes);
+    hint_huge_pages(payload, n_pages * info_[pool].page_bytes);
     return slab;
 }
 

@@ -76,6 +76,8 @@ class Pool:
             raise ValueError(f"Pool.allocate: pages is {pages}, expected 0 to 65536")
         size = pages * (page_bytes(format, head_dim) + _POSITION_BYTES)
         memory = tuple(torch.empty(size, dtype=torch.uint8) for _ in range(slabs))
+        for slab in memory:
+            _C.hint_huge_pages(slab.data_ptr(), size)
         return cls(format, head_dim, memory, (pages,) * slabs)
 
     @property

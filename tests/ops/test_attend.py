@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import make_case
-from tolerances import LOGITS, LSE, MASS, assert_close, assert_close_rows, out_tolerance
+from tolerances import LOGITS, LOGITS_PAIRS, LSE, MASS, OUT_PAIRS, assert_close, assert_close_rows, out_tolerance
 
 from kvstrata import _C, ops, reference
 
@@ -190,14 +190,30 @@ def test_bias_log_n_is_n_copies(isa: str) -> None:
     bias[0, 1] = math.log(3)
     weighted = case.attend(bias=bias)
     copies = case.attend(pages=case.pages[:, [0, 1, 1, 1, 2, 3]], visible=case.visible[:, [0, 1, 1, 1, 2, 3]])
-    assert_close_rows(weighted[0], copies[0], 1e-6)
+    assert_close_rows(weighted[0], copies[0], OUT_PAIRS if pairs(isa) else 1e-6)
     assert_close(weighted[1], copies[1], LSE)
+
+
+def pairs(isa: str) -> bool:
+    """Whether bf16 pages are read by products of bf16."""
+    return isa in ("avx512_bf16", "amx")
+
+
+@pytest.mark.parametrize("dim", [17, 64])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_logits_of_f32_queries(isa: str, queries: int, dim: int) -> None:
+    """Over bf16 pages: exact products, or 16 bits of each query."""
+    case = make_case([9, 20], queries=queries, dim=dim, masks="tail15")
+    _, _, z = case.attend(want_logits=torch.empty(2, 4, queries, 20, 16))
+    ref = reference.logits(case.q.double(), case.k, case.read(), case.q.shape[-1] ** -0.5)
+    assert_close(z, ref, LOGITS_PAIRS if pairs(isa) else LOGITS)
 
 
 @pytest.mark.parametrize("queries", [1, 30])
 def test_logits_and_mass(isa: str, queries: int) -> None:
     own = torch.tensor([queries, 0], dtype=torch.int32)
     case = make_case([9, 20], queries=queries, masks="tail15", holes=0.1, own=own, softcap=20.0)
+    case.q = case.q.bfloat16()
     case.pages[:, -2:] = -1
     buffer = torch.full((2, 4, queries, 20, 16), float("nan"))
     out, lse, mass, z = case.attend(want_logits=buffer, want_mass=True)

@@ -19,6 +19,10 @@ OUT_F16_OUTPUT = 5e-4
 LSE = 5e-6
 # Logits: relative to the largest; f32 dot products of up to 512 terms.
 LOGITS = 2e-6
+# Levels with bf16 products (avx512_bf16 and up) read bf16 pages so: p, and a query that is not bf16 itself, are two terms of 8
+# bits, off by up to 2^-17 of each factor. Measured: logits 1.4e-5, outputs 3e-6.
+LOGITS_PAIRS = 3e-5
+OUT_PAIRS = 1e-5
 # Logits of quantized pages: sqrt D terms, each off by up to max |R q| / 65278 times its code's value; and log-sum-exps of
 # them.
 LOGITS_QUANTIZED = 5e-4

@@ -1,7 +1,7 @@
-// attend, one quantized page at a time, in the rotated domain and in whole numbers.
+// attend, a block of quantized pages at a time, in the rotated domain and in whole numbers.
 //
 // QK: R q = delta * n with n of 16 bits, so n . c of a group is an exact sum: the same bits at every level.
-// PV: p * s of a page's slots = sigma * n likewise, one sigma per row, page and group of dims. Codes are expanded to 16
+// PV: p * s of a block's slots = sigma * n likewise, one sigma per row, block and group of dims. Codes are expanded to 16
 // bits in registers; codes of hidden slots are whole numbers like any other, so only their scales and logits are masked.
 #include "cpu/kernels/level.h"
 #if KV_DOT_KERNELS
@@ -43,10 +43,10 @@ KV_INLINE void dot_fields(I (&sum)[N][2], I line, const int16_t* numbers, int st
     }
 }
 
-// z[n, slot] = q[n] . k[slot] for N rows from `row` on: delta * (sum over groups of scale * n . c) + q . centre.
+// z[n, page, slot] = q[n] . k[slot] for N rows from `row` on: delta * (sum over groups of scale * n . c) + q . centre.
 template <Format F, int N>
-KV_INLINE void qk(const AttendTile& t, int row, const unsigned char* k, const unsigned char* scales,
-                  const unsigned char* ahead) {
+KV_INLINE void qk(const AttendTile& t, int row, int page, const unsigned char* k, const unsigned char* scales,
+                  Ahead* ahead) {
     constexpr int kLineDims = 4 * kShare<F>;
     const int group = t.group;
     const int16_t* numbers = t.query.codes + row * t.stride;
@@ -58,10 +58,7 @@ KV_INLINE void qk(const AttendTile& t, int row, const unsigned char* k, const un
             sum[n][0] = sum[n][1] = none();
         }
         for (int d = 0; d < group; d += kLineDims, k += 64, numbers += kLineDims) {
-            if (ahead) {
-                prefetch(ahead);
-                ahead += 64;
-            }
+            if (ahead) ahead->fetch(1);
             dot_fields<kBits<F>, 0>(sum, load_line(k), numbers, t.stride);
         }
         const V scale = load_bf16(scales + g * kSlots * 2);
@@ -69,54 +66,75 @@ KV_INLINE void qk(const AttendTile& t, int row, const unsigned char* k, const un
     }
     for (int n = 0; n < N; ++n) {
         const V whole_z = add(mul(z[n], set1(t.query.delta[row + n])), set1(t.query.centre[row + n]));
-        store(t.z + (row + n) * kSlots, whole_z);
+        store(t.z + lanes_at(row + n, page), whole_z);
     }
 }
 
-// The scales of V of a page, of slots that some row reads, as shares of the largest of their group.
+// The scales of V of a block, of slots that some row reads, as shares of the largest of their group.
 struct Shares {
-    float of[kMaxGroups][kSlots];  // 0 where no row reads the slot or its scale is not finite
+    float of[kBlock][kMaxGroups][kSlots];  // 0 where no row reads the slot or its scale is not finite
     float most[kMaxGroups];
-    uint16_t bad[kMaxGroups];  // slots whose scale is not finite
+    uint16_t bad[kBlock][kMaxGroups];  // slots whose scale is not finite
 };
-KV_INLINE void find_shares(Shares& shares, const unsigned char* scales, int count, uint16_t read) {
+KV_INLINE void find_shares(Shares& shares, const AttendTile& t, const PageBlock& b, int64_t scales, int count) {
+    V most[kMaxGroups];
+    for (int g = 0; g < count; ++g) most[g] = zero();
+    for (int j = 0; j < b.count; ++j) {
+        uint16_t read = 0;
+        for (int row = 0; row < t.rows; ++row) read |= mask_of(t, row, j);
+        for (int g = 0; g < count; ++g) {
+            const V s = load_bf16(b.pages[j] + scales + g * kSlots * 2);
+            const uint16_t finite = less(magnitude(s), set1(__builtin_inff()));
+            const V plain = blend(read & finite, s, zero());
+            shares.bad[j][g] = static_cast<uint16_t>(~finite);
+            store(shares.of[j][g], plain);
+            most[g] = max(magnitude(plain), most[g]);
+        }
+    }
     for (int g = 0; g < count; ++g) {
-        const V s = load_bf16(scales + g * kSlots * 2);
-        const uint16_t finite = less(magnitude(s), set1(__builtin_inff()));
-        const V plain = blend(read & finite, s, zero());
-        const float most = max_lane(magnitude(plain));
-        shares.most[g] = most;
-        shares.bad[g] = static_cast<uint16_t>(~finite);
-        store(shares.of[g], mul(plain, set1(most >= kLeastScale ? 1.0f / most : 0.0f)));
+        shares.most[g] = max_lane(most[g]);
+        const V inverse = set1(shares.most[g] >= kLeastScale ? 1.0f / shares.most[g] : 0.0f);
+        for (int j = 0; j < b.count; ++j) store(shares.of[j][g], mul(load(shares.of[j][g]), inverse));
     }
 }
 
-// p * scale of N rows as numbers of 16 bits: sigma * n, for each group of dims.
+// p * scale of N rows as numbers of 16 bits: sigma * n, for each group of dims; one sigma for a block, whose pages share
+// their sums: 128 slots of 32639 * 127 stay below 2^30.
 template <int N>
 struct Weights {
-    int16_t n[N][kMaxGroups][kSlots];
+    int16_t n[kMaxGroups][kBlock][N][kSlots];
     float sigma[N][kMaxGroups];
 };
 template <int N>
-KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, int row, const Shares& shares, int count) {
+KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, const PageBlock& b, int row, const Shares& shares,
+                            int count) {
     for (int n = 0; n < N; ++n) {
-        const V p = load(t.p + (row + n) * kSlots);
-        const float most = max_lane(p);
-        const V part = mul(p, set1(most >= kLeast ? kMost / most : 0.0f));
-        const bool broken = differ(p, p);
+        V largest = zero();
+        bool broken = false;
+        for (int j = 0; j < b.count; ++j) {
+            const V p = load(t.p + lanes_at(row + n, j));
+            broken |= differ(p, p) != 0;
+            largest = max(p, largest);
+        }
+        const float most = max_lane(largest);
+        const V inverse = set1(most >= kLeast ? kMost / most : 0.0f);
         for (int g = 0; g < count; ++g) {
-            const bool bad = broken || (shares.bad[g] & t.live[row + n]);
+            bool bad = broken;
+            for (int j = 0; j < b.count; ++j) bad |= (shares.bad[j][g] & mask_of(t, row + n, j)) != 0;
             w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
-            store_quads(w.n[n][g], bad ? zero() : mul(part, load(shares.of[g])));
+            for (int j = 0; j < b.count; ++j) {
+                const V part = mul(load(t.p + lanes_at(row + n, j)), inverse);
+                store_quads(w.n[g][j][n], bad ? zero() : mul(part, load(shares.of[j][g])));
+            }
         }
     }
 }
 
 // acc_rotated[n] = acc_rotated[n] * rescale[n] + sum over slots of p * R v, for N rows, in W groups of sixteen dims from d
-// on, all of scale group g.
+// on, all of scale group g; v: bytes from a page to its values.
 template <Format F, int N, int W>
-KV_INLINE void pv(const AttendTile& t, int row, int d, int g, const Weights<N>& w, const unsigned char* v,
-                  const unsigned char* ahead) {
+KV_INLINE void pv(const AttendTile& t, const PageBlock& b, int row, int d, int g, const Weights<N>& w, int64_t v,
+                  Ahead* ahead) {
     constexpr int kLines = 4 / kShare<F>;
     I sum[W][N][2];
     for (int n = 0; n < N; ++n) {
@@ -124,12 +142,14 @@ KV_INLINE void pv(const AttendTile& t, int row, int d, int g, const Weights<N>& 
             sum[i][n][0] = sum[i][n][1] = none();
         }
     }
-    for (int line = 0; line < kLines; ++line) {
-        const int64_t at = (static_cast<int64_t>(line) * t.head_dim + d) * 4;
-        for (int i = 0; i < W; ++i) {
-            if (ahead) prefetch(ahead + at + 64 * i);
-            dot_fields<kBits<F>, 0>(sum[i], load_line(v + at + 64 * i), w.n[0][g] + 4 * kShare<F> * line,
-                                    kMaxGroups * kSlots);
+    for (int j = 0; j < b.count; ++j) {
+        for (int line = 0; line < kLines; ++line) {
+            const int64_t at = (static_cast<int64_t>(line) * t.head_dim + d) * 4;
+            for (int i = 0; i < W; ++i) {
+                if (ahead) ahead->fetch(1);
+                dot_fields<kBits<F>, 0>(sum[i], load_line(b.pages[j] + v + at + 64 * i),
+                                        w.n[g][j][0] + 4 * kShare<F> * line, kSlots);
+            }
         }
     }
     for (int n = 0; n < N; ++n) {
@@ -142,67 +162,56 @@ KV_INLINE void pv(const AttendTile& t, int row, int d, int g, const Weights<N>& 
 }
 
 template <Format F>
-void all_qk(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
-    const unsigned char* const scales = page + 2 * half_page<F>(t);
+void all_qk(const AttendTile& t, const PageBlock& b, int page, Ahead* ahead) {
+    const int64_t half = half_page<F>(t);
+    const unsigned char* const k = b.pages[page];
     for (int row = 0; row < t.rows; row += kTile, ahead = nullptr) {
         with_rows(t.rows - row < kTile ? t.rows - row : kTile,
-                  [&](auto rows) { qk<F, rows.n>(t, row, page, scales, ahead); });
+                  [&](auto rows) { qk<F, rows.n>(t, row, page, k, k + 2 * half, ahead); });
     }
 }
 
 template <Format F, int N>
-KV_INLINE void pv_rows(const AttendTile& t, int row, const Shares& shares, const unsigned char* v,
-                       const unsigned char* ahead) {
+KV_INLINE void pv_rows(const AttendTile& t, const PageBlock& b, int row, const Shares& shares, Ahead* ahead) {
     Weights<N> w;
     const int group = t.group;
-    find_weights(w, t, row, shares, t.head_dim / group);
+    const int64_t v = half_page<F>(t);
+    find_weights(w, t, b, row, shares, t.head_dim / group);
     for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
         int d = first;
-        for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) pv<F, N, kPvWide>(t, row, d, g, w, v, ahead);
-        for (; d < first + group; d += 16) pv<F, N, 1>(t, row, d, g, w, v, ahead);
+        for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) {
+            pv<F, N, kPvWide>(t, b, row, d, g, w, v, ahead);
+        }
+        for (; d < first + group; d += 16) pv<F, N, 1>(t, b, row, d, g, w, v, ahead);
     }
 }
 
 template <Format F>
-void all_pv(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
-    uint16_t read = 0;
-    for (int row = 0; row < t.rows; ++row) read |= t.live[row];
-    if (!read) return;
+void all_pv(const AttendTile& t, const PageBlock& b, Ahead* ahead) {
+    bool any = false;
+    for (int row = 0; row < t.rows; ++row) any |= t.live[row] != 0;
+    if (!any) return;
     Shares shares;
-    const int64_t half = half_page<F>(t);
-    find_shares(shares, page + 2 * half + scale_bytes_of(t), t.head_dim / t.group, read);
+    find_shares(shares, t, b, 2 * half_page<F>(t) + scale_bytes_of(t), t.head_dim / t.group);
     for (int row = 0, n = 1; row < t.rows; row += n) {  // rows that read nothing have no p
-        if (!t.live[row]) {
-            n = 1;
-            continue;
-        }
-        for (n = 1; n < kTile && row + n < t.rows && t.live[row + n];) ++n;
-        with_rows(n,
-                  [&](auto rows) { pv_rows<F, rows.n>(t, row, shares, page + half, ahead ? ahead + half : nullptr); });
+        n = 1;
+        if (!t.live[row]) continue;
+        while (n < kTile && row + n < t.rows && t.live[row + n]) ++n;
+        with_rows(n, [&](auto rows) { pv_rows<F, rows.n>(t, b, row, shares, ahead); });
         ahead = nullptr;
     }
 }
 
 template <Format F>
-KV_INLINE void prefetch_scales(const AttendTile& t, const unsigned char* ahead, int64_t bytes) {
-    if (!ahead) return;
-    const unsigned char* const scales = ahead + 2 * half_page<F>(t);
-    for (int64_t at = 0; at < bytes; at += 64) prefetch(scales + at);
-}
-
-template <Format F>
-void attend_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
-    prefetch_scales<F>(t, ahead, 2 * scale_bytes_of(t));
-    all_qk<F>(t, page, ahead);
-    soften_all(t, t.acc);
-    all_pv<F>(t, page, ahead);
-}
-
-template <Format F>
-void logits_page(const AttendTile& t, const unsigned char* page, const unsigned char* ahead) {
-    prefetch_scales<F>(t, ahead, scale_bytes_of(t));
-    all_qk<F>(t, page, ahead);
-    for (int row = 0; row < t.rows; ++row) finish_logits(t, row);
+void attend_block(const AttendTile& t, const PageBlock& b) {
+    const int64_t scales = 2 * scale_bytes_of(t);
+    Ahead ahead{b.ahead, 2 * half_page<F>(t) + scales};
+    for (int j = 0; j < b.count; ++j) {
+        ahead.fetch(static_cast<int>(scales / 64));
+        all_qk<F>(t, b, j, &ahead);
+    }
+    soften_all(t, b, t.acc);
+    all_pv<F>(t, b, &ahead);
 }
 
 float encode_query(const float* rotated, int32_t dim, int16_t* codes) {
@@ -233,12 +242,9 @@ float dot_product(const float* a, const float* b, int32_t n) {
 }  // namespace
 
 void fill_attend_quantized(Kernels* table) {
-    table->attend_page[3] = attend_page<Format::int8>;
-    table->attend_page[4] = attend_page<Format::int4>;
-    table->attend_page[5] = attend_page<Format::int2>;
-    table->logits_page[3] = logits_page<Format::int8>;
-    table->logits_page[4] = logits_page<Format::int4>;
-    table->logits_page[5] = logits_page<Format::int2>;
+    table->attend_block[3] = attend_block<Format::int8>;
+    table->attend_block[4] = attend_block<Format::int4>;
+    table->attend_block[5] = attend_block<Format::int2>;
     table->encode_query = encode_query;
     table->dot_product = dot_product;
 }

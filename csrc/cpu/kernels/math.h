@@ -19,7 +19,7 @@ KV_INLINE V exp(V x) {
     y = fma(y, r, set1(1.6666665459e-1f));
     y = fma(y, r, set1(5.0000001201e-1f));
     y = add(fma(mul(r, r), y, r), set1(1.0f));
-    return blend(less(x, set1(-87.0f)), zero(), mul(y, pow2(n)));
+    return blend(less(x, set1(-87.0f)), zero(), scale2(y, n));
 }
 
 // Absolute error about 1e-7 (required: 2^-20); a polynomial near 0, where 1 - exp would cancel.

@@ -26,45 +26,87 @@ KV_INLINE void with_rows(int n, Call call) {
     call(Rows<1>{});
 }
 
-// The finished logits of one row from its q . k in t.z: scaled, capped, biased, -inf where the slot is not read.
-KV_INLINE V finish_logits(const AttendTile& t, int row) {
-    V z = mul(load(t.z + row * kSlots), set1(t.scale));
-    if (t.softcap > 0) z = mul(set1(t.softcap), tanh(div(z, set1(t.softcap))));
-    if (t.bias) z = add(z, load(t.bias));
-    z = blend(t.masks[row], z, set1(kMinusInf));
-    store(t.z + row * kSlots, z);
-    return z;
-}
+// Where the lanes of a row and a page of the block lie in t.z and t.p, and its mask in t.masks.
+KV_INLINE int lanes_at(int row, int page) { return (row * kBlock + page) * kSlots; }
+KV_INLINE uint16_t mask_of(const AttendTile& t, int row, int page) { return t.masks[row * kBlock + page]; }
 
-// The softmax step of one row: z finished, p and rescale for PV, running maximum and sum brought up to date.
-KV_INLINE bool soften(const AttendTile& t, int row) {
-    const V z = finish_logits(t, row);
-    if (!differ(z, set1(kMinusInf))) return false;  // nothing read; NaN counts as something
-    const float before = t.maximum[row];
-    float rescale = 1.0f, lanes[16];
-    if (less(set1(before), z)) {
-        const float now = max_lane(z);
-        store(lanes, exp(set1(before - now)));
-        rescale = lanes[0];
-        t.maximum[row] = now;
+// Whether two rows read the same slots of a block.
+KV_INLINE bool same_masks(const AttendTile& t, const PageBlock& b, int row, int other) {
+    for (int j = 0; j < b.count; ++j) {
+        if (mask_of(t, row, j) != mask_of(t, other, j)) return false;
     }
-    const V p = exp(sub(z, set1(t.maximum[row])));
-    store(t.p + row * kSlots, p);
-    store(t.sum + row * kSlots, fma(load(t.sum + row * kSlots), set1(rescale), p));
-    t.rescale[row] = rescale;
     return true;
 }
 
-// All rows; t.live are the slots that PV reads. `other`: the accumulator that this page does not add to, or null.
-KV_INLINE void soften_all(const AttendTile& t, float* other) {
+// The softmax step of one row over a block: from q . k in t.z to finished logits (scaled, capped, biased, -inf where the
+// slot is not read), p and rescale for PV, running maximum and sum brought up to date. False if nothing was read.
+KV_INLINE bool soften(const AttendTile& t, const PageBlock& b, int row) {
+    V most = set1(kMinusInf);
+    uint16_t read = 0;
+    for (int j = 0; j < b.count; ++j) {
+        float* const at = t.z + lanes_at(row, j);
+        V z = mul(load(at), set1(t.scale));
+        if (t.softcap > 0) z = mul(set1(t.softcap), tanh(div(z, set1(t.softcap))));
+        if (b.bias[j]) z = add(z, load(b.bias[j]));
+        z = blend(mask_of(t, row, j), z, set1(kMinusInf));
+        store(at, z);
+        read |= differ(z, set1(kMinusInf));  // NaN counts as something
+        most = max(z, most);                 // passes over NaN
+    }
+    t.rescale[row] = 1.0f;
+    if (!read) return false;
+    const float before = t.maximum[row];
+    if (less(set1(before), most)) {
+        const float now = max_lane(most);
+        float lanes[16];
+        store(lanes, exp(set1(before - now)));
+        t.rescale[row] = lanes[0];
+        t.maximum[row] = now;
+    }
+    const V maximum = set1(t.maximum[row]);
+    V sum = mul(load(t.sum + row * kSlots), set1(t.rescale[row]));
+    for (int j = 0; j < b.count; ++j) {
+        const V p = exp(sub(load(t.z + lanes_at(row, j)), maximum));
+        store(t.p + lanes_at(row, j), p);
+        sum = add(sum, p);
+    }
+    store(t.sum + row * kSlots, sum);
+    return true;
+}
+
+KV_INLINE void rescale_row(float* acc, int row, int stride, float by) {
+    if (by == 1.0f) return;
+    for (int d = 0; d < stride; d += 16) store(acc + row * stride + d, mul(load(acc + row * stride + d), set1(by)));
+}
+
+// All rows; t.live says which of them read something. `other`: the accumulator that this block does not add to, or null.
+KV_INLINE void soften_all(const AttendTile& t, const PageBlock& b, float* other) {
     for (int row = 0; row < t.rows; ++row) {
-        const bool live = soften(t, row);
-        t.live[row] = live ? t.masks[row] : uint16_t{0};
-        if (!live || !other || t.rescale[row] == 1.0f) continue;
-        float* const acc = other + row * t.stride;
-        for (int d = 0; d < t.stride; d += 16) store(acc + d, mul(load(acc + d), set1(t.rescale[row])));
+        t.live[row] = soften(t, b, row);
+        if (other) rescale_row(other, row, t.stride, t.rescale[row]);
     }
 }
+
+// Prefetches the pages ahead of a block line by line, in step with the work, so that memory is never idle and no burst waits
+// for the lines before it. In order of addresses: what memory serves best.
+struct Ahead {
+    const unsigned char* const* page;
+    int64_t bytes;  // of a page
+    const unsigned char* at = nullptr;
+    const unsigned char* end = nullptr;
+
+    inline __attribute__((always_inline)) void fetch(int lines) {
+        for (int i = 0; i < lines; ++i) {
+            if (at == end) {
+                if (!*page) return;
+                at = *page++;
+                end = at + bytes;
+            }
+            prefetch(at);
+            at += 64;
+        }
+    }
+};
 
 }  // namespace
 }  // namespace kvstrata::cpu::KV_ISA

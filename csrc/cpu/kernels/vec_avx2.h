@@ -60,8 +60,8 @@ KV_INLINE __m256 pow2_half(__m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
-// 2^n for integral n in -127..128 (0 and inf at the ends).
-KV_INLINE V pow2(V n) { return {pow2_half(n.a), pow2_half(n.b)}; }
+// y * 2^n for integral n in -127..128 (2^n is 0 and inf at the ends).
+KV_INLINE V scale2(V y, V n) { return {_mm256_mul_ps(y.a, pow2_half(n.a)), _mm256_mul_ps(y.b, pow2_half(n.b))}; }
 KV_INLINE V bits_and(V x, uint32_t m) {
     const __m256 k = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(m)));
     return {_mm256_and_ps(x.a, k), _mm256_and_ps(x.b, k)};
@@ -92,7 +92,7 @@ KV_INLINE void store_i8(void* p, V x) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
     _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
 }
-KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 KV_INLINE __m128i half(const void* p, int i) { return _mm_loadu_si128(static_cast<const __m128i*>(p) + i); }
 KV_INLINE __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }

@@ -36,11 +36,8 @@ KV_INLINE uint16_t differ(V a, V b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_N
 KV_INLINE V blend(uint16_t bits, V yes, V no) { return {_mm512_mask_blend_ps(bits, no.x, yes.x)}; }
 KV_INLINE float max_lane(V a) { return _mm512_reduce_max_ps(a.x); }
 KV_INLINE V round_even(V a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// 2^n for integral n in -127..128 (0 and inf at the ends).
-KV_INLINE V pow2(V n) {
-    const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.x), _mm512_set1_epi32(127));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
-}
+// y * 2^n for integral n in -127..128.
+KV_INLINE V scale2(V y, V n) { return {_mm512_scalef_ps(y.x, n.x)}; }
 KV_INLINE V bits_and(V a, uint32_t m) { return {_mm512_and_ps(a.x, _mm512_castsi512_ps(_mm512_set1_epi32(m)))}; }
 KV_INLINE V bits_or(V a, V b) { return {_mm512_or_ps(a.x, b.x)}; }
 // Lane i and lane i ^ Stride change places.
@@ -59,7 +56,7 @@ KV_INLINE V load_i8(const void* p) {
 KV_INLINE void store_i8(void* p, V a) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
 }
-KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+KV_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Sixteen 16-bit elements.
 KV_INLINE V load_bf16(const void* p) {

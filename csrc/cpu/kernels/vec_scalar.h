@@ -51,8 +51,9 @@ KV_INLINE float max_lane(V a) {
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; callers are far inside.
 KV_INLINE V round_even(V a) { KV_LANES((a.x[i] + 12582912.0f) - 12582912.0f); }
 // 2^n for integral n in -127..128 (0 and inf at the ends); anything for NaN.
-KV_INLINE V pow2(V n) {
-    KV_LANES(float_of(static_cast<uint32_t>((n.x[i] >= -127.0f && n.x[i] <= 128.0f ? int(n.x[i]) : 0) + 127) << 23));
+KV_INLINE V scale2(V y, V n) {
+    KV_LANES(y.x[i] *
+             float_of(static_cast<uint32_t>((n.x[i] >= -127.0f && n.x[i] <= 128.0f ? int(n.x[i]) : 0) + 127) << 23));
 }
 KV_INLINE V bits_and(V a, uint32_t m) { KV_LANES(float_of(bits_of(a.x[i]) & m)); }
 KV_INLINE V bits_or(V a, V b) { KV_LANES(float_of(bits_of(a.x[i]) | bits_of(b.x[i]))); }

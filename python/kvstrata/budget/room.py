@@ -130,15 +130,15 @@ def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, l
 
 
 def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
-    """Of decoding: partial results of each row's chunks of 8 pages, as many pages as the limit may buy; by thread, queries and
-    one decoded page (``csrc/cpu/attend_plan.cpp``)."""
+    """Of decoding: partial results of each row's chunks of 8 pages, as many pages as the limit may buy; by thread, queries,
+    logits of a block of pages and half a decoded page (``csrc/cpu/attend_plan.cpp``)."""
     rows = batch * sum(s.kv_heads for s in shape.layers)
     most = 0
     for i, s in enumerate(shape.layers):
         group, entries = s.q_heads // s.kv_heads, limit // (rows * min(page_costs(shape, i, policy).values())) + 1
         partial = min(128, -(-entries // 8)) * (group * (s.head_dim + 1) * 4 + 64)
         mass = group * (entries * SLOTS + 1) * 4 if policy.massed else 0
-        scratch = (group * (4 * s.head_dim + 64) + 2 * SLOTS * s.head_dim) * 4 + 512
+        scratch = (group * (4 * s.head_dim + 288) + SLOTS * s.head_dim) * 4 + 512
         most = max(most, batch * s.kv_heads * (32 + partial + mass) + torch.get_num_threads() * scratch)
     return most
 
