@@ -87,7 +87,8 @@ class Slabs:
         """Bytes of a new page of each pool, with its entry and its part of a slab's books."""
         grain = self._grain()
         sizes = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES for p in range(self._store.n_pools)]
-        return [size + ENTRY_BYTES + -(-self.books.slab // max(1, grain // size)) for size in sizes]
+        entry = self.books.page or ENTRY_BYTES
+        return [size + entry + -(-self.books.slab // max(1, grain // size)) for size in sizes]
 
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""

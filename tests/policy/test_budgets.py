@@ -12,7 +12,7 @@ from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.budget import Knapsack
 from kvstrata.budget.room import fit
 from kvstrata.config import BudgetExceeded, Unsupported
-from kvstrata.policy import NAMED, MeanSpread, SinksAndTail, ThreeStates
+from kvstrata.policy import NAMED, MeanSpread, SinksAndTail, ThreeStates, arkv
 from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
@@ -99,6 +99,24 @@ def test_from_the_least_limit_upwards(name: str) -> None:
         assert allocated(cache) == cache._slabs.held
         if limit >= least * 3 // 2:  # the least one leaves content nothing, by its definition
             assert cache.report().peak_bytes > 0.6 * limit, "the limit is used"
+
+
+def test_a_slab_leaves_another_pool_what_it_still_needs() -> None:
+    """Where books take more for a page than its entry, as scores do: a first pool's slab, as large as may be, leaves room for
+    the second pool's pages."""
+    policy, near = arkv(scorer=MeanSpread(), combine="max"), 0
+    for limit in range(600_000, 660_000, 211):
+        cache = Cache(Shape(LAYERS, torch.bfloat16), Budget.bytes(limit), policy)
+        cache.new()
+        slabs = cache._slabs
+        slabs.bind(limit, policy, cache.shape, 1)
+        slabs.reserve_pages([80, 0, 0])
+        needed = [slabs._store.pool(0)["free"] + 1, 11, 0]
+        if slabs._room(0, limit, needed) > 0:
+            slabs.reserve_pages(needed)
+            assert slabs.nbytes() <= limit
+            near += slabs._left(limit) < 5 * 4096
+    assert near > 20
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
