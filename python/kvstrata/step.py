@@ -166,7 +166,7 @@ class Step:
         and if the layer was attended before in this step.
         """
         self._check_open("attend")
-        spec = self._check(layer, q, k, v, sinks)
+        spec = self._check("attend", layer, q, k, v, sinks)
         scale = spec.head_dim**-0.5 if scale is None else float(scale)
         cap = 0.0 if softcap is None else float(softcap)
         if not isfinite(scale):
@@ -193,6 +193,21 @@ class Step:
             torch.get_num_threads(),
         )
         return out
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None = None) -> None:
+        """Stores the layer's keys and values without attending: of a prompt that was computed elsewhere.
+
+        k, v, q: as in :meth:`attend`. q: the queries, for policies that score by them. ValueError as there, and without
+        queries under such a policy.
+        """
+        self._check_open("append")
+        policy = self._cache.policy
+        if q is None and (policy.queries or policy.massed):
+            raise ValueError(f"append: q is None, expected the queries: policy {policy.name} scores by them")
+        spec = self._check("append", layer, q, k, v, None)
+        self._attended.add(layer)
+        self._cache._plans.arithmetic.setdefault(layer, (spec.head_dim**-0.5, 0.0))
+        self._append_chunk(layer, q, k, v)
 
     # --- prompt chunks --------------------------------------------------------------------------------------------------
 
@@ -251,9 +266,10 @@ class Step:
         )
         return out, lse
 
-    def _append_chunk(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _append_chunk(self, layer: int, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor) -> None:
         longest = self._store.longest
-        self._store.stage_queries(layer, self._strides(q))
+        if q is not None:
+            self._store.stage_queries(layer, self._strides(q))
         piece = self._cache.policy.chunk if self._cut else longest
         for first in range(0, longest, piece):
             last = min(first + piece, longest)
@@ -272,17 +288,17 @@ class Step:
             self._cache._plans.cut(layer, now, [ends[i] for i in now])
 
     def _append_piece(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, last: int
+        self, layer: int, q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, first: int, last: int
     ) -> None:
         """Stores tokens first..last of each sequence; where the policy scores by mass, a few at a time, each with a pass of
         their queries over all that is stored by then."""
         threads = torch.get_num_threads()
-        massed = self._cache.policy.massed and self._cache.shape.layers[layer].window is None
+        massed = q is not None and self._cache.policy.massed and self._cache.shape.layers[layer].window is None
         grain = MASS_QUERIES if massed else last - first
         for begin in range(first, last, grain):
             end = min(begin + grain, last)
             self._store.append(layer, self._strides(k), self._strides(v), begin, end, threads)
-            if massed:
+            if massed and q is not None:
                 scale, cap = self._cache._plans.arithmetic[layer]
                 self._store.add_mass(layer, self._strides(q), begin, end, scale, cap, threads)
 
@@ -299,33 +315,41 @@ class Step:
         return torch.repeat_interleave(torch.arange(len(self._ids)), counts)
 
     def _check(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+        self,
+        verb: str,
+        layer: int,
+        q: torch.Tensor | None,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> LayerSpec:
         layers = self._cache.shape.layers
         if not 0 <= layer < len(layers):
-            raise ValueError(f"attend: layer is {layer}, expected 0..{len(layers) - 1}")
+            raise ValueError(f"{verb}: layer is {layer}, expected 0..{len(layers) - 1}")
         if layer in self._attended:
-            raise ValueError(f"attend: layer {layer} was attended already in this step, expected once")
+            raise ValueError(f"{verb}: layer {layer} was attended already in this step, expected once")
         spec = layers[layer]
         for name, x, heads in (("q", q, spec.q_heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads)):
+            if x is None:
+                continue
             good = x.shape == (*self._lead, heads, spec.head_dim) and x.dtype is self._cache.shape.dtype
             if not (good and x.stride(-1) == 1 and x.device == self._cache.shape.device):
-                self._refuse(name, x, heads, spec.head_dim)
+                self._refuse(verb, name, x, heads, spec.head_dim)
         if sinks is not None and sinks.shape != (spec.q_heads,):
             raise ValueError(f"attend: sinks is {list(sinks.shape)}, expected [{spec.q_heads}]")
         return spec
 
-    def _refuse(self, name: str, x: torch.Tensor, heads: int, head_dim: int) -> None:
+    def _refuse(self, verb: str, name: str, x: torch.Tensor, heads: int, head_dim: int) -> None:
         """Says what is wrong with a tensor."""
         shape = self._cache.shape
         if x.shape != (*self._lead, heads, head_dim):
-            raise ValueError(f"attend: {name} is {list(x.shape)}, expected {[*self._lead, heads, head_dim]}")
+            raise ValueError(f"{verb}: {name} is {list(x.shape)}, expected {[*self._lead, heads, head_dim]}")
         if x.dtype != shape.dtype:
-            raise ValueError(f"attend: {name} is {x.dtype}, expected {shape.dtype}")
+            raise ValueError(f"{verb}: {name} is {x.dtype}, expected {shape.dtype}")
         if x.device != shape.device:
-            raise ValueError(f"attend: {name} is on {x.device}, expected {shape.device}")
+            raise ValueError(f"{verb}: {name} is on {x.device}, expected {shape.device}")
         if head_dim > 1:
-            raise ValueError(f"attend: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
+            raise ValueError(f"{verb}: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
 
 
 def packed(cache: Cache, seqs: list[Sequence], lengths: list[int]) -> Step:

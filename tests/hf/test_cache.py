@@ -262,3 +262,21 @@ def test_sequences_end_with_the_cache(model):
     del cache
     gc.collect()
     assert core.report().logical_tokens == ()
+
+
+def test_append_takes_over_a_dense_cache(model):
+    """A prompt's keys and values from elsewhere, in two chunks: the next logits are those of the model's own prefill."""
+    ids, dense = prompt(), DynamicCache()
+    whole = forward(model, ours(model), ids)
+    forward(model, dense, ids[:, :-1])
+    cache, n = ours(model), ids.shape[1] - 1
+    for first, last in ((0, 5), (5, n)):
+        layers = [(layer.keys[:, :, first:last], layer.values[:, :, first:last]) for layer in dense.layers]
+        cache.append([k for k, _ in layers], [v for _, v in layers])
+    assert (cache.columns, cache.logical_length(0)) == (n, n)
+    torch.testing.assert_close(forward(model, cache, ids[:, -1:])[:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"append: keys has 1 layers, expected 4"):
+        cache.append([layers[0][0]], [layers[0][1]])
+    with pytest.raises(ValueError, match="append: batch size is 2, expected 1"):
+        cache.append([k.repeat(2, 1, 1, 1) for k, _ in layers], [v.repeat(2, 1, 1, 1) for _, v in layers])
+    assert cache.columns == n + 1

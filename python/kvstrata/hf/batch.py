@@ -55,6 +55,23 @@ class Batch:
         self.feed.forward = forward
         return forward
 
+    def append(self, keys: list[torch.Tensor], values: list[torch.Tensor], queries: list[torch.Tensor] | None) -> None:
+        """Store T columns computed elsewhere, [B, heads, T, D] per layer of the core. Nothing has changed when this raises,
+        but a layer may be cut."""
+        self.settle()
+        for name, given in (("keys", keys), ("values", values), ("queries", queries)):
+            if given is not None and len(given) != len(self.facts.layers):
+                raise ValueError(f"append: {name} has {len(given)} layers, expected {len(self.facts.layers)}")
+        batch, _, length, _ = keys[0].shape
+        if self.rows and batch != len(self.rows):
+            raise ValueError(f"append: batch size is {batch}, expected {len(self.rows)}, the sequences in the cache")
+        self.feed.admit(None, batch, length, None)
+        with self._fresh_rows(0 if self.rows else batch), self.core.step(self.rows, columns=length) as step:
+            for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+                q = None if queries is None else queries[i].transpose(1, 2)
+                step.append(i, k.transpose(1, 2), v.transpose(1, 2), q)
+        self.feed.extend(None, batch, length)
+
     @contextmanager
     def _fresh_rows(self, n: int) -> Iterator[None]:
         """Begin n rows, and end them again if the block raises."""

@@ -141,6 +141,19 @@ class KVCache(StockCache):  # type: ignore[misc]
 
     # -- verbs ----------------------------------------------------------------------------------------------------
 
+    def append(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        queries: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Store tokens that were computed elsewhere, as a dense cache holds them: one [B, H, T, D] per attention layer.
+
+        keys after rotary embedding; queries [B, Hq, T, D], for policies that score by them. May be called chunk by chunk;
+        `end_prefill` ends the prompt. ValueError for other layers, shapes or dtypes, or without queries that are needed.
+        """
+        self._batch.append(keys, values, queries)
+
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Withdraw the last -n columns (n <= 0, int or 0-d tensor) and confirm the rest.
 
