@@ -1,0 +1,83 @@
+"""KV bytes while a prompt is put in chunk by chunk: what each cache holds, and its peak, by tokens so far.
+
+Caches are filled directly with random tokens, layer by layer as a chunked prefill would; no prompt is computed. Bytes are what
+the allocator lent for keys and values, with all books of ours; activations are the model's and are the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kvstrata.cli.bench.decode import arguments as shared
+from kvstrata.cli.bench.decode import line_of, run_facts
+from kvstrata.cli.bench.filled import RandomTokens, fill
+from kvstrata.cli.bench.shapes import SHAPES
+from kvstrata.cli.output import Output, bytes_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache after so many tokens of its prompt; peak_bytes: the most so far, within a layer's update, too."""
+
+    tokens: int
+    cache: str
+    budget: str | None
+    context: int
+    near_bytes: int
+    peak_bytes: int
+    dense_bytes: int  # of a dense cache of the whole context
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    shared(parser)
+    parser.set_defaults(context=[16384])
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from kvstrata.hf import patch
+
+    torch.set_num_threads(args.threads)
+    contenders = line_of(args)
+    with out.busy(f"building {args.shape}"):
+        model = patch(SHAPES[args.shape].build(args.layers, args.seed))
+    random, rows = RandomTokens(model, args.seed), []
+    with out.progress("caches", len(contenders) * len(args.context)) as advance:
+        for context in args.context:
+            for c in contenders:
+                rows += filling(model, random, c, context)
+                advance(f"{c.label} at {context}")
+    facts = run_facts(args, model)
+    last = [r for r in rows if r.tokens == r.context]
+    header = ["context", "cache", ">KV bytes", ">% of dense", ">peak", ">peak %"]
+    out.table(f"Filling chunk by chunk, {args.shape}, batch 1", header, [_line(r) for r in last])
+    out.result({"schema": 1, "run": facts, "rows": [asdict(r) for r in rows]})
+    if args.out is not None:
+        from kvstrata.cli.bench.plots import save
+
+        save(args.out / "memory", facts, [asdict(r) for r in rows], "tokens", {"peak_bytes": ("peak KV MiB", 2.0**-20)})
+    return 0
+
+
+def filling(model: Any, random: RandomTokens, contender: Any, context: int) -> list[Row]:
+    """Rows of one cache, chunk by chunk."""
+    cache = contender.make(model, context)
+    dense = random.dense_bytes(context)
+    rows: list[Row] = []
+
+    def note(stored: int) -> None:
+        peak = cache.peak_bytes if hasattr(cache, "peak_bytes") else cache.report().peak_bytes
+        rows.append(Row(stored, contender.name, contender.budget, context, cache.nbytes(), peak, dense))
+
+    fill(cache, random, context, note)
+    return rows
+
+
+def _line(r: Row) -> list[str]:
+    share = f"{100 * r.near_bytes / r.dense_bytes:.1f}"
+    name = r.cache if r.budget is None else f"{r.cache} {r.budget}"
+    peak = f"{100 * r.peak_bytes / r.dense_bytes:.1f}"
+    return [str(r.context), name, bytes_text(r.near_bytes), share, bytes_text(r.peak_bytes), peak]
