@@ -2,6 +2,9 @@
 
 Times, at 16 stored tokens (so that the kernels have next to nothing to do): the native append + attend call alone, a whole
 ``Step.attend``, and opening and committing a step per layer. Prints microseconds; ``--json`` for one object.
+
+With ``--ledger``: what a ledger whose limit is near adds to opening and committing a step, and a report, beside a step's
+attention over ``--tokens``, all layers.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 import torch
 
 from kvstrata import Cache, LayerSpec, Shape
+from kvstrata.budget import Ledger
 from kvstrata.config import DTYPES
 
 
@@ -60,6 +64,45 @@ def measure(kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict
     }
 
 
+def accounts(spec: LayerSpec, layers: int, tokens: int, reps: int) -> dict[str, float]:
+    """Medians of a step's parts without a ledger and with one; steps of both take turns."""
+    shape = Shape([spec] * layers, torch.bfloat16)
+    k = torch.randn(1, 2048, spec.kv_heads, spec.head_dim).bfloat16()
+    q = torch.randn(1, 1, spec.q_heads, spec.head_dim).bfloat16()
+    near = int(1.05 * shape.token_bytes() * (tokens + 16 * (reps + 2))) + (64 << 20)
+    caches = [Cache(shape, f"{near}B"), Cache(shape, f"{near}B", ledger=Ledger(near=near))]
+    found: dict[str, list[float]] = {name: [] for name in ("plain", "ledger", "report", "attend")}
+    every = [cache.new(1) for cache in caches]
+    for cache, seqs in zip(caches, every, strict=True):
+        for first in range(0, tokens, 2048):
+            part = k[:, : min(2048, tokens - first)]
+            with cache.step(seqs, columns=part.shape[1]) as step:
+                for layer in range(layers):
+                    step.append(layer, part, part)
+    for _ in range(reps):
+        for name, cache, seqs in zip(("plain", "ledger"), caches, every, strict=True):
+            start = time.perf_counter_ns()
+            step = cache.step(seqs, columns=1).open()
+            opened = time.perf_counter_ns()
+            for layer in range(layers):
+                step.attend(layer, q, k[:, :1], k[:, :1])
+            attended = time.perf_counter_ns()
+            step.commit()
+            found[name].append((time.perf_counter_ns() - attended + opened - start) / 1e3)
+            found["attend"].append((attended - opened) / 1e3)
+        start = time.perf_counter_ns()
+        caches[1].report()
+        found["report"].append((time.perf_counter_ns() - start) / 1e3)
+    plain, ledger, report, attend = (statistics.median(found[n]) for n in ("plain", "ledger", "report", "attend"))
+    return {
+        "open_commit_us": plain,
+        "open_commit_with_ledger_us": ledger,
+        "report_us": report,
+        "step_us": attend + plain,
+        "ledger_and_report_share_percent": 100 * (ledger - plain + report) / (attend + plain),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -67,14 +110,20 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--reps", type=int, default=50)
+    parser.add_argument("--ledger", action="store_true")
+    parser.add_argument("--tokens", type=int, default=8192, help="with --ledger")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    result = measure(args.kv_heads, args.group, args.dim, args.layers, args.reps)
+    if args.ledger:
+        spec = LayerSpec(args.kv_heads, args.kv_heads * args.group, args.dim)
+        result = accounts(spec, args.layers, args.tokens, args.reps)
+    else:
+        result = measure(args.kv_heads, args.group, args.dim, args.layers, args.reps)
     if args.json:
         print(json.dumps({"schema": 1, "bench": "step", "case": vars(args), **result}))
         return
     for name, value in result.items():
-        print(f"{name:28s} {value:8.1f}")
+        print(f"{name:32s} {value:8.1f}")
 
 
 if __name__ == "__main__":
