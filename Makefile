@@ -78,7 +78,7 @@ $(STAMPS)/wheel-strict: $(SOURCES) $(STAMPS)/run
 demo: $(STAMPS)/wheel
 	$(BIN)/kvstrata demo
 
-BENCHES := $(filter-out bench/ops/common.py,$(wildcard bench/ops/*.py bench/*.py))
+BENCHES := $(filter-out bench/ops/compare.py,$(wildcard bench/ops/*.py bench/*.py))
 bench: $(STAMPS)/wheel
 	@for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
 

@@ -6,9 +6,10 @@ import argparse
 from typing import Any, Literal
 
 import torch
-from common import begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, combine: Literal["sum", "max"], copy_gbps: float) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def main() -> None:
     begin(args)
     run = run_facts(args)
     combines: list[Literal["sum", "max"]] = ["sum", "max"]
-    show("accumulate", run, [case(args, combine, run["copy_gbps"]) for combine in combines], args.json)
+    show("accumulate", run, [case(args, combine, run["copy_gbps"]) for combine in combines], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, fmt: str, tokens: int, source: torch.dtype, run: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def main() -> None:
         rows += [case(args, fmt, args.tokens, own, run), case(args, fmt, 1, own, run)]
         if fmt != "f32":
             rows.append(case(args, fmt, args.tokens, torch.float32, run))
-    show("append", run, rows, args.json)
+    show("append", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

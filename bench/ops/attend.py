@@ -9,9 +9,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import Filled, begin, buffers, digest, element, filled, measure, parser, run_facts, show
 
 from kvstrata import ops, reference
+from kvstrata.cli.bench.common import Filled, begin, buffers, digest, element, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def held(data: Filled) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +107,7 @@ def main() -> None:
     run = run_facts(args)
     size = args.kv_rows * (args.tokens // 16) * ops.page_bytes("bf16", args.dim)
     full = [filled("bf16", args.kv_rows, args.tokens, args.dim, args.order) for _ in range(buffers(size))]
-    show("attend", run, [case(args, fmt, full, run["read_gbps"]) for fmt in args.format.split(",")], args.json)
+    show("attend", run, [case(args, fmt, full, run["read_gbps"]) for fmt in args.format.split(",")], Output(args.json))
 
 
 if __name__ == "__main__":

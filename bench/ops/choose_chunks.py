@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, digest, measure, parser, run_facts, show
 
 from kvstrata import ops, reference
+from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 COST = [[0, 0, 0], [1152, 1152, 1152], [2240, 1152, 2240], [4224, 1152, 2240]]  # of what is Full, int4 and int8 now
 FIDELITY = [[0.0, 0.0, 0.0], [0.905, 0.905, 0.905], [0.9935, 0.905, 0.9935], [1.0, 0.905, 0.9935]]
@@ -47,12 +48,8 @@ def main() -> None:
     args = p.parse_args()
     begin(args)
     run = run_facts(args)
-    show(
-        "choose_chunks",
-        run,
-        [case(args, w, share) for w in ("skewed", "equal") for share in (0.25, 0.5, 1.0)],
-        args.json,
-    )
+    rows = [case(args, w, share) for w in ("skewed", "equal") for share in (0.25, 0.5, 1.0)]
+    show("choose_chunks", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import begin, digest, measure, parser, run_facts, show
 from torch import Tensor
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 FULL, INT8, INT4, INT2 = 1, 2, 3, 4
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -110,7 +111,7 @@ def main() -> None:
         case(args, "few too many", INT4, [FULL, INT4, INT4, INT4], 0.24, 0.75, False),
         case(args, "two formats", INT8, [INT8, INT4], 0.0, 0.5, False),
     ]
-    show("choose_states", run, rows, args.json)
+    show("choose_states", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

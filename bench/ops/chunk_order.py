@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, digest, measure, parser, run_facts, show
 
 from kvstrata import ops, reference
+from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, order: str, kinds: int) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def main() -> None:
     begin(args)
     run = run_facts(args)
     rows = [case(args, order, kinds) for order in ("in order", "shuffled") for kinds in (1, 3)]
-    show("chunk_order", run, rows, args.json)
+    show("chunk_order", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import SLOTS, begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def main() -> None:
     rows = [
         case(args, fmt, order, run["copy_gbps"]) for fmt in args.format.split(",") for order in ("pages", "scattered")
     ]
-    show("compact", run, rows, args.json)
+    show("compact", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops, reference
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, queries: int, tokens: int, reduce: ops.Reduce, read_gbps: float) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def main() -> None:
         (1, args.tokens, "max"),
         (32, args.tokens // 8, "mean"),
     ]
-    show("mass", run, [case(args, q, n, reduce, run["read_gbps"]) for q, n, reduce in shapes], args.json)
+    show("mass", run, [case(args, q, n, reduce, run["read_gbps"]) for q, n, reduce in shapes], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
 from torch import Tensor
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def dense(heads: Tensor, k: Tensor, stats: ops.Stats) -> Tensor:
@@ -67,7 +68,7 @@ def main() -> None:
     run = run_facts(args)
     kinds: list[ops.Stats] = ["sound", "code"]
     rows = [case(args, fmt, stats) for fmt in args.format.split(",") for stats in kinds]
-    show("measure", run, rows, args.json)
+    show("measure", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops, reference
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, parts: int, n: int, read_gbps: float) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def main() -> None:
     run = run_facts(args)
     step = args.kv_rows * args.group
     shapes = [(2, step), (8, step), (2, step * args.tokens), (4, step * args.tokens // 4)]  # decode, then prefill
-    show("merge", run, [case(args, parts, n, run["read_gbps"]) for parts, n in shapes], args.json)
+    show("merge", run, [case(args, parts, n, run["read_gbps"]) for parts, n in shapes], Output(args.json))
 
 
 if __name__ == "__main__":

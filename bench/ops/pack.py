@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, filled, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def main() -> None:
     begin(args)
     run = run_facts(args)
     rows = [row for fmt in args.format.split(",") for row in case(args, fmt, run["copy_gbps"])]
-    show("pack", run, rows, args.json)
+    show("pack", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any, Literal
 
 import torch
-from common import begin, digest, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, kind: Literal["avg", "max"], order: str, kernel: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def main() -> None:
     begin(args)
     run = run_facts(args)
     rows = [case(args, "avg", order, args.kernel) for order in ("in order", "shuffled")]
-    show("pool", run, [*rows, case(args, "max", "in order", args.kernel)], args.json)
+    show("pool", run, [*rows, case(args, "max", "in order", args.kernel)], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import argparse
 from typing import Any
 
 import torch
-from common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
 from torch import Tensor
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 SOURCE = {"int8": "bf16", "int4": "bf16", "int2": "bf16"}
 
@@ -82,7 +83,7 @@ def main() -> None:
     rows = []
     for fmt in args.format.split(","):
         rows += case(args, fmt, "pages", run["copy_gbps"]) + case(args, fmt, "scattered", run["copy_gbps"])[:1]
-    show("quantize", run, rows, args.json)
+    show("quantize", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, inverse: bool, copy_gbps: float) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def main() -> None:
     args = parser(__doc__ or "", tokens=4096).parse_args()
     begin(args)
     run = run_facts(args)
-    show("rotate", run, [case(args, inverse, run["copy_gbps"]) for inverse in (False, True)], args.json)
+    show("rotate", run, [case(args, inverse, run["copy_gbps"]) for inverse in (False, True)], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import argparse
 from typing import Any, Literal
 
 import torch
-from common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
 from torch import Tensor
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 Kind = Literal["norm", "diversity"]
 
@@ -62,7 +63,7 @@ def main() -> None:
     run = run_facts(args)
     kinds: list[Kind] = ["norm", "diversity"]
     rows = [case(args, fmt, kind, run["read_gbps"]) for fmt in args.format.split(",") for kind in kinds]
-    show("score_keys", run, rows, args.json)
+    show("score_keys", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

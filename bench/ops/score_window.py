@@ -7,9 +7,10 @@ import math
 from typing import Any
 
 import torch
-from common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
 
 from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
 
 
 def case(args: argparse.Namespace, fmt: str, spread: ops.Spread, read_gbps: float) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def main() -> None:
     run = run_facts(args)
     spreads: list[ops.Spread] = ["none", "std"]
     rows = [case(args, fmt, spread, run["read_gbps"]) for fmt in args.format.split(",") for spread in spreads]
-    show("score_window", run, rows, args.json)
+    show("score_window", run, rows, Output(args.json))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The benches of the command line."""
+"""Time the ops on this machine, each beside its baseline in the same run."""

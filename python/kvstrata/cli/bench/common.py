@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import subprocess
 import time
@@ -21,29 +20,56 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C, ops
+from kvstrata.cli.generate import positive
+from kvstrata.cli.output import Output
+from kvstrata.config import Unsupported
 
-SLOTS = 16
+SLOTS = ops.SLOTS
+SOURCE = "python/kvstrata/cli/bench/common.py"  # this file, in the repository
+ALL_FORMATS = (*ops.FORMATS, *ops.QUANTIZED)
 Call = Callable[[int], object]  # given the number of the repetition, to choose a buffer by
 
 
+def arguments(parser: argparse.ArgumentParser, formats: Sequence[str] = ALL_FORMATS, **defaults: Any) -> None:
+    """Arguments that every op bench takes; `formats` are what --format may name, `defaults` override the defaults."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run; default: %(default)s")
+    add("--isa", metavar="L", default="", help="instruction-set level; default: the best")
+    add("--threads", metavar="N", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
+    add("--tokens", metavar="N", type=positive, default=32768, help="of each row; default: %(default)s")
+    add("--kv-rows", metavar="N", type=positive, default=8, help="sequences x KV heads; default: %(default)s")
+    add("--group", metavar="N", type=positive, default=4, help="query heads per KV head; default: %(default)s")
+    add("--dim", metavar="N", type=positive, default=128, help="of a head; default: %(default)s")
+    add("--format", metavar="F,..", type=_known(formats), default="f32,bf16,f16", help="default: %(default)s")
+    add("--reps", metavar="N", type=positive, default=15, help="default: %(default)s")
+    add("--seed", metavar="N", type=int, default=0, help="default: %(default)s")
+    parser.set_defaults(**defaults)
+
+
+def _known(formats: Sequence[str]) -> Callable[[str], str]:
+    """Takes names joined by commas, each one of `formats`."""
+
+    def names(text: str) -> str:
+        for name in text.split(","):
+            if name not in formats:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(formats)}")
+        return text
+
+    return names
+
+
 def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
-    """Arguments that every op bench takes; `defaults` override theirs."""
-    p = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--isa", default="", help="instruction-set level; empty: the best")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--tokens", type=int, default=32768, help="stored tokens of each row")
-    p.add_argument("--kv-rows", type=int, default=8, help="sequences x KV heads")
-    p.add_argument("--group", type=int, default=4, help="query heads per KV head")
-    p.add_argument("--dim", type=int, default=128)
-    p.add_argument("--format", default="f32,bf16,f16", help="page formats, joined by commas")
-    p.add_argument("--reps", type=int, default=15)
-    p.add_argument("--seed", type=int, default=0)
+    """Of a bench that is a script: arguments as above, and --json."""
+    p = argparse.ArgumentParser(description=text)
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    p.set_defaults(**defaults)
+    arguments(p, **defaults)
     return p
 
 
 def begin(args: argparse.Namespace) -> None:
+    """Seed, threads and level as asked for. Unsupported on a device that has no ops yet."""
+    if args.device != "cpu":
+        raise Unsupported(f"bench: device is {args.device!r}, this build computes on the CPU only")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     _C.set_isa(args.isa)
@@ -97,20 +123,28 @@ def bandwidth(reps: int = 9) -> dict[str, float]:
     return {"read_gbps": size / read.p50 / 1e6, "copy_gbps": 2 * size / copy.p50 / 1e6}
 
 
+def commit() -> str | None:
+    """Of the repository of kvstrata that this package lies in; None where it lies in none, or there is no git."""
+    command = ["git", "rev-parse", "--show-toplevel", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return None
+    top, _, found = done.stdout.strip().partition("\n")
+    return found if done.returncode == 0 and (Path(top) / SOURCE).exists() else None
+
+
 def run_facts(args: argparse.Namespace) -> dict[str, Any]:
     """The `run` part of the JSON output."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "backend": "cpu",
         "isa": _C.isa(),
-        "device": "cpu",
+        "device": args.device,
         "threads": args.threads,
         "threads_source": _C.threads_source(),
         **bandwidth(),
         "torch": torch.__version__,
-        "commit": commit or None,
+        "commit": commit(),
         "seed": args.seed,
     }
 
@@ -153,6 +187,8 @@ def write_quantized(pool: ops.Pool, pages: Tensor, k: Tensor, v: Tensor, at_once
 
 def filled(fmt: str, rows: int, tokens: int, dim: int, order: str = "random") -> Filled:
     """Rows of whole pages; their places in the slab are shuffled, or in order."""
+    if tokens % SLOTS:
+        raise ValueError(f"bench: tokens is {tokens}, expected a multiple of {SLOTS}")
     entries = tokens // SLOTS
     count = rows * entries
     per_slab = min(count, 65536)
@@ -168,19 +204,23 @@ def filled(fmt: str, rows: int, tokens: int, dim: int, order: str = "random") ->
     return Filled(pool, pages, k, v)
 
 
-def show(title: str, run: dict[str, Any], rows: list[dict[str, Any]], as_json: bool) -> None:
-    """A table of the rows' plain columns, or the whole as JSON."""
-    if as_json:
-        print(json.dumps({"schema": 1, "run": run, "rows": rows}))
-        return
+def show(title: str, run: dict[str, Any], rows: list[dict[str, Any]], out: Output) -> None:
+    """A line of facts and a table of the rows' plain columns, or the whole as JSON. What all rows share heads the table."""
     facts = f"isa {run['isa']}, {run['threads']} threads of {run['threads_source']}"
-    print(f"{title}: {facts}, read {run['read_gbps']:.1f} GB/s, copy {run['copy_gbps']:.1f} GB/s")
+    out.line(f"{title}: {facts}, read {run['read_gbps']:.1f} GB/s, copy {run['copy_gbps']:.1f} GB/s")
     flat = [{k: v for k, v in row.items() if not isinstance(v, dict) and v is not None} for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    lines = [names, *[[_text(row.get(name, "")) for name in names] for row in flat]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    names = dict.fromkeys(name for row in flat for name in row)
+    columns = [name for name in names if _differs(name, flat)]
+    shared = ", ".join(f"{name} {flat[0][name]}" for name in names if name not in columns)
+    cells = [[_text(row.get(name, "")) for name in columns] for row in flat]
+    out.table(shared, [f">{name}" for name in columns], cells)
+    out.result({"schema": 1, "run": run, "rows": rows})
+
+
+def _differs(name: str, rows: list[dict[str, Any]]) -> bool:
+    """Between rows. What was measured always does."""
+    values = [row.get(name) for row in rows]
+    return isinstance(values[0], float) or any(value != values[0] for value in values)
 
 
 def _text(value: Any) -> str:
