@@ -30,7 +30,7 @@ ALL_FORMATS = (*ops.FORMATS, *ops.QUANTIZED)
 Call = Callable[[int], object]  # given the number of the repetition, to choose a buffer by
 
 
-def arguments(parser: argparse.ArgumentParser, formats: Sequence[str] = ALL_FORMATS, **defaults: Any) -> None:
+def op_arguments(parser: argparse.ArgumentParser, formats: Sequence[str] = ALL_FORMATS, **defaults: Any) -> None:
     """Arguments that every op bench takes; `formats` are what --format may name, `defaults` override the defaults."""
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run; default: %(default)s")
@@ -62,7 +62,7 @@ def parser(text: str, **defaults: Any) -> argparse.ArgumentParser:
     """Of a bench that is a script: arguments as above, and --json."""
     p = argparse.ArgumentParser(description=text)
     p.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    arguments(p, **defaults)
+    op_arguments(p, **defaults)
     return p
 
 

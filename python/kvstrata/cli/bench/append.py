@@ -1,0 +1,75 @@
+"""Time append beside a torch copy of the same tokens: a prompt's whole pages, and one token per row."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from kvstrata import ops
+from kvstrata.cli.bench.common import begin, buffers, digest, measure, op_arguments, run_facts, show
+from kvstrata.cli.output import Output
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    op_arguments(parser, tuple(ops.FORMATS), tokens=4096)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    begin(args)
+    facts = run_facts(args)
+    rows = []
+    for fmt in args.format.split(","):
+        own = ops.FORMATS[fmt]
+        rows += [case(args, fmt, tokens, own, facts["copy_gbps"]) for tokens in (args.tokens, 1)]
+        if fmt != "f32":
+            rows.append(case(args, fmt, args.tokens, torch.float32, facts["copy_gbps"]))
+    show("append", facts, rows, out)
+    return 0
+
+
+def case(args: argparse.Namespace, fmt: str, tokens: int, source: torch.dtype, copy_gbps: float) -> dict[str, Any]:
+    """Tokens of the dtype `source` into pages of one format."""
+    rows, dim, entries = args.kv_rows, args.dim, -(-tokens // 16)
+    size = rows * tokens * dim * 2 * (source.itemsize + ops.FORMATS[fmt].itemsize)  # in and out
+    count = min(buffers(size), 64)
+    k, v = (torch.randn(count, rows, tokens, dim).to(source) for _ in range(2))
+    pools = [ops.Pool.allocate(fmt, dim, rows * entries) for _ in range(count)]
+    copies = [torch.empty(2, rows, tokens, dim, dtype=ops.FORMATS[fmt]) for _ in range(count)]
+    for pool, target in zip(pools, copies, strict=True):  # memory comes at first touch: not part of an append
+        pool.slabs[0].random_(0, 255)
+        target.zero_()
+    places = torch.randperm(rows * entries).to(torch.int32).view(rows, entries)
+    pages = places.repeat_interleave(16, 1)[:, :tokens].contiguous()
+    slots = (torch.arange(tokens) % 16).to(torch.uint8).repeat(rows, 1)
+    start = torch.zeros(rows, dtype=torch.int32)
+
+    def ours(i: int) -> None:
+        j = i % count
+        ops.append(k[j], v[j], pages, slots, [pools[j]], start)
+
+    def copy(i: int) -> object:
+        j = i % count
+        copies[j][0].copy_(k[j])
+        return copies[j][1].copy_(v[j])
+
+    times, base = measure([ours, copy], args.reps)
+    ours(0)
+    gbps = size / times.p50 / 1e6
+    return {
+        "kind": "append",
+        "format": fmt,
+        "from": str(source).removeprefix("torch."),
+        "kv_rows": rows,
+        "head_dim": dim,
+        "tokens": tokens,
+        "bytes_in_and_out": size,
+        "reps": args.reps,
+        **times.row(),
+        "gbps": gbps,
+        "share_copy": gbps / copy_gbps,
+        "digest": digest(pools[0].payload()),
+        "baseline": {"name": "torch copy", "ms_p50": base.p50},
+        "speedup_vs_copy": base.p50 / times.p50,
+    }

@@ -1,0 +1,91 @@
+"""Time quantizing whole pages, and dequantizing them, beside a torch copy of the full pages' bytes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvstrata import ops
+from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, op_arguments, run_facts, show
+from kvstrata.cli.output import Output
+
+SOURCE = {"int8": "bf16", "int4": "bf16", "int2": "bf16"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    op_arguments(parser, tuple(SOURCE), tokens=4096, format=",".join(SOURCE))
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    begin(args)
+    facts = run_facts(args)
+    rows = []
+    for fmt in args.format.split(","):
+        rows += case(args, fmt, "pages", facts["copy_gbps"]) + case(args, fmt, "scattered", facts["copy_gbps"])[:1]
+    show("quantize", facts, rows, out)
+    return 0
+
+
+def page_moves(source: Tensor, target: Tensor, order: str) -> Tensor:
+    """i32 [P * 16, 4]: every slot of each source page; `scattered`: from slots all over the source pages."""
+    count = source.numel() * SLOTS
+    token = torch.randperm(count) if order == "scattered" else torch.arange(count)
+    at = torch.arange(count)
+    columns = (source[token // SLOTS], token % SLOTS, target[at // SLOTS], at % SLOTS)
+    return torch.stack(columns, 1).to(torch.int32)
+
+
+def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> list[dict[str, Any]]:
+    """Of quantize and of dequantize, a row each."""
+    pages = args.kv_rows * (args.tokens // SLOTS)
+    size = pages * (ops.page_bytes(SOURCE[fmt], args.dim) + ops.page_bytes(fmt, args.dim))  # read and written
+    count = buffers(size)
+    data = [filled(SOURCE[fmt], args.kv_rows, args.tokens, args.dim) for _ in range(count)]
+    target = ops.Pool.allocate(fmt, args.dim, pages)
+    target.slabs[0].zero_()
+    ids = torch.arange(pages, dtype=torch.int32) + ops.make_page(1, 0, 0)
+    moves = [page_moves(d.pages.view(-1), ids, order) for d in data]
+    centre = torch.randn(args.kv_rows, args.dim)
+    rows = torch.arange(pages * SLOTS).div(args.tokens, rounding_mode="floor").clamp(max=args.kv_rows - 1).int()
+    copies = torch.zeros_like(data[0].k)
+
+    def quantize(i: int) -> None:
+        j = i % count
+        ops.quantize(moves[j], [data[j].pool, target], centre, rows)
+
+    def dequantize(i: int) -> object:
+        return ops.dequantize(ids, [data[0].pool, target])
+
+    def copy(i: int) -> object:
+        j = i % count
+        return copies.copy_(data[j].k), copies.copy_(data[j].v)
+
+    *ours, base = measure([quantize, dequantize, copy], args.reps)
+    quantize(0)
+    rows_out = []
+    for kind, times in zip(("quantize", "dequantize"), ours, strict=True):
+        gbps = size / times.p50 / 1e6
+        rows_out.append(
+            {
+                "kind": kind,
+                "format": fmt,
+                "from": SOURCE[fmt],
+                "order": order,
+                "kv_rows": args.kv_rows,
+                "head_dim": args.dim,
+                "tokens": args.tokens,
+                "bytes_in_and_out": size,
+                "reps": args.reps,
+                **times.row(),
+                "ns_per_token": 1e6 * times.p50 / (pages * SLOTS),
+                "gbps": gbps,
+                "share_copy": gbps / copy_gbps,
+                "digest": digest(target.payload()),
+                "baseline": {"name": "torch copy", "ms_p50": base.p50},
+                "speedup_vs_copy": base.p50 / times.p50,
+            }
+        )
+    return rows_out
