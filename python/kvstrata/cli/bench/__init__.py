@@ -14,6 +14,7 @@ from kvstrata.cli.output import Output
 
 BENCHES = {
     "attend": "attention of a decode step over stored pages, beside torch SDPA",
+    "prefill": "attention of a chunk of queries over stored pages, beside torch SDPA",
     "append": "tokens into pages, beside torch's copy",
     "quantize": "pages into quantized formats and back, beside torch's copy",
 }
