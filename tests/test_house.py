@@ -330,4 +330,5 @@ def test_readme_commands_exist() -> None:
         elif verb in {"python", "bash"} and rest and rest[0].endswith((".py", ".sh")):
             assert (ROOT / rest[0]).exists(), f"README: {line!r}"
         elif verb == "kvstrata" and (PACKAGE / "cli").exists():
-            assert (PACKAGE / "cli" / f"{rest[0]}.py").exists(), f"README: {line!r}"
+            verb_files = [PACKAGE / "cli" / f"{rest[0]}.py", PACKAGE / "cli" / rest[0] / "__init__.py"]
+            assert any(file.exists() for file in verb_files), f"README: {line!r}"
