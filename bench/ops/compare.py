@@ -2,8 +2,8 @@
 
     python bench/ops/compare.py OLD NEW score_window --format bf16 --queries 64 --tokens 6912
 
-OLD and NEW are directories that hold a built package `kvstrata`; everything after the bench's name goes to it. The builds
-alternate, each in a process of its own; a row's time is the median of its medians.
+OLD and NEW are directories that hold a built package `kvstrata` with its `cli.bench`; everything after the bench's name
+goes to it. The builds alternate, each in a process of its own; a row's time is the median of its medians.
 """
 
 from __future__ import annotations
