@@ -1,4 +1,4 @@
-"""Time the ops on this machine, each beside its baseline in the same run.
+"""Time the ops and whole decoding on this machine, each beside its baseline in the same run.
 
 A bench measures and never asserts. Inputs are random, ours and the baseline alternate, and shares are of the bandwidth
 measured in the same run.
@@ -17,6 +17,8 @@ BENCHES = {
     "prefill": "attention of a chunk of queries over stored pages, beside torch SDPA",
     "append": "tokens into pages, beside torch's copy",
     "quantize": "pages into quantized formats and back, beside torch's copy",
+    "decode": "ms per token and bytes by context, beside transformers' own caches",
+    "memory": "KV bytes and their peak while a prompt is put in, beside transformers' own caches",
 }
 """Modules of this package by name. Each has `arguments(parser)` and `run(args, out) -> int`."""
 

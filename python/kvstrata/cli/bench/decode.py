@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from kvstrata.cli.bench.filled import RandomTokens, fill
-from kvstrata.cli.bench.shapes import SHAPES
 from kvstrata.cli.output import Output, bytes_text
+from kvstrata.hf.shapes import SHAPES
 
 MEMORY_SHARE = 0.7
 """Of the free memory that caches held at once may take."""

@@ -15,8 +15,8 @@ import torch
 from kvstrata.cli.bench.decode import arguments as shared
 from kvstrata.cli.bench.decode import line_of, run_facts
 from kvstrata.cli.bench.filled import RandomTokens, fill
-from kvstrata.cli.bench.shapes import SHAPES
 from kvstrata.cli.output import Output, bytes_text
+from kvstrata.hf.shapes import SHAPES
 
 
 @dataclass(frozen=True)

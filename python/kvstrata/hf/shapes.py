@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 SPREAD = 0.02
 """Standard deviation of the weights."""
@@ -27,8 +28,6 @@ class ModelShape:
 
     def build(self, layers: int | None = None, seed: int = 0) -> Any:
         """A transformers model in bfloat16 and eval mode. layers: fewer of them, for a look."""
-        from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
         config_class, model_class = {
             "llama": (LlamaConfig, LlamaForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
