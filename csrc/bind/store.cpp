@@ -121,6 +121,11 @@ void bind_store(py::module_& m) {
                          reinterpret_cast<uint8_t*>(state), reinterpret_cast<float*>(scores)},
                         columns);
              })
+        .def("tally",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs) {
+                 const store::Tally found = s.tally(layer, seqs);
+                 return py::make_tuple(std::vector<int64_t>(found.slots, found.slots + store::kStates), found.entries);
+             })
         .def("set_scores",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address scores, int64_t columns) {
                  s.set_scores(layer, seqs, reinterpret_cast<const float*>(scores), columns);

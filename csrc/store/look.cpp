@@ -48,6 +48,27 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
     }
 }
 
+Tally Store::tally(int layer, std::span<const SeqId> seqs) {
+    check_layer(layer, "tally");
+    Tally found;
+    int64_t slots[kMaxPools] = {};
+    for (SeqId id : seqs) {
+        Sequence& s = find(id, "tally");
+        for (int h = 0; h < layers_[layer].kv_heads; ++h) {
+            const pages::Row& row = row_of(s, layer, h);
+            found.entries += row.entries();
+            for (int e = 0; e < row.entries(); ++e) {  // most pages are whole: no bits to count
+                slots[page_pool(row.page[e])] += row.alive[e] == kAllSlots ? kSlots : std::popcount(row.alive[e]);
+            }
+        }
+    }
+    for (int state = 1; state < kStates; ++state) {
+        const int pool = pool_of(layer, static_cast<State>(state));
+        if (pool >= 0) found.slots[state] = slots[pool];
+    }
+    return found;
+}
+
 void Store::set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns) {
     check_layer(layer, "set_scores");
     check(options_.scored, "set_scores: this store keeps no scores");

@@ -20,7 +20,6 @@
 namespace kvstrata::store {
 namespace {
 
-constexpr int kStates = 5;
 constexpr int kCentreTokens = 256;    // fewer stored tokens do not tell a mean
 constexpr double kCentreRatio = 2.0;  // of |mean| to standard deviation, from which a channel is centred
 

@@ -91,6 +91,14 @@ struct Look {
     float* scores;
 };
 
+inline constexpr int kStates = 5;
+
+// What the rows of a layer hold: slots by State, and page-table entries.
+struct Tally {
+    int64_t slots[kStates] = {};
+    int64_t entries = 0;
+};
+
 // What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
 struct PlanPiece {
     int32_t entries, changing;
@@ -154,6 +162,7 @@ class Store {
     // What a policy sees (look.cpp). R = seqs x heads, in that order; N = columns
     int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
     void look(int layer, std::span<const SeqId> seqs, const Look& out, int64_t columns);
+    Tally tally(int layer, std::span<const SeqId> seqs);
     void set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns);  // f32 [R, N]
     int queries(int layer, SeqId seq, void* out) const;  // the last queries, oldest first, [Hq, count, D] -> count
 

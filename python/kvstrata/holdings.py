@@ -21,10 +21,11 @@ def report(cache: Cache) -> Report:
     """A snapshot of the cache."""
     store, slabs, shape, live = cache._store, cache._slabs, cache.shape, cache._live
     rows = [
-        [[(store.stored(i, layer, h), len(store.row(i, layer, h)[0])) for i in live] for h in heads]
-        for layer, heads in enumerate(range(spec.kv_heads) for spec in shape.layers)
-    ]  # (slots, entries) by layer, head and sequence
-    slots, entries = (sum(row[n] for layer in rows for head in layer for row in head) for n in (0, 1))
+        [[store.stored(i, layer, h) for i in live] for h in range(spec.kv_heads)]
+        for layer, spec in enumerate(shape.layers)
+    ]  # slots by layer, head and sequence
+    slots = sum(n for layer in rows for head in layer for n in head)
+    tallies = [store.tally(layer, live) for layer in range(len(shape.layers))]
     logical = tuple(store.length(i) for i in live)
     pools = [store.pool(p) for p in range(store.n_pools)]
     used = sum(p["used"] * p["page_bytes"] for p in pools)
@@ -44,15 +45,15 @@ def report(cache: Cache) -> Report:
         sinks=cache.policy.sinks,
         logical_tokens=logical,
         stored_tokens=slots,
-        states=_states(cache) | {"evicted": sum(logical) * shape.rows - slots},
-        stored=tuple(tuple(max((row[0] for row in head), default=0) for head in layer) for layer in rows),
+        states=_states(cache, [held for held, _ in tallies]) | {"evicted": sum(logical) * shape.rows - slots},
+        stored=tuple(tuple(max(head, default=0) for head in layer) for layer in rows),
         bytes_by_kind=kinds,
         nbytes=cache.nbytes(),
         allocator_bytes=slabs.allocator_bytes(),
         peak_bytes=slabs.note_peak(),
         dense_bytes=sum(logical) * shape.token_bytes(),
         limit_bytes=slabs.limit,
-        lost_slots=entries * SLOTS - slots,
+        lost_slots=sum(entries for _, entries in tallies) * SLOTS - slots,
         counts=cache._plans.counts | cache._counts,
     )
 
@@ -66,16 +67,10 @@ def _bytes_by_format(pools: list[dict[str, int]]) -> dict[str, int]:
     }
 
 
-def _states(cache: Cache) -> dict[str, int]:
-    """Stored tokens by state, summed over rows."""
-    counts = torch.zeros(len(STATES) + 2, dtype=torch.int64)
-    for layer, spec in enumerate(cache.shape.layers):
-        columns = cache._store.columns(layer, cache._live) if cache._live else 0
-        state = torch.empty(len(cache._live) * spec.kv_heads, columns, dtype=torch.uint8)
-        cache._store.look(layer, cache._live, 0, 0, state.data_ptr(), 0, columns)
-        counts += torch.bincount(state.flatten().long(), minlength=len(counts))
+def _states(cache: Cache, held: list[list[int]]) -> dict[str, int]:
+    """Stored tokens by state, summed over rows; held: slots of each layer by native state."""
     named = {"full": FULL} | {name: STATES[name] for name in cache.policy.formats}
-    return {name: int(counts[state]) for name, state in named.items()}
+    return {name: sum(slots[state] for slots in held) for name, state in named.items()}
 
 
 def materialize(cache: Cache, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
