@@ -76,6 +76,12 @@ class Shape:
         """(layer, KV head) pairs of one sequence."""
         return sum(layer.kv_heads for layer in self.layers)
 
+    @property
+    def kinds(self) -> list[tuple[int, LayerSpec]]:
+        """Each different layer once, with the index of its first."""
+        first = {spec: i for i, spec in reversed(list(enumerate(self.layers)))}
+        return [(i, spec) for spec, i in first.items()]
+
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in a dense cache."""
         return 2 * self.dtype.itemsize * sum(layer.kv_heads * layer.head_dim for layer in self.layers)

@@ -77,7 +77,7 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
         for i, s in enumerate(shape.layers)
         if s.window is not None
     )
-    widest = max(s.kv_heads * costs[i][FULL] for i, s in enumerate(shape.layers))
+    widest = max(s.kv_heads * costs[i][FULL] for i, s in shape.kinds)
     unplanned = max(widest * (policy.chunk // SLOTS + 1), whole * (policy.interval // SLOTS))
     smallest = min(min(cost.values()) for cost in costs.values())
     beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest))
@@ -123,7 +123,7 @@ def _slabs(limit: int, page: int) -> int:
 def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, last: int) -> int:
     """What a limit that falls keeps of the first one: its workspace, and the books of its slabs, which are small ones as they
     have to fit the last."""
-    smallest = min(min(page_costs(shape, i, policy).values()) for i in range(len(shape.layers)))
+    smallest = min(min(page_costs(shape, i, policy).values()) for i, _ in shape.kinds)
     slabs = first // smallest // max(1, last // PIECE // smallest) - _slabs(limit, smallest)
     grown = _workspace(policy, shape, max(first, limit), batch) - _workspace(policy, shape, limit, batch)
     return max(0, slabs) * _SLAB + grown
@@ -132,9 +132,9 @@ def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, l
 def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
     """Of decoding: partial results of each row's chunks of 8 pages, as many pages as the limit may buy; by thread, queries,
     logits of a block of pages and half a decoded page (``csrc/cpu/attend_plan.cpp``)."""
-    rows = batch * sum(s.kv_heads for s in shape.layers)
+    rows = batch * shape.rows
     most = 0
-    for i, s in enumerate(shape.layers):
+    for i, s in shape.kinds:
         group, entries = s.q_heads // s.kv_heads, limit // (rows * min(page_costs(shape, i, policy).values())) + 1
         partial = min(128, -(-entries // 8)) * (group * (s.head_dim + 1) * 4 + 64)
         mass = group * (entries * SLOTS + 1) * 4 if policy.massed else 0
