@@ -1,4 +1,4 @@
-# make demo | test | lint | build | bench | asan | clean
+# make demo | test | lint | build | bench | bench-ops | asan | clean
 #
 # `make demo` and `make test` do all set-up themselves: they need Python 3.11 or newer, g++ and make. Everything goes into
 # .venv, by the pins in constraints.txt; cmake and ninja come as wheels where the machine has none. Stamp files make a
@@ -35,7 +35,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 SOURCES := $(NATIVE) $(shell find python -type f -name '*.py*' ! -path '*/__pycache__/*' 2>/dev/null)
 CPP := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test lint bench build asan clean
+.PHONY: help demo test lint bench bench-ops build asan clean
 help:
 	@sed -n '1,5p' Makefile | sed 's/^# \{0,1\}//'
 
@@ -78,8 +78,12 @@ $(STAMPS)/wheel-strict: $(SOURCES) $(STAMPS)/run
 demo: $(STAMPS)/wheel
 	$(BIN)/kvstrata demo
 
-BENCHES := $(filter-out bench/ops/compare.py,$(wildcard bench/ops/*.py bench/*.py))
+# The performance table of the README, its numbers and plots; and the benches of single ops and steps, which only print.
 bench: $(STAMPS)/wheel
+	$(BIN)/python bench/performance.py --out bench/results/cpu --into README.md
+
+BENCHES := $(filter-out bench/ops/compare.py bench/performance.py,$(wildcard bench/ops/*.py bench/*.py))
+bench-ops: $(STAMPS)/wheel
 	@for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
 
 # --- Checks --------------------------------------------------------------------------------------------------------------

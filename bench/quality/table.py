@@ -19,10 +19,10 @@ from typing import Any
 
 from kvstrata.budget import Budget
 from kvstrata.quality.contenders import label
-from kvstrata.quality.report import spread, table
+from kvstrata.quality.report import placed, spread, table
 from kvstrata.quality.run import MANIFEST, write
 
-BEGIN, END = "<!-- answers against bytes: begin -->", "<!-- answers against bytes: end -->"
+MARK = "answers against bytes"
 OPTIONS = ("tasks", "policies", "peers", "budgets", "lengths", "n", "seed", "mode")
 
 
@@ -109,15 +109,6 @@ def _said(value: float | None) -> str:
     return "refused" if value is None else f"{100 * value:.1f}"
 
 
-def placed(text: str, new: str) -> str:
-    """``text`` with ``new`` between its marks. ValueError where it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected the marks {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
@@ -127,7 +118,7 @@ def main() -> int:
     if args.into is None:
         print(new)
     else:
-        write(args.into, placed(args.into.read_text("utf-8"), new))
+        write(args.into, placed(args.into.read_text("utf-8"), MARK, new))
     return 0
 
 

@@ -39,7 +39,9 @@ def test_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ]
     for dense, full, arkv in (rows[:3], rows[3:]):
         tokens = dense["context"] + decode.WARM + 3
-        assert dense["dense_bytes"] == dense["context"] * 2 * 2 * 2 * 64 * 2, "tokens, layers, heads, K and V, bf16"
+        assert dense["dense_bytes"] == dense["near_bytes"] == tokens * 2 * 2 * 2 * 64 * 2, (
+            "layers, heads, K and V, bf16"
+        )
         assert dense["stored_tokens"] == full["stored_tokens"] == tokens > arkv["stored_tokens"]
         assert dense["near_bytes"] <= full["near_bytes"] and arkv["near_bytes"] <= 0.26 * dense["near_bytes"]
         assert dense["speedup"] == 1.0 and arkv["turns"] and 0 < arkv["ms_p50"] <= arkv["ms_p99"]

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from kvstrata.quality import metrics
+from kvstrata.quality import metrics, report
 
 FILE = Path(__file__).resolve().parents[2] / "bench" / "quality" / "table.py"
 CONFIG = {"model": "m", "tasks": ["needle", "tracking"], "policies": ["streaming"], "peers": [], "budgets": ["25%"]}
@@ -67,9 +67,10 @@ def test_runs_are_joined_best_first_by_budget(made: ModuleType) -> None:
         made.lines([run(made, first, "x"), run(made, second, "y", seed=7)])
 
 
-def test_only_what_stands_between_the_marks_is_replaced(made: ModuleType) -> None:
-    text = f"before\n{made.BEGIN}\nold\n{made.END}\nafter\n"
-    once = made.placed(text, "new")
-    assert once == f"before\n{made.BEGIN}\n\nnew\n\n{made.END}\nafter\n" and made.placed(once, "new") == once
-    with pytest.raises(ValueError, match="expected the marks"):
-        made.placed("nothing", "new")
+def test_only_what_stands_between_the_marks_is_replaced() -> None:
+    begin, end = "<!-- here: begin -->", "<!-- here: end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = report.placed(text, "here", "new")
+    assert once == f"before\n{begin}\n\nnew\n\n{end}\nafter\n" and report.placed(once, "here", "new") == once
+    with pytest.raises(ValueError, match="expected the marks <!-- there: begin -->"):
+        report.placed(text, "there", "new")

@@ -104,6 +104,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [padded(header), rule, *map(padded, rows), ""]
 
 
+def placed(text: str, mark: str, new: str) -> str:
+    """``text`` with ``new`` between its marks <!-- MARK: begin --> and end. ValueError where it has none."""
+    first, last = (f"<!-- {mark}: {word} -->" for word in ("begin", "end"))
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise ValueError(f"expected the marks {first} and {last}")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+
+
 def _summary(rows: list[Cell]) -> list[str]:
     if not rows:
         return []

@@ -39,7 +39,7 @@ class Row:
     near_bytes: int
     stored_tokens: float  # per KV head and layer
     peak_bytes: int
-    dense_bytes: int
+    dense_bytes: int  # of as many tokens
     turns: bool  # all caches of this context were held at once
     speedup: float | None = None  # of DynamicCache's median in the same run
 
