@@ -98,9 +98,7 @@ def at_context(
     model: Any, random: RandomTokens, contenders: list[Any], context: int, steps: int, advance: Any
 ) -> list[Row]:
     """Rows of all contenders at one context."""
-    dense = (
-        2 * context * random.layers * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
-    )
+    dense = random.dense_bytes(context + WARM + steps)
     turns = len(contenders) * dense < MEMORY_SHARE * _free_bytes()
     found: list[Row] = []
     for group in [contenders] if turns else [[c] for c in contenders]:
