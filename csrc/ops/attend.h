@@ -13,7 +13,8 @@
 //
 // Pages of all formats of a list share one softmax. Quantized ones: R q = delta * n with delta = max |R q| / 32639 over the
 // query row and n rounded to 16 bits, so q'_j . c_j is delta times an exact whole number and z (without softcap) has the
-// same bits at every level; p * s of a page's slots and a group of dims likewise. Their part of out is rotated back once.
+// same bits at every level; p * s of a block's slots and a group of dims likewise. Their part of out is rotated back once.
+// A block is up to eight successive pages of one format that some query of the tile reads; a softmax step is one block.
 //
 // Nothing visible: out = 0, lse = -inf (or the sink). NaN and Inf in q or in a visible slot show in their own rows only;
 // hidden slots, padding and entries of -1 never enter arithmetic.
