@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from feeding import feed
 from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.budget import Knapsack
 from kvstrata.budget.room import fit
@@ -17,17 +18,6 @@ from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
 COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
-
-
-def feed(cache: Cache, seqs: list, lengths: list[int], generator: torch.Generator) -> None:  # type: ignore[type-arg]
-    total = sum(lengths)
-    with cache.step(seqs, lengths) as step:
-        for layer, spec in enumerate(cache.shape.layers):
-            q, k, v = (
-                torch.randn(total, h, spec.head_dim, generator=generator).to(cache.shape.dtype)
-                for h in (spec.q_heads, spec.kv_heads, spec.kv_heads)
-            )
-            step.attend(layer, q, k, v)
 
 
 def allocated(cache: Cache) -> int:
