@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from feeding import feed
+
 from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.budget import Knapsack
 from kvstrata.budget.room import fit

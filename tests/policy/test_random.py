@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from feeding import feed
+
 from kvstrata import Cache, LayerSpec, Sequence, Shape, testing
 from kvstrata.config import BudgetExceeded
 

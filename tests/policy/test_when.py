@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from feeding import feed
 from test_budgets import COMPRESSING
 from torch import Tensor
 
-from feeding import feed
 from kvstrata import Budget, Cache, LayerSpec, Shape
 from kvstrata.budget.protect import pages
 from kvstrata.budget.room import page_costs, room
