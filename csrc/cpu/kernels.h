@@ -104,7 +104,7 @@ struct Kernels {
     void (*put_codes[3])(unsigned char* page, int32_t dim, uint16_t slots, const unsigned char* k,
                          const unsigned char* v, int32_t stride);
 
-    // Logits of a block of window queries on a page, `ahead` as above. Queries as f32 for full pages, as codes for quantized
+    // Logits of a block of window queries on a page, `ahead` is a page to prefetch meanwhile. Queries as f32 for full pages, as codes for quantized
     // ones. window_pairs: bf16 pages and queries as pairs, D even; null where the level has none. Indexed by Format.
     int32_t window_rows;
     void (*window_page[6])(const WindowTile& tile, const unsigned char* page, const unsigned char* ahead);

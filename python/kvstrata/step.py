@@ -167,12 +167,7 @@ class Step:
         """
         self._check_open("attend")
         spec = self._check("attend", layer, q, k, v, sinks)
-        scale = spec.head_dim**-0.5 if scale is None else float(scale)
-        cap = 0.0 if softcap is None else float(softcap)
-        if not isfinite(scale):
-            raise ValueError(f"attend: scale is {scale}, expected a finite number")
-        if not 0.0 <= cap < inf:
-            raise ValueError(f"attend: softcap is {cap}, expected None or a finite number >= 0")
+        scale, cap = _arithmetic("attend", spec, scale, softcap)
         self._attended.add(layer)
         self._cache._plans.arithmetic[layer] = (scale, cap)
         sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
@@ -194,19 +189,31 @@ class Step:
         )
         return out
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q: torch.Tensor | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
         """Stores the layer's keys and values without attending: of a prompt that was computed elsewhere.
 
-        k, v, q: as in :meth:`attend`. q: the queries, for policies that score by them. ValueError as there, and without
-        queries under such a policy.
+        k, v, scale, softcap: as in :meth:`attend`; q: the queries, for policies that score by them. ValueError as there, and
+        without queries under such a policy.
         """
         self._check_open("append")
         policy = self._cache.policy
         if q is None and (policy.queries or policy.massed):
             raise ValueError(f"append: q is None, expected the queries: policy {policy.name} scores by them")
         spec = self._check("append", layer, q, k, v, None)
+        if q is not None and policy.massed and not self._cut:  # mass that a failed step takes back comes with attention
+            self.attend(layer, q, k, v, scale=scale, softcap=softcap)
+            return
+        self._cache._plans.arithmetic[layer] = _arithmetic("append", spec, scale, softcap)
         self._attended.add(layer)
-        self._cache._plans.arithmetic.setdefault(layer, (spec.head_dim**-0.5, 0.0))
         self._append_chunk(layer, q, k, v)
 
     # --- prompt chunks --------------------------------------------------------------------------------------------------
@@ -372,3 +379,14 @@ def padded(cache: Cache, seqs: list[Sequence], valid: torch.Tensor) -> Step:
         raise ValueError("step: valid marks no token, expected at least one")
     starts = [0, *valid.sum(1).cumsum(0).tolist()]
     return Step(cache, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])
+
+
+def _arithmetic(verb: str, spec: LayerSpec, scale: float | None, softcap: float | None) -> tuple[float, float]:
+    """The scale and the softcap (0: none) of a layer's logits. ValueError for what is no number for that."""
+    scale = spec.head_dim**-0.5 if scale is None else float(scale)
+    cap = 0.0 if softcap is None else float(softcap)
+    if not isfinite(scale):
+        raise ValueError(f"{verb}: scale is {scale}, expected a finite number")
+    if not 0.0 <= cap < inf:
+        raise ValueError(f"{verb}: softcap is {cap}, expected None or a finite number >= 0")
+    return scale, cap

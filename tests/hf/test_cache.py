@@ -14,6 +14,8 @@ from rich.console import Console
 from tiny import build
 from transformers import DynamicCache
 
+from kvstrata import testing
+from kvstrata.config import Unsupported
 from kvstrata.hf import KVCache, patch
 
 
@@ -280,3 +282,19 @@ def test_append_takes_over_a_dense_cache(model):
     with pytest.raises(ValueError, match="append: batch size is 2, expected 1"):
         cache.append([k.repeat(2, 1, 1, 1) for k, _ in layers], [v.repeat(2, 1, 1, 1) for _, v in layers])
     assert cache.columns == n + 1
+
+
+def test_append_where_the_plan_after_it_fails(model):
+    """The tokens stand, in the cache and in its columns; a cache of recurrent layers is refused."""
+    cache = KVCache.for_model(model, policy="keydiff", budget="120KiB")
+    forward(model, cache, torch.randint(0, 50, (1, 700)))
+    heads = [(f.kv_heads, f.head_dim, f.dtype) for f in cache._batch.facts.layers]
+    new = [torch.randn(1, h, 8, d).to(dtype) for h, d, dtype in heads]
+    due = cache.cache.policy.interval // 8 + 1
+    with testing.fault("plan.after_check"), pytest.raises(RuntimeError):
+        for _ in range(due):
+            cache.append(new, new)
+    assert cache.columns == cache.logical_length(0) > 700
+    hybrid = patch(build("qwen3_next"))
+    with pytest.raises(Unsupported, match="append: the model has recurrent layers"):
+        KVCache.for_model(hybrid).append(new, new)

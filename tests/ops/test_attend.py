@@ -223,3 +223,14 @@ def test_logits_and_mass(isa: str, queries: int) -> None:
     assert_close(mass, reference.mass(ref, case.reference()[1]), MASS, floor=1e-3 * queries)
     assert torch.equal(out, case.attend()[0]) and torch.equal(lse, case.attend()[1])
     assert torch.equal(mass, case.attend(want_mass=True)[2])
+
+
+def test_a_bad_query_head_stays_alone(isa: str) -> None:
+    """NaN in one head, and an infinite key that the others read: they are as without it."""
+    case = make_case([5])
+    case.q = case.q.bfloat16()
+    case.pools[0].payload(0).view(torch.bfloat16)[int(case.pages[0, 2]) & 0xFFFF, 7] = -INF
+    alone = case.attend()[0]
+    case.q[..., 3, 5] = float("nan")
+    assert torch.equal(case.attend()[0][:, :, :3].nan_to_num(7.0), alone[:, :, :3].nan_to_num(7.0))
+    assert case.attend()[0][:, :, 3].isnan().all()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_case
-from tolerances import LOGITS_QUANTIZED, LSE, MASS, assert_close, assert_close_rows, out_tolerance
+from cases import Case, make_case, write_quantized
+from tolerances import LOGITS_QUANTIZED, LSE, MASS, OUT_QUANTIZED, assert_close, assert_close_rows, out_tolerance
 
 from conftest import LEVELS
 from kvstrata import _C, ops, reference
@@ -209,3 +209,23 @@ def test_quantized_pages_of_another_head_dim_are_refused() -> None:
         ops.attend(torch.zeros(1, 1, 40), pages, pools)
     with pytest.raises(ValueError, match="attend: centre is \\[1, 40\\], expected \\[R=1, D=64\\]"):
         ops.attend(torch.zeros(1, 1, 64), pages, pools, centre=torch.zeros(1, 40))
+
+
+@pytest.mark.parametrize("fmt", ops.QUANTIZED)
+@pytest.mark.parametrize("small", [0.1, 0.01, 0.001])
+def test_small_values_where_most_of_p_is(isa: str, fmt: str, small: float) -> None:
+    """As attention sinks are: a page takes nearly all of p and has small values, next to pages of large ones."""
+    g = torch.Generator().manual_seed(2)
+    k, v = (torch.randn(8, 16, 128, generator=g) for _ in range(2))
+    q = torch.randn(1, 1, 1, 128, generator=g).expand(1, 1, 4, 128).contiguous()
+    k[0, 3] = q[0, 0, 0] * 0.6
+    v[0] *= small
+    pool = ops.Pool.allocate(fmt, 128, 8)
+    pages = torch.arange(8, dtype=torch.int32).view(1, 8)
+    all_slots, no_centre = torch.full((8,), 0xFFFF), torch.zeros(8, 128)
+    held = write_quantized(pool, 0, torch.arange(8), k, v, all_slots, no_centre)
+    k64, v64 = (x.view(1, 8, 16, 128) for x in held)
+    ref, lse = reference.attend(q.double(), k64, v64, torch.ones(1, 1, 8, 16, dtype=torch.bool))
+    mass = (q[0, 0, 0].double() @ k64[0, 0, 3] * 128**-0.5 - lse.flatten()[0]).exp()
+    assert 0.3 < mass < 1, "most of p is in the first page"
+    assert_close_rows(ops.attend(q, pages, [pool])[0], ref, OUT_QUANTIZED)

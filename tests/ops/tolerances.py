@@ -11,8 +11,8 @@ OUT_F32 = 1e-5
 # is up to 2^-9 per element, hence about 1.1e-3 in norm; measured below 1e-5 with an f32 output.
 OUT_16 = 1e-3
 OUT_BF16_OUTPUT = 4e-3
-# Quantized pages, against a reference on the dequantized pages: queries and p * s are rounded to 16 bits of their largest
-# element, 2^-16 each, and an output of random values is a sum in which much cancels. Measured below 2e-4.
+# Quantized pages, against a reference on the dequantized pages: queries, and p * s of a block of pages, are rounded to 16
+# bits of their largest element, 2^-16 each, and an output of random values is a sum in which much cancels. Measured below 2e-4.
 OUT_QUANTIZED = 1e-3
 OUT_F16_OUTPUT = 5e-4
 # log-sum-exp: absolute, for logits of a few units; half an ulp of the sum and of the maximum.

@@ -150,6 +150,17 @@ def test_a_row_takes_the_first_format_that_holds_enough() -> None:
     assert torch.equal(found[:1], planned(planner, seen, allowed(400))), "as it is alone"
 
 
+def test_one_byte_more_never_keeps_fewer_tokens() -> None:
+    """Rows that hold int2 tokens stay int2, however much there is: tokens of fewer bits would be counted as int4 pages."""
+    seen = falling(1600, INT2)
+    planner, kept = ThreeStates(("int4", "int2"), held=1 / 5), 0
+    for b in range(0, 12000, 37):
+        state = planned(planner, seen, allowed(b))
+        assert int((state != EVICTED).sum()) >= kept
+        kept = int((state != EVICTED).sum())
+        assert kept == min(1600, b // C_INT2 * 16)
+
+
 def test_nothing_to_decide_is_the_identity() -> None:
     """Sinks and tail only; no allowance; an allowance below nothing."""
     seen = replace(seen_of(torch.Generator().manual_seed(5), tokens=20, sinks=4), score=torch.zeros(3, 20))

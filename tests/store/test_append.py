@@ -75,3 +75,36 @@ def test_what_is_refused() -> None:
         step.append(0, x, x)
         step.append(0, x, x)
     assert cache.logical_length(seqs[0]) == 0
+
+
+def test_a_failed_append_leaves_older_scores() -> None:
+    """Under a policy that scores by mass, too, where no layer is cut."""
+    cache = Cache(Shape(LAYERS[:1] * 2, torch.float32), "2MiB", "h2o")
+    seqs, generator = cache.new(1), torch.Generator().manual_seed(1)
+    stored(cache, seqs, [40], generator)
+
+    def scores() -> torch.Tensor:
+        found = torch.empty(2, cache._store.columns(0, [seqs[0].id]))
+        cache._store.look(0, [seqs[0].id], 0, 0, 0, found.data_ptr(), found.shape[1])
+        return found
+
+    before = scores()
+    assert before.abs().sum() > 0
+    x = torch.randn(3, 8, 64, generator=generator)
+    with pytest.raises(KeyError), cache.step(seqs, [3]) as step:
+        step.append(0, x[:, 4:6], x[:, 6:], x[:, :4])
+        raise KeyError("a failed step")
+    assert torch.equal(scores(), before)
+
+
+def test_scale_and_softcap_are_those_of_later_plans() -> None:
+    cache = Cache(Shape(LAYERS[:1], torch.float32), "1MiB", "snapkv")
+    seqs, x = cache.new(1), torch.randn(20, 8, 64)
+    with cache.step(seqs, [20]) as step:
+        step.append(0, x[:, 4:6], x[:, 6:], x[:, :4], scale=0.5, softcap=20.0)
+    assert cache._plans.arithmetic[0] == (0.5, 20.0)
+    with (
+        pytest.raises(ValueError, match="append: scale is inf, expected a finite number"),
+        cache.step(seqs, [20]) as step,
+    ):
+        step.append(0, x[:, 4:6], x[:, 6:], x[:, :4], scale=float("inf"))

@@ -1,8 +1,7 @@
 // attend, a block of full pages at a time: QK, online softmax, PV, all in f32.
 //
-// The bits of a query row depend on its own data only: rows share loads, never an accumulator, and the order of
-// additions is the same whether a row is computed alone, in a register tile, or from a page decoded for many rows.
-//
+// Rows share loads, never an accumulator, and the order of additions is the same whether a row is computed alone, in a
+// register tile, or from a page decoded for many rows. Which pages make a block depends on all queries of a KV row.
 #include "cpu/kernels/level.h"
 #if KV_OWN_KERNELS
 #include "common/layout.h"

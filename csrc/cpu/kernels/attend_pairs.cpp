@@ -1,7 +1,7 @@
 // attend over bf16 pages with bf16 products: two dims or two slots at a time, sums in f32.
 //
 // q and p are two bf16 terms each, x = high + low to 16 bits of x, so products lose nothing that matters; a q that is bf16
-// already has no second term. Denormal numbers count as 0. Bits of a query row depend on its own data only.
+// already has no second term. Denormal numbers count as 0; an infinite value in V gives NaN, for it meets the second term of p.
 #include "cpu/kernels/level.h"
 #if defined(KV_ISA_avx512_bf16)
 #include "cpu/kernels/softmax.h"
@@ -29,19 +29,21 @@ KV_INLINE void split(V x, void* high, void* low) {
 template <int N>
 struct Queries {
     uint32_t high[N][kMaxHeadDim / 2], low[N][kMaxHeadDim / 2];
-    bool exact;  // low is 0
+    bool exact[N], all_exact;  // low is 0: then it must not meet an infinite key
 };
 template <int N>
 KV_INLINE void load_queries(Queries<N>& q, const AttendTile& t, int row) {
-    V rest = zero();
+    q.all_exact = true;
     for (int n = 0; n < N; ++n) {
+        uint16_t other = 0;                       // lanes that are more than their first term; an infinite one is not
         for (int d = 0; d < t.stride; d += 16) {  // padding is 0
             const V x = load(t.q + (row + n) * t.stride + d);
             split(x, q.high[n] + d / 2, q.low[n] + d / 2);
-            rest = bits_or(rest, sub(x, load_bf16(q.high[n] + d / 2)));  // NaN and Inf - Inf count as something
+            other |= differ(x, load_bf16(q.high[n] + d / 2));
         }
+        q.exact[n] = !other;
+        q.all_exact &= q.exact[n];
     }
-    q.exact = !differ(rest, zero());
 }
 
 template <int N, bool Exact>
@@ -54,7 +56,9 @@ KV_INLINE void qk(const AttendTile& t, const Queries<N>& q, int row, int page, c
     const auto step = [&](__m512i line, int i, int c) __attribute__((always_inline)) {
         for (int n = 0; n < N; ++n) {
             sum[n][c] = dot(sum[n][c], line, q.high[n][i]);
-            if constexpr (!Exact) sum[n][c] = dot(sum[n][c], line, q.low[n][i]);
+            if constexpr (!Exact) {
+                if (!q.exact[n]) sum[n][c] = dot(sum[n][c], line, q.low[n][i]);
+            }
         }
     };
     int i = 0;
@@ -76,7 +80,7 @@ KV_INLINE void qk_block(const AttendTile& t, const PageBlock& b, int row, Ahead*
     Queries<N> q;
     load_queries(q, t, row);
     for (int j = 0; j < b.count; ++j) {
-        if (q.exact) {
+        if (q.all_exact) {
             qk<N, true>(t, q, row, j, b.pages[j], ahead);
         } else {
             qk<N, false>(t, q, row, j, b.pages[j], ahead);

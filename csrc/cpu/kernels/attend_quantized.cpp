@@ -109,23 +109,19 @@ template <int N>
 KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, const PageBlock& b, int row, const Shares& shares,
                             int count) {
     for (int n = 0; n < N; ++n) {
-        V largest = zero();
-        bool broken = false;
-        for (int j = 0; j < b.count; ++j) {
-            const V p = load(t.p + lanes_at(row + n, j));
-            broken |= differ(p, p) != 0;
-            largest = max(p, largest);
-        }
-        const float most = max_lane(largest);
-        const V inverse = set1(most >= kLeast ? kMost / most : 0.0f);
         for (int g = 0; g < count; ++g) {
-            bool bad = broken;
-            for (int j = 0; j < b.count; ++j) bad |= (shares.bad[j][g] & mask_of(t, row + n, j)) != 0;
-            w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
+            V largest = zero(), parts[kBlock];
+            bool bad = false;
             for (int j = 0; j < b.count; ++j) {
-                const V part = mul(load(t.p + lanes_at(row + n, j)), inverse);
-                store_quads(w.n[g][j][n], bad ? zero() : mul(part, load(shares.of[j][g])));
+                const V p = load(t.p + lanes_at(row + n, j));
+                parts[j] = mul(p, load(shares.of[j][g]));
+                largest = max(magnitude(parts[j]), largest);
+                bad |= differ(p, p) || (shares.bad[j][g] & mask_of(t, row + n, j));
             }
+            const float most = max_lane(largest);
+            const V inverse = set1(most >= kLeast ? kMost / most : 0.0f);
+            w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
+            for (int j = 0; j < b.count; ++j) store_quads(w.n[g][j][n], bad ? zero() : mul(parts[j], inverse));
         }
     }
 }

@@ -6,7 +6,7 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
-// Relative error about 1e-7 (required: 2^-20); 1 at 0 exactly; 0 below -87; inf above 88.4; NaN stays NaN.
+// Relative error about 1e-7 (required: 2^-20); 1 at 0 exactly; 0 below -87; inf above 88.8; NaN stays NaN.
 KV_INLINE V exp(V x) {
     const V bound = min(set1(89.0f), max(set1(-88.0f), x));  // constants first: a NaN passes through
     const V n = round_even(mul(bound, set1(1.44269504088896341f)));

@@ -136,9 +136,10 @@ def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
     most = 0
     for i, s in shape.kinds:
         group, entries = s.q_heads // s.kv_heads, limit // (rows * min(page_costs(shape, i, policy).values())) + 1
-        partial = min(128, -(-entries // 8)) * (group * (s.head_dim + 1) * 4 + 64)
+        dim = -(-s.head_dim // 16) * 16
+        partial = max(-(-entries // 64), min(128, -(-entries // 8))) * (group * (dim + 1) * 4 + 64)
         mass = group * (entries * SLOTS + 1) * 4 if policy.massed else 0
-        scratch = (group * (4 * s.head_dim + 288) + SLOTS * s.head_dim) * 4 + 512
+        scratch = (group * (4 * dim + 288) + SLOTS * dim) * 4 + 512
         most = max(most, batch * s.kv_heads * (32 + partial + mass) + torch.get_num_threads() * scratch)
     return most
 

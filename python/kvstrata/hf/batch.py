@@ -55,21 +55,39 @@ class Batch:
         self.feed.forward = forward
         return forward
 
-    def append(self, keys: list[torch.Tensor], values: list[torch.Tensor], queries: list[torch.Tensor] | None) -> None:
-        """Store T columns computed elsewhere, [B, heads, T, D] per layer of the core. Nothing has changed when this raises,
-        but a layer may be cut."""
+    def append(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        queries: list[torch.Tensor] | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> None:
+        """Store T columns computed elsewhere, [B, heads, T, D] per layer of the core.
+
+        When this raises nothing has changed, but that layers may be cut; or the tokens stand, and the plan after them failed.
+        """
         self.settle()
         for name, given in (("keys", keys), ("values", values), ("queries", queries)):
             if given is not None and len(given) != len(self.facts.layers):
                 raise ValueError(f"append: {name} has {len(given)} layers, expected {len(self.facts.layers)}")
+        if keys[0].dim() != 4:
+            raise ValueError(f"append: keys are {list(keys[0].shape)}, expected [B, H, T, D]")
         batch, _, length, _ = keys[0].shape
         if self.rows and batch != len(self.rows):
             raise ValueError(f"append: batch size is {batch}, expected {len(self.rows)}, the sequences in the cache")
         self.feed.admit(None, batch, length, None)
-        with self._fresh_rows(0 if self.rows else batch), self.core.step(self.rows, columns=length) as step:
-            for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-                q = None if queries is None else queries[i].transpose(1, 2)
-                step.append(i, k.transpose(1, 2), v.transpose(1, 2), q)
+        with self._fresh_rows(0 if self.rows else batch):
+            lengths = [self.core.logical_length(row) for row in self.rows]
+            try:
+                with self.core.step(self.rows, columns=length) as step:
+                    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+                        q = None if queries is None else queries[i].transpose(1, 2)
+                        step.append(i, k.transpose(1, 2), v.transpose(1, 2), q, scale=scale, softcap=softcap)
+            except BaseException:
+                if any(lengths) and [self.core.logical_length(row) for row in self.rows] != lengths:
+                    self.feed.extend(None, batch, length)
+                raise
         self.feed.extend(None, batch, length)
 
     @contextmanager

@@ -146,13 +146,20 @@ class KVCache(StockCache):  # type: ignore[misc]
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
         queries: list[torch.Tensor] | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         """Store tokens that were computed elsewhere, as a dense cache holds them: one [B, H, T, D] per attention layer.
 
-        keys after rotary embedding; queries [B, Hq, T, D], for policies that score by them. May be called chunk by chunk;
-        `end_prefill` ends the prompt. ValueError for other layers, shapes or dtypes, or without queries that are needed.
+        keys after rotary embedding; queries [B, Hq, T, D], for policies that score by them, with the model's scale (D^-1/2 if
+        None) and softcap. No padding. May be called chunk by chunk; `end_prefill` ends the prompt. ValueError for other
+        layers, shapes or dtypes, without queries that are needed, and where padding is cached; Unsupported for a model with
+        recurrent layers, whose states keys do not hold.
         """
-        self._batch.append(keys, values, queries)
+        if self._recurrent():
+            raise Unsupported("append: the model has recurrent layers, whose states keys and values do not hold")
+        self._batch.append(keys, values, queries, scale, softcap)
 
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Withdraw the last -n columns (n <= 0, int or 0-d tensor) and confirm the rest.

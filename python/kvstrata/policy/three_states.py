@@ -24,7 +24,8 @@ class ThreeStates:
     """The highest scores stay Full, the next are quantized, the rest is evicted.
 
     quantized: the format, "int8", "int4" or "int2", or several, most bits first: a row takes the first one in which its bytes
-    hold at least ``held`` of the tokens that its sequence has seen, else the last (ours); held: 0..1; cover: evict nothing as
+    hold at least ``held`` of the tokens that its sequence has seen, else the last, and none of more bits than tokens that it
+    holds (ours); held: 0..1; cover: evict nothing as
     long as all fits quantized (ours); full_share: the share r in 0..1 of a row's pages that stay Full where not all fit, for
     allocators that say none.
 
@@ -68,6 +69,10 @@ class ThreeStates:
         movable = seen.stored & ~protect
         full = (movable & (seen.state == FULL)).sum(1)
         tokens, target = movable.sum(1), self.target(allowance, seen.lengths)
+        if (
+            len(self.formats) > 1
+        ):  # bits only fall: a row stays in the coarsest of them that it holds, and is counted so
+            target = torch.maximum(target, torch.where(movable, seen.state, EVICTED).amax(1).long())
         state = torch.zeros_like(seen.state)
         for f in sorted(set(target.tolist())):
             # Rows of one length and share, as those of a layer mostly are, have one format: no copies then.

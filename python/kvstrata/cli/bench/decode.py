@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvstrata.cli.bench.filled import RandomTokens, fill
+from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output, bytes_text
 from kvstrata.hf.shapes import SHAPES
 
@@ -54,9 +55,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", default="DynamicCache", metavar="P,..", help="DynamicCache, QuantizedCache-hqq-4, ..."
     )
     parser.add_argument("--budgets", default="25%", metavar="B,..", help="of the policies that take one; %(default)s")
-    parser.add_argument("--steps", type=int, default=33, help="measured steps")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=positive, default=33, help="measured steps")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the shape has")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="writes the numbers and plots there")
 
@@ -72,13 +73,14 @@ def run(args: argparse.Namespace, out: Output) -> int:
     with out.progress("caches", len(contenders) * len(args.context)) as advance:
         for context in args.context:
             rows += at_context(model, random, contenders, context, args.steps, advance)
-    facts = run_facts(args, model)
-    show(args, facts, rows, out)
+    made = {"schema": 1, "run": run_facts(args, model), "rows": [asdict(r) for r in rows]}
+    show(args, rows, out)
+    out.result(made)
     if args.out is not None:
         from kvstrata.cli.bench.plots import save
 
         fields = {"ms_p50": ("ms per token", 1.0), "near_bytes": ("KV MiB", 2.0**-20)}
-        save(args.out / "decode", facts, [asdict(r) for r in rows], "context", fields)
+        save(args.out / "decode", made, "context", fields)
     return 0
 
 
@@ -157,7 +159,7 @@ def run_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     return manifest.of(asked) | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-def show(args: argparse.Namespace, facts: dict[str, Any], rows: list[Row], out: Output) -> None:
+def show(args: argparse.Namespace, rows: list[Row], out: Output) -> None:
     body = [
         [
             str(r.context),
@@ -177,8 +179,7 @@ def show(args: argparse.Namespace, facts: dict[str, Any], rows: list[Row], out: 
     out.table(f"Decoding, {args.shape}, batch 1", [*header, ">peak %", ">stored per row"], body)
     if not all(r.turns for r in rows):
         out.line("Not all caches of a context fitted memory together: those were measured one after another.")
-    out.result({"schema": 1, "run": facts, "rows": [asdict(r) for r in rows]})
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+    return [positive(n) for n in text.split(",")]

@@ -50,15 +50,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
             for c in contenders:
                 rows += filling(model, random, c, context)
                 advance(f"{c.label} at {context}")
-    facts = run_facts(args, model)
+    made = {"schema": 1, "run": run_facts(args, model), "rows": [asdict(r) for r in rows]}
     last = [r for r in rows if r.tokens == r.context]
     header = ["context", "cache", ">KV bytes", ">% of dense", ">peak", ">peak %"]
     out.table(f"Filling chunk by chunk, {args.shape}, batch 1", header, [_line(r) for r in last])
-    out.result({"schema": 1, "run": facts, "rows": [asdict(r) for r in rows]})
+    out.result(made)
     if args.out is not None:
         from kvstrata.cli.bench.plots import save
 
-        save(args.out / "memory", facts, [asdict(r) for r in rows], "tokens", {"peak_bytes": ("peak KV MiB", 2.0**-20)})
+        save(args.out / "memory", made, "tokens", {"peak_bytes": ("peak KV MiB", 2.0**-20)})
     return 0
 
 
