@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvstrata.hf.load import WatchedDynamicCache
+
 CHUNK = 2048
 """Tokens that are put into a cache of ours at a time, as a chunked prompt would be."""
 
@@ -51,7 +53,7 @@ def fill(cache: Any, random: RandomTokens, tokens: int, after: Callable[[int], N
             cache.append(k, v, q)
             after(stored := stored + k[0].shape[2])
         cache.end_prefill()
-    elif type(cache).__name__ == "WatchedDynamicCache":
+    elif isinstance(cache, WatchedDynamicCache):
         stored = 0
         for _, k, v in random.chunks(tokens):
             for layer in range(random.layers):
