@@ -19,6 +19,7 @@ from typing import Any
 
 from kvstrata.cli.output import Output
 from kvstrata.quality import manifest
+from kvstrata.quality.contenders import label
 from kvstrata.quality.report import placed, table
 from kvstrata.quality.run import write
 
@@ -75,7 +76,9 @@ def decoding(found: dict[str, dict[str, Any]]) -> list[str]:
     for r in found["decode"]["rows"]:
         near, peak = (f"{100 * r[f] / r['dense_bytes']:.1f}" for f in ("near_bytes", "peak_bytes"))
         speed = "-" if r["speedup"] is None else f"{r['speedup']:.2f}"
-        rows.append([str(r["context"]), said(r), speed, f"{r['ms_p99'] / r['ms_p50']:.2f}", near, peak])
+        rows.append(
+            [str(r["context"]), label(r["cache"], r["budget"]), speed, f"{r['ms_p99'] / r['ms_p50']:.2f}", near, peak]
+        )
     shape = found["decode"]["run"]["config"]["shape"]
     text = (
         f"Decoding with all layers and matrix products, {shape} with random weights, bfloat16, batch 1, caches filled with "
@@ -87,13 +90,15 @@ def decoding(found: dict[str, dict[str, Any]]) -> list[str]:
 def memory(found: dict[str, dict[str, Any]]) -> list[str]:
     """One line per cache: its peak while the prompt comes in."""
     last = [r for r in found["memory"]["rows"] if r["tokens"] == r["context"]]
-    rows = [[said(r), *(f"{100 * r[f] / r['dense_bytes']:.1f}" for f in ("near_bytes", "peak_bytes"))] for r in last]
+    rows = [
+        [
+            label(r["cache"], r["budget"]),
+            *(f"{100 * r[f] / r['dense_bytes']:.1f}" for f in ("near_bytes", "peak_bytes")),
+        ]
+        for r in last
+    ]
     text = f"A prompt of {last[0]['context']} tokens put in chunk by chunk; bytes in per cent of the dense cache's:\n"
     return [text, *table(["cache", "KV bytes", "peak"], rows)]
-
-
-def said(r: dict[str, Any]) -> str:
-    return str(r["cache"]) if r["budget"] is None else f"{r['cache']} {r['budget']}"
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.common import SLOTS, begin, beside_copy, buffers, digest, measure, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
@@ -35,7 +35,6 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> di
 
     times, base = measure([ours, copy], args.reps)
     ours(0)
-    gbps = size / times.p50 / 1e6
     return {
         "kind": "compact",
         "format": fmt,
@@ -43,15 +42,8 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> di
         "kv_rows": args.kv_rows,
         "head_dim": args.dim,
         "tokens": args.tokens,
-        "bytes_in_and_out": size,
-        "reps": args.reps,
-        **times.row(),
         "ns_per_token": 1e6 * times.p50 / (pages * SLOTS),
-        "gbps": gbps,
-        "share_copy": gbps / copy_gbps,
-        "digest": digest(target.payload()),
-        "baseline": {"name": "torch copy", "ms_p50": base.p50},
-        "speedup_vs_copy": base.p50 / times.p50,
+        **beside_copy(size, times, base, args, copy_gbps, digest(target.payload())),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.common import begin, beside_copy, buffers, digest, filled, measure, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
@@ -35,7 +35,6 @@ def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str,
     unpack(0)
     rows = []
     for kind, times in zip(("pack", "unpack"), ours, strict=True):
-        gbps = size / times.p50 / 1e6
         rows.append(
             {
                 "kind": kind,
@@ -43,14 +42,7 @@ def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str,
                 "kv_rows": args.kv_rows,
                 "head_dim": args.dim,
                 "tokens": args.tokens,
-                "bytes_in_and_out": size,
-                "reps": args.reps,
-                **times.row(),
-                "gbps": gbps,
-                "share_copy": gbps / copy_gbps,
-                "digest": digest(k, v),
-                "baseline": {"name": "torch copy", "ms_p50": base.p50},
-                "speedup_vs_copy": base.p50 / times.p50,
+                **beside_copy(size, times, base, args, copy_gbps, digest(k, v)),
             }
         )
     return rows

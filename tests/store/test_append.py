@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from feeding import feed
+from feeding import drawn, feed
 
 from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.policy import arkv, keydiff, snapkv
@@ -14,13 +14,8 @@ LAYERS = [LayerSpec(2, 4, 64), LayerSpec(2, 4, 64, 40)]
 
 def stored(cache: Cache, seqs: list, lengths: list[int], generator: torch.Generator, queries: bool = True) -> None:  # type: ignore[type-arg]
     """As ``feed``, by ``append``."""
-    total = sum(lengths)
     with cache.step(seqs, lengths) as step:
-        for layer, spec in enumerate(cache.shape.layers):
-            q, k, v = (
-                torch.randn(total, heads, spec.head_dim, generator=generator).to(cache.shape.dtype)
-                for heads in (spec.q_heads, spec.kv_heads, spec.kv_heads)
-            )
+        for layer, (q, k, v) in enumerate(drawn(cache, sum(lengths), generator)):
             step.append(layer, k, v, q if queries else None)
 
 

@@ -131,7 +131,7 @@ void all_pv(const AttendTile& t, const PageBlock& b, const unsigned char* const*
     for (int row = 0, n = 1; row < t.rows; row += n) {
         n = 1;
         if (!t.live[row]) continue;
-        while (n < kTile && row + n < t.rows && t.live[row + n] && same_masks(t, b, row, row + n)) ++n;
+        n = rows_alike(t, b, row);
         with_rows(n, [&](auto rows) {
             int d = 0;
             for (; d + 16 * kWide <= t.stride; d += 16 * kWide) {

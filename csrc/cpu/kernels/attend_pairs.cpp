@@ -163,7 +163,7 @@ void attend_block(const AttendTile& t, const PageBlock& b) {
     for (int row = 0, n = 1; row < t.rows; row += n) {
         n = 1;
         if (!t.live[row]) continue;
-        while (n < kTile && row + n < t.rows && t.live[row + n] && same_masks(t, b, row, row + n)) ++n;
+        n = rows_alike(t, b, row);
         with_rows(n, [&](auto rows) { pv_rows<rows.n>(t, b, row, ahead); });
         ahead = nullptr;
     }

@@ -30,12 +30,15 @@ KV_INLINE void with_rows(int n, Call call) {
 KV_INLINE int lanes_at(int row, int page) { return (row * kBlock + page) * kSlots; }
 KV_INLINE uint16_t mask_of(const AttendTile& t, int row, int page) { return t.masks[row * kBlock + page]; }
 
-// Whether two rows read the same slots of a block.
-KV_INLINE bool same_masks(const AttendTile& t, const PageBlock& b, int row, int other) {
-    for (int j = 0; j < b.count; ++j) {
-        if (mask_of(t, row, j) != mask_of(t, other, j)) return false;
+// How many live rows from `row` on, a live one, up to a register tile, read the same slots of a block.
+KV_INLINE int rows_alike(const AttendTile& t, const PageBlock& b, int row) {
+    int n = 1;
+    for (; n < kTile && row + n < t.rows && t.live[row + n]; ++n) {
+        for (int j = 0; j < b.count; ++j) {
+            if (mask_of(t, row, j) != mask_of(t, row + n, j)) return n;
+        }
     }
-    return true;
+    return n;
 }
 
 // The softmax step of one row over a block: from q . k in t.z to finished logits (scaled, capped, biased, -inf where the

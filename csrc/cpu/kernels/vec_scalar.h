@@ -50,7 +50,7 @@ KV_INLINE float max_lane(V a) {
 }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even for |a| < 2^22; callers are far inside.
 KV_INLINE V round_even(V a) { KV_LANES((a.x[i] + 12582912.0f) - 12582912.0f); }
-// 2^n for integral n in -127..128 (0 and inf at the ends); anything for NaN.
+// y * 2^n for integral n in -127..128 (2^n is 0 and inf at the ends); anything for NaN.
 KV_INLINE V scale2(V y, V n) {
     KV_LANES(y.x[i] *
              float_of(static_cast<uint32_t>((n.x[i] >= -127.0f && n.x[i] <= 128.0f ? int(n.x[i]) : 0) + 127) << 23));

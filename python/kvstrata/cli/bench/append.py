@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, buffers, digest, measure, op_arguments, run_facts, show
+from kvstrata.cli.bench.common import begin, beside_copy, buffers, digest, measure, op_arguments, run_facts, show
 from kvstrata.cli.output import Output
 
 
@@ -56,7 +56,6 @@ def case(args: argparse.Namespace, fmt: str, tokens: int, source: torch.dtype, c
 
     times, base = measure([ours, copy], args.reps)
     ours(0)
-    gbps = size / times.p50 / 1e6
     return {
         "kind": "append",
         "format": fmt,
@@ -64,12 +63,5 @@ def case(args: argparse.Namespace, fmt: str, tokens: int, source: torch.dtype, c
         "kv_rows": rows,
         "head_dim": dim,
         "tokens": tokens,
-        "bytes_in_and_out": size,
-        "reps": args.reps,
-        **times.row(),
-        "gbps": gbps,
-        "share_copy": gbps / copy_gbps,
-        "digest": digest(pools[0].payload()),
-        "baseline": {"name": "torch copy", "ms_p50": base.p50},
-        "speedup_vs_copy": base.p50 / times.p50,
+        **beside_copy(size, times, base, args, copy_gbps, digest(pools[0].payload())),
     }

@@ -110,6 +110,23 @@ def measure(calls: Sequence[Call], reps: int) -> list[Times]:
     return result
 
 
+def beside_copy(
+    size: int, times: Times, base: Times, args: argparse.Namespace, copy_gbps: float, found: str
+) -> dict[str, Any]:
+    """What a row says of a call that moves so many bytes in and out, beside torch's copy of as many; found: its digest."""
+    gbps = size / times.p50 / 1e6
+    return {
+        "bytes_in_and_out": size,
+        "reps": args.reps,
+        **times.row(),
+        "gbps": gbps,
+        "share_copy": gbps / copy_gbps,
+        "digest": found,
+        "baseline": {"name": "torch copy", "ms_p50": base.p50},
+        "speedup_vs_copy": base.p50 / times.p50,
+    }
+
+
 def last_level_cache() -> int:
     """Bytes; 32 MiB where the system does not say."""
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

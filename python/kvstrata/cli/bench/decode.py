@@ -63,12 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from kvstrata.hf import patch
-
-    torch.set_num_threads(args.threads)
-    contenders = line_of(args)
-    with out.busy(f"building {args.shape}"):
-        model = patch(SHAPES[args.shape].build(args.layers, args.seed))
+    contenders, model = begin(args, out)
     random, rows = RandomTokens(model, args.seed), []
     with out.progress("caches", len(contenders) * len(args.context)) as advance:
         for context in args.context:
@@ -82,6 +77,21 @@ def run(args: argparse.Namespace, out: Output) -> int:
         fields = {"ms_p50": ("ms per token", 1.0), "near_bytes": ("KV MiB", 2.0**-20)}
         save(args.out / "decode", made, "context", fields)
     return 0
+
+
+def begin(args: argparse.Namespace, out: Output) -> tuple[list[Any], Any]:
+    """The contenders that were asked for, and the patched model."""
+    from kvstrata.hf import patch
+
+    torch.set_num_threads(args.threads)
+    contenders = line_of(args)
+    with out.busy(f"building {args.shape}"):
+        return contenders, patch(SHAPES[args.shape].build(args.layers, args.seed))
+
+
+def peak_of(cache: Any) -> int:
+    """The most bytes that a cache has held."""
+    return int(cache.peak_bytes if hasattr(cache, "peak_bytes") else cache.report().peak_bytes)
 
 
 def line_of(args: argparse.Namespace) -> list[Any]:
@@ -134,7 +144,7 @@ def decode(model: Any, caches: list[Any], context: int, steps: int) -> list[list
 
 def _row(contender: Any, cache: Any, taken: list[float], context: int, dense: int, turns: bool) -> Row:
     stored = float(context + WARM + len(taken))
-    peak = cache.peak_bytes if hasattr(cache, "peak_bytes") else cache.report().peak_bytes
+    peak = peak_of(cache)
     if hasattr(cache, "report"):
         stored = cache.report().stored_tokens / cache.cache.shape.rows
     p50 = statistics.median(taken)
@@ -160,10 +170,12 @@ def run_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace, rows: list[Row], out: Output) -> None:
+    from kvstrata.quality.contenders import label
+
     body = [
         [
             str(r.context),
-            r.cache if r.budget is None else f"{r.cache} {r.budget}",
+            label(r.cache, r.budget),
             f"{r.ms_p50:.1f}",
             f"{r.ms_p99:.1f}",
             f"{r.tokens_per_s:.2f}",

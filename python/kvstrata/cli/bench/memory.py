@@ -10,13 +10,10 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from kvstrata.cli.bench.decode import arguments as shared
-from kvstrata.cli.bench.decode import line_of, run_facts
+from kvstrata.cli.bench.decode import begin, peak_of, run_facts
 from kvstrata.cli.bench.filled import RandomTokens, fill
 from kvstrata.cli.output import Output, bytes_text
-from kvstrata.hf.shapes import SHAPES
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from kvstrata.hf import patch
-
-    torch.set_num_threads(args.threads)
-    contenders = line_of(args)
-    with out.busy(f"building {args.shape}"):
-        model = patch(SHAPES[args.shape].build(args.layers, args.seed))
+    contenders, model = begin(args, out)
     random, rows = RandomTokens(model, args.seed), []
     with out.progress("caches", len(contenders) * len(args.context)) as advance:
         for context in args.context:
@@ -69,8 +61,7 @@ def filling(model: Any, random: RandomTokens, contender: Any, context: int) -> l
     rows: list[Row] = []
 
     def note(stored: int) -> None:
-        peak = cache.peak_bytes if hasattr(cache, "peak_bytes") else cache.report().peak_bytes
-        rows.append(Row(stored, contender.name, contender.budget, context, cache.nbytes(), peak, dense))
+        rows.append(Row(stored, contender.name, contender.budget, context, cache.nbytes(), peak_of(cache), dense))
 
     fill(cache, random, context, note)
     return rows
@@ -78,6 +69,8 @@ def filling(model: Any, random: RandomTokens, contender: Any, context: int) -> l
 
 def _line(r: Row) -> list[str]:
     share = f"{100 * r.near_bytes / r.dense_bytes:.1f}"
-    name = r.cache if r.budget is None else f"{r.cache} {r.budget}"
+    from kvstrata.quality.contenders import label
+
+    name = label(r.cache, r.budget)
     peak = f"{100 * r.peak_bytes / r.dense_bytes:.1f}"
     return [str(r.context), name, bytes_text(r.near_bytes), share, bytes_text(r.peak_bytes), peak]

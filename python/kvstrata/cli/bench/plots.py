@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvstrata.quality.contenders import label
 from kvstrata.quality.run import write
 
 
@@ -21,12 +22,12 @@ def save(stem: Path, made: dict[str, Any], x: str, fields: dict[str, tuple[str, 
     write(stem.with_suffix(".json"), json.dumps(made, indent=1) + "\n")
     rows = made["rows"]
     several = x != "context" and len({r["context"] for r in rows}) > 1
-    for field, (label, factor) in fields.items():
+    for field, (axis, factor) in fields.items():
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         for name in dict.fromkeys(_line(r, several) for r in rows):
             mine = [r for r in rows if _line(r, several) == name]
             axes.plot([r[x] for r in mine], [r[field] * factor for r in mine], marker="o", label=name)
-        axes.set(xlabel="tokens", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="tokens", ylabel=axis, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(f"{stem}-{field}.png", dpi=120)
@@ -34,5 +35,5 @@ def save(stem: Path, made: dict[str, Any], x: str, fields: dict[str, tuple[str, 
 
 
 def _line(r: dict[str, Any], several: bool) -> str:
-    said = r["cache"] if r["budget"] is None else f"{r['cache']} {r['budget']}"
-    return f"{said}, {r['context']}" if several else str(said)
+    said = label(r["cache"], r["budget"])
+    return f"{said}, {r['context']}" if several else said

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, op_arguments, run_facts, show
+from kvstrata.cli.bench.common import (
+    SLOTS,
+    begin,
+    beside_copy,
+    buffers,
+    digest,
+    filled,
+    measure,
+    op_arguments,
+    run_facts,
+    show,
+)
 from kvstrata.cli.output import Output
 
 SOURCE = {"int8": "bf16", "int4": "bf16", "int2": "bf16"}
@@ -67,7 +78,6 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> li
     quantize(0)
     rows_out = []
     for kind, times in zip(("quantize", "dequantize"), ours, strict=True):
-        gbps = size / times.p50 / 1e6
         rows_out.append(
             {
                 "kind": kind,
@@ -77,15 +87,8 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> li
                 "kv_rows": args.kv_rows,
                 "head_dim": args.dim,
                 "tokens": args.tokens,
-                "bytes_in_and_out": size,
-                "reps": args.reps,
-                **times.row(),
                 "ns_per_token": 1e6 * times.p50 / (pages * SLOTS),
-                "gbps": gbps,
-                "share_copy": gbps / copy_gbps,
-                "digest": digest(target.payload()),
-                "baseline": {"name": "torch copy", "ms_p50": base.p50},
-                "speedup_vs_copy": base.p50 / times.p50,
+                **beside_copy(size, times, base, args, copy_gbps, digest(target.payload())),
             }
         )
     return rows_out
