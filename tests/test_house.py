@@ -105,7 +105,7 @@ RANK = {
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 # Files that are one unit with another.
-PARTS = dict.fromkeys(("choices", "pools", "scores"), "ops")
+PARTS = dict.fromkeys(("choices", "pools", "scores", "summaries"), "ops")
 PARTS |= dict.fromkeys(("step", "slabs", "plans", "rows", "statistics", "limit", "holdings", "charges"), "cache")
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
 
@@ -198,6 +198,7 @@ NOT_ON_CUDA = {
     "choose_chunks",
     "choose_states",
     "chunk_order",
+    "cluster",
     "compact",
     "mass",
     "measure",
@@ -206,7 +207,9 @@ NOT_ON_CUDA = {
     "quantize",
     "rotate",
     "score_keys",
+    "score_pages",
     "score_window",
+    "summarize",
 }  # ops whose CUDA file is still to come
 NOT_CUDA_OPS = {"api", "copier"}  # .cu files that are no op
 

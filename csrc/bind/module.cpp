@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C, m) {
     kvstrata::bind::bind_formats(m);
     kvstrata::bind::bind_scores(m);
     kvstrata::bind::bind_choices(m);
+    kvstrata::bind::bind_recall(m);
     kvstrata::bind::bind_store(m);
 }

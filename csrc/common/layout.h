@@ -53,6 +53,10 @@ constexpr int64_t page_bytes(Format f, int head_dim) {
 }
 inline constexpr int64_t kPositionBytes = kSlots * static_cast<int64_t>(sizeof(int32_t));
 
+// A block of summaries: 16 pages (lanes) together, means u8 [D / 4][16][4], then f32 [16] each of scale, spread and radius.
+constexpr int64_t summary_bytes(int head_dim) { return kSlots * (static_cast<int64_t>(head_dim) + 12); }
+inline constexpr uint8_t kZeroCode = 128;  // of a mean: what 0 is stored as
+
 // Offsets inside a page: V, and the scales of K and of V.
 constexpr int64_t v_offset(Format f, int head_dim) { return half_bytes(f, head_dim); }
 constexpr int64_t k_scales_offset(Format f, int head_dim) { return 2 * half_bytes(f, head_dim); }

@@ -63,6 +63,16 @@ struct WindowTile {
     float scale, softcap;
 };
 
+// Query heads as summaries read them: R q = delta * codes.
+struct PageQuery {
+    const int8_t* codes;     // [rows, dim]
+    const int16_t* pairs;    // [rows, dim] the same, dims of each quad in the order 0, 2, 1, 3
+    const int32_t* shift;    // [rows] 128 * sum of codes
+    const float* factor;     // [rows] scale * delta
+    const float* curvature;  // [rows] of the spread
+    int32_t rows, dim;
+};
+
 struct Kernels {
     // Adds a block of pages to the tile. Indexed by Format.
     void (*attend_block[6])(const AttendTile& tile, const PageBlock& block);
@@ -131,6 +141,22 @@ struct Kernels {
     // sums [dim, 16] += weight * k for the slots of a mask; out [dim] = their sums over the slots, dim padded.
     void (*sum_keys)(const float* k, const float* weight, uint16_t slots, int32_t dim, float* sums);
     void (*fold_keys)(const float* sums, int32_t dim, float* out);
+    // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
+    void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
+
+    // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible.
+    void (*score_block)(const PageQuery& query, const unsigned char* block, const float* log_count, float* x,
+                        int64_t stride);
+    // Over n numbers, a multiple of 16: the largest, NaN passed over; x = exp(x - m) and their sum; the sum; the first one
+    // from `from` on that is above `least`, else n; the first of the largest.
+    float (*largest)(const float* x, int32_t n);
+    float (*exp_sum)(float* x, float m, int32_t n);
+    float (*sum)(const float* x, int32_t n);
+    int32_t (*next_above)(const float* x, int32_t from, int32_t n, float least);
+    int32_t (*first_largest)(const float* x, int32_t n);
+    // s [n, stride] = y . z for y [n, dim] and centroids z [lines][dim][16], dim a multiple of 16.
+    void (*cluster_dots)(const float* y, int32_t n, const float* z, int32_t lines, int32_t dim, float* s,
+                         int64_t stride);
 
     // Of n tokens: what each is stored as (0: no token), and that of those that may change, else 0.
     void (*movable_states)(const uint8_t* now, const int32_t* positions, const uint8_t* protect, int32_t n,
@@ -155,6 +181,7 @@ struct Kernels {
     void fill_attend(Kernels* table);           \
     void fill_attend_pairs(Kernels* table);     \
     void fill_attend_quantized(Kernels* table); \
+    void fill_clusters(Kernels* table);         \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \
     void fill_keys(Kernels* table);             \
@@ -164,6 +191,7 @@ struct Kernels {
     void fill_rotate(Kernels* table);           \
     void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \
+    void fill_summaries(Kernels* table);        \
     void fill_window(Kernels* table);           \
     void fill_window_pairs(Kernels* table);     \
     void fill_window_quantized(Kernels* table); \

@@ -7,6 +7,7 @@
 #include "ops/choose_chunks.h"
 #include "ops/choose_states.h"
 #include "ops/chunk_order.h"
+#include "ops/cluster.h"
 #include "ops/compact.h"
 #include "ops/mass.h"
 #include "ops/measure.h"
@@ -16,7 +17,9 @@
 #include "ops/quantize.h"
 #include "ops/rotate.h"
 #include "ops/score_keys.h"
+#include "ops/score_pages.h"
 #include "ops/score_window.h"
+#include "ops/summarize.h"
 
 namespace kvstrata::cpu {
 
@@ -46,5 +49,11 @@ int64_t chunk_order_workspace_bytes(const ops::ChunkOrderParams& params);
 void chunk_order(const ops::ChunkOrderParams& params);
 int64_t choose_chunks_workspace_bytes(const ops::ChooseChunksParams& params);
 void choose_chunks(const ops::ChooseChunksParams& params);
+int64_t cluster_workspace_bytes(const ops::ClusterParams& params);
+void cluster(const ops::ClusterParams& params);
+void summarize(const ops::SummarizeParams& params);
+int64_t select_workspace_bytes(const ops::SelectParams& params);
+void select(const ops::SelectParams& params);
+void score_pages(const ops::SelectParams& params);
 
 }  // namespace kvstrata::cpu

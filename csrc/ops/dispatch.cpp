@@ -275,6 +275,59 @@ void score_keys(const ScoreKeysParams& p) {
     cpu::score_keys(p);
 }
 
+int64_t cluster_workspace_bytes(const ClusterParams& p) {
+    check_shape("cluster", p.head_dim);
+    return cpu::cluster_workspace_bytes(p);
+}
+
+void cluster(const ClusterParams& p) {
+    check_shape("cluster", p.head_dim);
+    check(p.iters >= 0, "cluster: iters is ", p.iters, ", expected at least 0");
+    for (int r = 0; r < p.n_rows; ++r) {
+        check(p.rows[r].tokens >= 0 && p.rows[r].tokens <= kMaxClusterTokens, "cluster: row ", r, " has ",
+              p.rows[r].tokens, " tokens, expected at most ", kMaxClusterTokens);
+    }
+    cpu::cluster(p);
+}
+
+void summarize(const SummarizeParams& p) {
+    check_quantizable("summarize", p.head_dim);
+    for (int i = 0; settings().check && i < p.n_items; ++i) {
+        if (p.items[i].page >= 0 && p.items[i].visible) check_page("summarize", p.pools, p.items[i].page, i, 0);
+    }
+    cpu::summarize(p);
+}
+
+int64_t select_workspace_bytes(const SelectParams& p) { return cpu::select_workspace_bytes(p); }
+
+static void check_select(const char* op, const SelectParams& p) {
+    check_quantizable(op, p.head_dim);
+    check_shape(op, p.head_dim, p.group);
+    check_float(op, "q", p.q_dtype);
+    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
+    check(p.weight >= 0 && std::isfinite(p.weight), op, ": spread_weight is ", p.weight, ", expected 0 or more");
+}
+
+void select(const SelectParams& p) {
+    check_select("select", p);
+    check(p.aggregate <= Aggregate::max, "select: aggregate is ", static_cast<int>(p.aggregate),
+          ", expected sum or max");
+    for (int r = 0; r < p.n_rows; ++r) {
+        check(p.rows[r].most >= 0, "select: k[", r, "] is ", p.rows[r].most, ", expected at least 0");
+        for (int g = 0; p.rows[r].lse_base && g < p.group; ++g) {
+            const float base = p.rows[r].lse_base[g];
+            check(base < HUGE_VALF, "select: lse_base[", r, ", ", g, "] is ", base,
+                  ", expected a finite number or -inf");
+        }
+    }
+    cpu::select(p);
+}
+
+void score_pages(const SelectParams& p) {
+    check_select("score_pages", p);
+    cpu::score_pages(p);
+}
+
 int64_t choose_states_workspace_bytes(const ChooseStatesParams& p) { return cpu::choose_states_workspace_bytes(p); }
 
 void choose_states(const ChooseStatesParams& p) {

@@ -139,6 +139,52 @@ def score_keys(
     kind: int,
     threads: int,
 ) -> None: ...
+def summary_bytes(head_dim: int) -> int: ...
+def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int) -> int: ...
+def cluster(
+    keys: Tensor,
+    live: Tensor | None,
+    page_of: Tensor,
+    pages: Tensor,
+    workspace: Tensor,
+    iters: int,
+    threads: int,
+) -> None: ...
+def summarize(
+    pages: Tensor,
+    visible: Tensor | None,
+    centre: Tensor | None,
+    blocks: Tensor,
+    pools: Sequence[Pool],
+    head_dim: int,
+    threads: int,
+) -> None: ...
+def select_workspace_bytes(rows: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def score_pages(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    x: Tensor,
+    workspace: Tensor,
+    scale: float,
+    spread_weight: float,
+    threads: int,
+) -> None: ...
+def select(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    k: Tensor,
+    lse_base: Tensor | None,
+    entries: Tensor,
+    count: Tensor,
+    lse_rest: Tensor,
+    workspace: Tensor,
+    scale: float,
+    spread_weight: float,
+    aggregate: int,
+    threads: int,
+) -> None: ...
 def choose_states_workspace_bytes(tokens: int, threads: int) -> int: ...
 def choose_states(
     score: Tensor,

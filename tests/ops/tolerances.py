@@ -44,6 +44,21 @@ KEYS = 5e-6
 STATS = (1e-5, 1e-5, 5e-5)
 STATS_CODE = (1e-5, 2e-5, 1e-4)
 STATS_QUANTIZED = (1e-4, 5e-4, 5e-4)
+# Summaries: f32 means and mean squares of 16 slots, in the rotated space; relative, above a thousandth.
+# Measured: below 5e-7.
+SUMMARY = 1e-5
+# How near to the middle between two codes a mean may lie, in codes, so that the op may round it either way.
+CODE_TIE = 1e-3
+# x of score_pages, in units of a logit: the dot is exact, its factors are off by an ulp or two; log n and the spread's term.
+# Measured: below 1e-6.
+PAGE_SCORE = 1e-4
+# Codes of a query are of f32 values: so near to the middle, in codes, the op may round either way.
+QUERY_TIE = 1e-4
+# Votes: exp of such x, relative. Entries whose votes are closer to the K-th may change places.
+VOTE_TIE = 1e-5
+# How far the cohesion of pages (the sum over tokens of y . unit(mean y of its page)) may move where near-ties fall otherwise.
+# Measured: none did.
+COHESION = 5e-3
 # Merging associates to 4 ulp of f32.
 MERGE_ULP = 4 * 2.0**-23
 # The elementary functions, as specified.

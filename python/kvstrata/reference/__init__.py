@@ -26,11 +26,26 @@ from kvstrata.reference.pages import (
     unpack,
     widen,
 )
+from kvstrata.reference.recall import (
+    cluster,
+    page_means,
+    page_spreads,
+    page_votes,
+    query_codes,
+    score_pages,
+    select,
+    similarities,
+    summarize,
+    summary_codes,
+    summary_parts,
+)
 from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
-    "compact", "decode", "dequantize", "encode", "fit", "group_size", "logits", "mass", "measure", "merge", "pack",
-    "padded", "pool", "quantize", "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_window",
-    "shares", "splitmix64", "unpack", "visible_slots", "widen", "window_read",
+    "cluster", "compact", "decode", "dequantize", "encode", "fit", "group_size", "logits", "mass", "measure", "merge",
+    "pack", "padded", "page_means", "page_spreads", "page_votes", "pool", "quantize", "query_codes", "ranks",
+    "readable", "rotate", "round_up_bf16", "score_keys", "score_pages", "score_window", "select", "shares",
+    "similarities", "splitmix64", "summarize", "summary_codes", "summary_parts", "unpack", "visible_slots", "widen",
+    "window_read",
 ]  # fmt: skip

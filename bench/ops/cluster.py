@@ -1,0 +1,88 @@
+"""cluster beside dense attention of the same chunk: what pages by meaning add to a prompt.
+
+A row's segment of keys at a time, all KV heads in one call; the baseline is torch's causal SDPA of that chunk with --group
+query heads to a KV head, in f32 and in bf16. Cases: keys about topics and keys without any, and with the summaries of the
+new pages (of a bf16 cache) made after it. Dense attention of a chunk reads earlier chunks too, so this is its least.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvstrata import ops
+from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.output import Output
+
+TOPICS_OF = 16  # tokens to a topic, on average
+
+
+def keys_of(args: argparse.Namespace, topics: bool) -> Tensor:
+    shape = args.kv_rows, args.tokens, args.dim
+    if not topics:
+        return torch.randn(shape)
+    centres = torch.randn(args.kv_rows, args.tokens // TOPICS_OF, args.dim)
+    label = torch.randint(centres.shape[1], shape[:2])
+    return centres.gather(1, label.unsqueeze(-1).expand(shape)) + torch.randn(shape)
+
+
+def attention(args: argparse.Namespace, dtype: torch.dtype) -> Callable[[int], object]:
+    q = torch.randn(1, args.kv_rows * args.group, args.tokens, args.dim, dtype=dtype)
+    k, v = (torch.randn(1, args.kv_rows, args.tokens, args.dim, dtype=dtype) for _ in range(2))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return lambda _: sdpa(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def case(args: argparse.Namespace, topics: bool, iters: int, summaries: bool) -> dict[str, Any]:
+    keys = [keys_of(args, topics) for _ in range(2)]
+    stored = filled("bf16", args.kv_rows, args.tokens, args.dim)
+
+    def ours(i: int) -> None:
+        ops.cluster(keys[i % 2], iters=iters)
+        if summaries:
+            ops.summarize(stored.pages, [stored.pool])
+
+    times, wide, narrow = measure(
+        [ours, attention(args, torch.float32), attention(args, torch.bfloat16)],
+        args.reps,
+    )
+    pages = args.tokens // SLOTS
+    products = 2 * args.kv_rows * args.tokens * pages * args.dim * (iters + 1)
+    return {
+        "kind": "cluster",
+        "keys": "topics" if topics else "random",
+        "iters": iters,
+        "then": "summarize" if summaries else "",
+        "kv_rows": args.kv_rows,
+        "group": args.group,
+        "head_dim": args.dim,
+        "tokens": args.tokens,
+        "reps": args.reps,
+        **times.row(),
+        "gflops": products / times.p50 / 1e6,
+        "digest": digest(*ops.cluster(keys[0], iters=iters)),
+        "baseline": {"name": "torch SDPA of the chunk", "ms_p50_f32": wide.p50, "ms_p50_bf16": narrow.p50},
+        "share_of_sdpa_f32": times.p50 / wide.p50,
+        "share_of_sdpa_bf16": times.p50 / narrow.p50,
+    }
+
+
+def main() -> None:
+    args = parser(__doc__ or "", tokens=4096, reps=5).parse_args()
+    begin(args)
+    run = run_facts(args)
+    rows = [
+        case(args, True, 4, False),
+        case(args, True, 10, False),
+        case(args, False, 4, False),
+        case(args, True, 4, True),
+    ]
+    show("cluster", run, rows, Output(args.json))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+// The ops of recall: cluster, summarize, select, score_pages.
+#include <algorithm>
+
+#include "bind/bind.h"
+#include "bind/tensors.h"
+#include "common/check.h"
+#include "common/layout.h"
+#include "ops/cluster.h"
+#include "ops/score_pages.h"
+#include "ops/summarize.h"
+
+namespace kvstrata::bind {
+namespace {
+
+int32_t int_of(int64_t n) { return static_cast<int32_t>(n); }
+
+int64_t cluster_workspace_bytes(int rows, int tokens, int head_dim, int threads) {
+    std::vector<ops::ClusterRow> all(static_cast<size_t>(rows), {nullptr, nullptr, nullptr, tokens, 0});
+    return ops::cluster_workspace_bytes({all.data(), rows, head_dim, 0, nullptr, threads});
+}
+
+void cluster(py::handle keys_, py::handle live_, py::handle page_of_, py::handle pages_, py::handle workspace_,
+             int iters, int threads) {
+    const char* const op = "cluster";
+    const Argument keys(op, "keys", keys_), live(op, "live", live_), page_of(op, "page_of", page_of_),
+        pages(op, "pages", pages_), space(op, "workspace", workspace_);
+    keys.expect_rank({"R", "T", "D"});
+    const Dim R{"R", keys.shape(0)}, T{"T", keys.shape(1)}, D{"D", keys.shape(2)};
+    keys.expect({DType::f32}, {R, T, D}).expect_contiguous();
+    live.expect({DType::u8}, {R, T}, "set by keys");
+    page_of.expect({DType::i32}, {R, T}, "set by keys");
+    pages.expect({DType::i32}, {R}, "set by keys").expect_contiguous();
+    check(T.size <= ops::kMaxClusterTokens, "cluster: keys has T ", T.size, ", expected at most ",
+          ops::kMaxClusterTokens);
+    std::vector<ops::ClusterRow> rows(static_cast<size_t>(R.size));
+    for (int64_t r = 0; r < R.size; ++r) {
+        rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0};
+    }
+    ops::ClusterParams p{rows.data(), int_of(R.size), int_of(D.size), iters, nullptr, threads};
+    p.workspace = workspace_of(op, space, ops::cluster_workspace_bytes(p));
+    {
+        const py::gil_scoped_release release;
+        ops::cluster(p);
+    }
+    for (int64_t r = 0; r < R.size; ++r) pages.data<int32_t>()[r] = rows[r].pages;
+}
+
+void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::handle blocks_,
+               const py::sequence& pools_, int head_dim, int threads) {
+    const char* const op = "summarize";
+    const Argument pages(op, "pages", pages_), visible(op, "visible", visible_), centre(op, "centre", centre_),
+        blocks(op, "blocks", blocks_);
+    pages.expect_rank({"R", "M"});
+    const Dim R{"R", pages.shape(0)}, M{"M", pages.shape(1)}, B{"B", (M.size + kSlots - 1) / kSlots};
+    pages.expect({DType::i32}, {R, M});
+    visible.expect({DType::u16}, {R, M}, "set by pages");
+    centre.expect({DType::f32}, {R, {"D", head_dim}}, "set by pools");
+    blocks.expect({DType::u8}, {R, B, {"bytes", summary_bytes(head_dim)}}, "set by pages").expect_contiguous();
+    const Pools pools(op, pools_, true);
+    std::vector<ops::SummaryItem> items;
+    items.reserve(static_cast<size_t>(R.size * B.size * kSlots));
+    for (int64_t r = 0; r < R.size; ++r) {
+        const PageId* const ids = pages.row<PageId>(r);
+        const uint16_t* const masks = visible.row<uint16_t>(r);
+        for (int64_t e = 0; e < B.size * kSlots; ++e) {  // lanes beyond the last entry are written too
+            const PageId id = e < M.size ? ids[e] : kNoPage;
+            const uint16_t mask = e >= M.size ? uint16_t{0} : masks ? masks[e] : kAllSlots;
+            if (id != kNoPage && mask) pools.check_id(id, head_dim, {"pages", r, e});
+            unsigned char* const block = blocks.row<unsigned char>(r) + e / kSlots * summary_bytes(head_dim);
+            items.push_back({id, mask, centre.row<float>(r), block, int_of(e % kSlots)});
+        }
+    }
+    const ops::SummarizeParams p{items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, pools.views(),
+                                 threads};
+    const py::gil_scoped_release release;
+    ops::summarize(p);
+}
+
+// What select and score_pages share.
+struct SelectArguments {
+    const char* op;
+    Argument q, blocks, visible;
+    std::vector<const unsigned char*> pointers;  // [R, B]
+    std::vector<ops::SelectRow> rows;
+
+    SelectArguments(const char* op_, py::handle q_, py::handle blocks_, py::handle visible_)
+        : op(op_), q(op, "q", q_), blocks(op, "blocks", blocks_), visible(op, "visible", visible_) {
+        q.expect_rank({"R", "G", "D"});
+        visible.expect_rank({"R", "M"});
+        blocks.expect_rank({"R", "B", "bytes"});
+        const Dim R{"R", q.shape(0)}, M{"M", visible.shape(1)}, D{"D", q.shape(2)};
+        if (!quantizable(int_of(D.size))) {
+            throw Unsupported(message(op, ": head_dim is ", D.size, ", expected a multiple of 16 in ", kMinQuantizedDim,
+                                      " to ", kMaxHeadDim));
+        }
+        const Dim B{"B", std::max(blocks.shape(1), (M.size + kSlots - 1) / kSlots)};
+        q.expect({DType::f32, DType::bf16, DType::f16}, {R, {"G", q.shape(1)}, D});
+        visible.expect({DType::u16}, {R, M}, "set by q");
+        blocks.expect({DType::u8}, {R, B, {"bytes", summary_bytes(int_of(D.size))}}, "set by visible and q")
+            .expect_contiguous();
+        pointers.resize(static_cast<size_t>(R.size * B.size));
+        rows.resize(static_cast<size_t>(R.size));
+        for (int64_t r = 0; r < R.size; ++r) {
+            for (int64_t b = 0; b < B.size; ++b) {
+                pointers[r * B.size + b] = blocks.row<unsigned char>(r) + b * summary_bytes(int_of(D.size));
+            }
+            rows[r].q = q.row<void>(r), rows[r].q_stride_g = q.stride(1);
+            rows[r].blocks = pointers.data() + r * B.size;
+            rows[r].visible = visible.row<uint16_t>(r), rows[r].entries = int_of(M.size);
+        }
+    }
+
+    ops::SelectParams params(float scale, float weight, ops::Aggregate aggregate, int threads) {
+        return {rows.data(),
+                int_of(q.shape(0)),
+                int_of(q.shape(1)),
+                int_of(q.shape(2)),
+                q.dtype(),
+                scale,
+                weight,
+                aggregate,
+                nullptr,
+                threads};
+    }
+};
+
+int64_t select_workspace_bytes(int rows, int group, int head_dim, int entries, int threads) {
+    ops::SelectRow row{};
+    row.entries = entries;
+    std::vector<ops::SelectRow> all(static_cast<size_t>(rows), row);
+    ops::SelectParams p{};
+    p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
+    return ops::select_workspace_bytes(p);
+}
+
+void score_pages(py::handle q, py::handle blocks, py::handle visible, py::handle x_, py::handle workspace_, float scale,
+                 float weight, int threads) {
+    SelectArguments a("score_pages", q, blocks, visible);
+    const Argument x(a.op, "x", x_), space(a.op, "workspace", workspace_);
+    const Dim R{"R", a.q.shape(0)};
+    x.expect({DType::f32}, {R, {"G", a.q.shape(1)}, {"M", a.visible.shape(1)}}, "set by q and visible")
+        .expect_contiguous();
+    for (int64_t r = 0; r < R.size; ++r) a.rows[r].x = x.row<float>(r);
+    ops::SelectParams p = a.params(scale, weight, ops::Aggregate::sum, threads);
+    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
+    const py::gil_scoped_release release;
+    ops::score_pages(p);
+}
+
+void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, py::handle lse_base_,
+            py::handle entries_, py::handle count_, py::handle lse_rest_, py::handle workspace_, float scale,
+            float weight, int aggregate, int threads) {
+    SelectArguments a("select", q, blocks, visible);
+    const Argument k(a.op, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
+        count(a.op, "count", count_), rest(a.op, "lse_rest", lse_rest_), space(a.op, "workspace", workspace_);
+    entries.expect_rank({"R", "K"});
+    const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, K{"K", entries.shape(1)};
+    k.expect({DType::i32}, {R}, "set by q").expect_contiguous();
+    base.expect({DType::f32}, {R, G}, "set by q");
+    entries.expect({DType::i32}, {R, K}, "set by q");
+    count.expect({DType::i32}, {R}, "set by q").expect_contiguous();
+    rest.expect({DType::f32}, {R, G}, "set by q");
+    for (int64_t r = 0; r < R.size; ++r) {
+        const int32_t most = k.data<int32_t>()[r];
+        check(most >= 0 && most <= K.size, "select: k[", r, "] is ", most, ", expected 0 to ", K.size);
+        ops::SelectRow& row = a.rows[r];
+        row.lse_base = base.row<float>(r), row.selected = entries.row<int32_t>(r), row.most = most;
+        row.lse_rest = rest.row<float>(r);
+        std::fill(row.selected + most, row.selected + K.size, -1);
+    }
+    ops::SelectParams p = a.params(scale, weight, static_cast<ops::Aggregate>(aggregate), threads);
+    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
+    {
+        const py::gil_scoped_release release;
+        ops::select(p);
+    }
+    for (int64_t r = 0; r < R.size; ++r) count.data<int32_t>()[r] = a.rows[r].count;
+}
+
+}  // namespace
+
+void bind_recall(py::module_& m) {
+    m.def("summary_bytes", &summary_bytes, py::arg("head_dim"));
+    m.def("cluster_workspace_bytes", &cluster_workspace_bytes, py::arg("rows"), py::arg("tokens"), py::arg("head_dim"),
+          py::arg("threads"));
+    m.def("cluster", &cluster, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
+          py::arg("workspace"), py::arg("iters"), py::arg("threads"));
+    m.def("summarize", &summarize, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("blocks"),
+          py::arg("pools"), py::arg("head_dim"), py::arg("threads"));
+    m.def("select_workspace_bytes", &select_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
+          py::arg("entries"), py::arg("threads"));
+    m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("x"),
+          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("threads"));
+    m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("k"), py::arg("lse_base"),
+          py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("workspace"), py::arg("scale"),
+          py::arg("spread_weight"), py::arg("aggregate"), py::arg("threads"));
+}
+
+}  // namespace kvstrata::bind

@@ -1,0 +1,160 @@
+// Sixteen page summaries against query heads, and the reductions over pages that a selection needs.
+//
+// A line of a block holds four channels of sixteen pages. VNNI multiplies its unsigned bytes as they are; the other levels
+// widen them to pairs of 16 bits, as products of bytes summed in pairs would saturate.
+#include "cpu/kernels/level.h"
+#if KV_DOT_KERNELS
+#include "common/layout.h"
+#include "cpu/kernels/dot.h"
+#include "cpu/kernels/math.h"
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+constexpr int kHeads = 4;  // query heads that visit a block together
+constexpr float kMinusInf = -__builtin_inff();
+
+#if defined(KV_ISA_scalar)
+KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
+    for (int i = 0; i < 16; ++i) {
+        const uint32_t word = static_cast<uint32_t>(line.x[i]);
+        for (int c = 0; c < 4; ++c) sum.x[i] += static_cast<int32_t>(word >> (8 * c) & 0xFF) * codes[c];
+    }
+    return sum;
+}
+#elif defined(KV_ISA_avx2)
+KV_INLINE __m256i half_means(__m256i sum, __m256i x, __m256i even, __m256i odd) {
+    const __m256i low = _mm256_and_si256(x, _mm256_set1_epi16(0xFF)), high = _mm256_srli_epi16(x, 8);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
+}
+KV_INLINE I add_means(I sum, I line, const int8_t*, const int16_t* pairs) {
+    int32_t words[2];
+    __builtin_memcpy(words, pairs, 8);
+    const __m256i even = _mm256_set1_epi32(words[0]), odd = _mm256_set1_epi32(words[1]);
+    return {half_means(sum.a, line.a, even, odd), half_means(sum.b, line.b, even, odd)};
+}
+#elif defined(KV_ISA_avx512)
+KV_INLINE I add_means(I sum, I line, const int8_t*, const int16_t* pairs) {
+    int32_t words[2];
+    __builtin_memcpy(words, pairs, 8);
+    const __m512i even = _mm512_set1_epi32(words[0]), odd = _mm512_set1_epi32(words[1]);
+    const __m512i low = _mm512_and_si512(line.x, _mm512_set1_epi16(0xFF)), high = _mm512_srli_epi16(line.x, 8);
+    return {_mm512_add_epi32(sum.x, _mm512_add_epi32(_mm512_madd_epi16(low, even), _mm512_madd_epi16(high, odd)))};
+}
+#else
+KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
+    int32_t word;
+    __builtin_memcpy(&word, codes, 4);
+    return {_mm512_dpbusd_epi32(sum.x, line.x, _mm512_set1_epi32(word))};
+}
+#endif
+
+template <int Heads>
+KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* block, const float* log_count, float* x,
+                           int64_t stride) {
+    I even[Heads], odd[Heads];
+    for (int g = 0; g < Heads; ++g) even[g] = odd[g] = none();
+    for (int d = 0; d < q.dim; d += 8) {  // dim is a multiple of 16
+        const I line = load_line(block + d * kSlots), next = load_line(block + (d + 4) * kSlots);
+        for (int g = 0; g < Heads; ++g) {
+            const int64_t at = static_cast<int64_t>(first + g) * q.dim + d;
+            even[g] = add_means(even[g], line, q.codes + at, q.pairs + at);
+            odd[g] = add_means(odd[g], next, q.codes + at + 4, q.pairs + at + 4);
+        }
+    }
+    const float* const scale = reinterpret_cast<const float*>(block + static_cast<int64_t>(kSlots) * q.dim);
+    const V count = load(log_count);
+    const uint16_t there = differ(count, set1(kMinusInf));
+    for (int g = 0; g < Heads; ++g) {
+        const V shift = set1(static_cast<float>(q.shift[first + g]));  // below 2^24: exact
+        const V dot = mul(sub(to_f32(add(even[g], odd[g])), shift), load(scale));
+        const V curved = fma(set1(q.curvature[first + g]), load(scale + kSlots), count);
+        store(x + (first + g) * stride, blend(there, fma(set1(q.factor[first + g]), dot, curved), set1(kMinusInf)));
+    }
+}
+
+void score_block(const PageQuery& q, const unsigned char* block, const float* log_count, float* x, int64_t stride) {
+    int g = 0;
+    for (; g + kHeads <= q.rows; g += kHeads) score_heads<kHeads>(q, g, block, log_count, x, stride);
+    for (; g + 2 <= q.rows; g += 2) score_heads<2>(q, g, block, log_count, x, stride);
+    if (g < q.rows) score_heads<1>(q, g, block, log_count, x, stride);
+}
+
+KV_INLINE float sum_lanes(V x) {
+    float lanes[16];
+    store(lanes, x);
+    for (int step = 8; step; step /= 2) {
+        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    }
+    return lanes[0];
+}
+
+float largest(const float* x, int32_t n) {
+    V most = set1(kMinusInf);
+    for (int i = 0; i < n; i += 16) most = max(load(x + i), most);
+    return n ? max_lane(most) : kMinusInf;
+}
+
+float exp_sum(float* x, float m, int32_t n) {
+    V total = zero();
+    const V by = set1(m);
+    for (int i = 0; i < n; i += 16) {
+        const V e = exp(sub(load(x + i), by));
+        store(x + i, e);
+        total = add(total, e);
+    }
+    return sum_lanes(total);
+}
+
+float sum(const float* x, int32_t n) {
+    V total = zero();
+    for (int i = 0; i < n; i += 16) total = add(total, load(x + i));
+    return sum_lanes(total);
+}
+
+int32_t next_above(const float* x, int32_t from, int32_t n, float least) {
+    const V by = set1(least);
+    for (int i = from / 16 * 16; i < n; i += 16) {
+        uint32_t bits = less(by, load(x + i));
+        if (i < from) bits &= ~0u << (from - i);
+        if (bits) return i + __builtin_ctz(bits);
+    }
+    return n;
+}
+
+int32_t first_largest(const float* x, int32_t n) {
+    const V most = set1(largest(x, n));
+    for (int i = 0; i < n; i += 16) {
+        const uint32_t bits = static_cast<uint16_t>(~less(load(x + i), most));
+        if (bits) return i + __builtin_ctz(bits);
+    }
+    return 0;
+}
+
+void distances(const float* k, const float* x, int32_t dim, float* squares) {
+    V sums[4] = {zero(), zero(), zero(), zero()};
+    for (int d = 0; d < dim; ++d) {
+        const V apart = sub(load(k + d * kSlots), set1(x[d]));
+        sums[d % 4] = fma(apart, apart, sums[d % 4]);
+    }
+    store(squares, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+}  // namespace
+
+void fill_summaries(Kernels* table) {
+    table->score_block = score_block;
+    table->largest = largest;
+    table->exp_sum = exp_sum;
+    table->sum = sum;
+    table->next_above = next_above;
+    table->first_largest = first_largest;
+    table->distances = distances;
+}
+
+}  // namespace kvstrata::cpu::KV_ISA
+#else
+namespace kvstrata::cpu::KV_ISA {
+void fill_summaries(Kernels*) {}
+}  // namespace kvstrata::cpu::KV_ISA
+#endif

@@ -1,0 +1,55 @@
+// score_pages: the log of each page's estimated attention mass, by summaries alone. select: the pages that a row reads by it.
+//
+//   n_p = visible slots of an entry; 0: never selected        R q = delta * codes, delta = max |R q| / 127, rne, int8
+//   x[g, p]     = scale * delta_g * s_p * (codes_g . (code_p - 128)) + w/2 * scale^2 * |q_g|^2 * spread_p + log n_p
+//   Z[g]        = logaddexp(logsumexp_p x[g, p], lse_base[g])
+//   vote[p]     = sum_g exp(x[g, p] - Z[g])                    or their maximum
+//   selected    = the K entries of highest vote, ties the lower index, by rising index
+//   lse_rest[g] = logsumexp of x[g, p] over the others
+//
+// x is the log of a page's estimated attention mass: w = 0 takes every key for the mean, w = 1 adds the second-order term of
+// log mean exp. The dot is exact; sums over pages in f32, in one order: bits depend on the row alone. x that is not finite
+// though something is visible is refused: it would hide a page. What is e^-87 of the largest mass and below counts as none.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace kvstrata::ops {
+
+enum class Aggregate : uint8_t { sum = 0, max = 1 };
+
+struct SelectRow {                       // one (sequence, KV head)
+    const void* q;                       // [G, D] by the stride below
+    int64_t q_stride_g;                  // elements
+    const unsigned char* const* blocks;  // [ceil(M / 16)] summaries
+    const uint16_t* visible;             // [M] slot masks
+    const float* lse_base;               // [G] of what is read anyway, or null: -inf
+    int32_t first;                       // entries before this one are not selected
+    int32_t entries;                     // M
+    int32_t most;                        // K of this row
+    int32_t* selected;                   // [most] out, the rest -1; or null: none are wanted
+    float* lse_rest;                     // [G] out, or null
+    float* x;                            // [G, M] out, or null
+    int32_t count;                       // out: how many are selected
+};
+
+struct SelectParams {
+    SelectRow* rows;  // [R]
+    int32_t n_rows;
+    int32_t group;     // G, 1..16
+    int32_t head_dim;  // D, a multiple of 16 in 32..512
+    DType q_dtype;     // f32, bf16, f16
+    float scale;       // finite
+    float weight;      // w, 0 or more
+    Aggregate aggregate;
+    void* workspace;  // select_workspace_bytes(params) bytes, 64-byte aligned
+    int32_t threads;
+};
+
+int64_t select_workspace_bytes(const SelectParams& params);
+void select(const SelectParams& params);
+void score_pages(const SelectParams& params);  // x only
+
+}  // namespace kvstrata::ops

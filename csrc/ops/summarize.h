@@ -1,0 +1,32 @@
+// summarize: what is known of a page without reading it, from its visible slots as stored, R of rotate.h.
+//
+//   m = R mean(k)          s = max_c |m_c| / 127       code = clamp(rne(m_c / s), -127, 127) + 128       s = 0: all 128
+//   mu = s * (code - 128)  spread = sum_i |R k_i - mu|^2 / (n D)                 radius = max_i |R k_i - mu|
+//
+// Sixteen pages to a block, laid out as common/layout.h says. An entry of -1, or without a visible slot: codes 128, the
+// rest 0. NaN or Inf in a visible key: scale NaN, codes 128; they show in no other lane.
+#pragma once
+
+#include "ops/pool_view.h"
+
+namespace kvstrata::ops {
+
+struct SummaryItem {
+    PageId page;          // -1: none
+    uint16_t visible;     // slot mask
+    const float* centre;  // [D] of the keys of quantized pages (quantize.h), or null: zeros
+    unsigned char* block;
+    int32_t lane;  // 0..15
+};
+
+struct SummarizeParams {
+    const SummaryItem* items;  // [n], no two of one block and lane
+    int32_t n_items;
+    int32_t head_dim;       // D, a multiple of 16 in 32..512
+    const PoolView* pools;  // [8]
+    int32_t threads;
+};
+
+void summarize(const SummarizeParams& params);
+
+}  // namespace kvstrata::ops

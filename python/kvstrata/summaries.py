@@ -1,0 +1,185 @@
+"""The ops of recall: keys that resemble each other to pages, what is known of a page without reading it, pages for a query.
+
+Part of `ops`, which has the letters. T tokens of a segment, M entries of a row's page table in blocks of 16, K selected ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvstrata import _C
+from kvstrata.pools import SLOTS, Pool, maybe_view, native_pools, thread_count, view
+
+Aggregate = Literal["sum", "max"]
+_AGGREGATE: dict[str, int] = {"sum": 0, "max": 1}
+
+
+def summary_bytes(head_dim: int) -> int:
+    """Bytes of a block of 16 summaries: means u8 [D/4, 16, 4], then scale, spread and radius f32 [16] each."""
+    return _C.summary_bytes(head_dim)
+
+
+def cluster(
+    keys: Tensor, live: Tensor | None = None, *, iters: int = 4, threads: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pages of 16 keys that resemble each other. Returns (page_of i32 [R, T], pages i32 [R]).
+
+    keys     f32 [R, T, D] contiguous, D 1..512, T up to 65,536
+    live     bool [R, T]; default all. The others: page_of -1
+    iters    assignments before the seats are given out
+
+    Spherical k-means over the keys less their mean, seeds evenly spaced over the tokens, then exactly 16 seats to a page by
+    bids (``csrc/ops/cluster.h``); ceil(live / 16) pages. Deterministic. Source: IceCache (arXiv 2604.10539) for pages by
+    meaning; k-means as in RetroInfer (arXiv 2505.02922), balanced here.
+    """
+    op = "cluster"
+    if isinstance(live, Tensor) and live.dtype != torch.bool:
+        raise ValueError(f"{op}: live has dtype {live.dtype}, expected torch.bool")
+    view(op, "keys", keys)  # refuses what is no tensor
+    rows, tokens, dim = keys.shape if keys.dim() == 3 else (0, 0, 1)
+    count = thread_count(op, threads)
+    page_of = torch.empty(rows, tokens, dtype=torch.int32)
+    pages = torch.empty(rows, dtype=torch.int32)
+    workspace = torch.empty(_C.cluster_workspace_bytes(rows, min(tokens, 1 << 16), dim, count), dtype=torch.uint8)
+    marks = None if live is None else live.contiguous().view(torch.uint8)
+    _C.cluster(
+        view(op, "keys", keys),
+        maybe_view(op, "live", marks),
+        view(op, "page_of", page_of),
+        view(op, "pages", pages),
+        view(op, "workspace", workspace),
+        iters,
+        count,
+    )
+    return page_of, pages
+
+
+def summarize(
+    pages: Tensor,
+    pools: Sequence[Pool],
+    *,
+    visible: Tensor | None = None,
+    centre: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """What is known of pages without reading them. Returns blocks u8 [R, ceil(M / 16), summary_bytes(D)].
+
+    pages    i32 [R, M] of any formats, D a multiple of 16 in 32..512; -1: nothing is known
+    visible  u16 [R, M] slots that count; default all
+    centre   f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
+
+    Of each page: the mean of its rotated keys in 8 bits with one scale, their mean variance per channel around it, and the
+    distance of the farthest (``csrc/ops/summarize.h``).
+    """
+    op = "summarize"
+    if not pools:
+        raise ValueError(f"{op}: pools has 0 pools, expected at least 1")
+    view(op, "pages", pages)
+    rows, entries = pages.shape if pages.dim() == 2 else (0, 0)
+    dim = pools[0].head_dim
+    blocks = torch.empty(rows, -(-entries // SLOTS), summary_bytes(dim), dtype=torch.uint8)
+    _C.summarize(
+        view(op, "pages", pages),
+        maybe_view(op, "visible", visible),
+        maybe_view(op, "centre", centre),
+        view(op, "blocks", blocks),
+        native_pools(op, pools),
+        dim,
+        thread_count(op, threads),
+    )
+    return blocks
+
+
+def score_pages(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    *,
+    scale: float | None = None,
+    spread_weight: float = 1.0,
+    threads: int | None = None,
+) -> Tensor:
+    """The log of each page's estimated attention mass: f32 [R, G, M], -inf where nothing is visible.
+
+    q              [R, G, D] f32, bf16 or f16, as the model has it: not rotated
+    blocks         u8 [R, B, summary_bytes(D)] of at least M entries, contiguous
+    visible        u16 [R, M]
+    scale          of q.k; default 1 / sqrt(D)
+    spread_weight  w: 0 takes every key for its page's mean, 1 adds the second-order term of log mean exp (ours)
+
+    ValueError also where a logit is not a number: a page that cannot be ranked would never be read.
+    """
+    op = "score_pages"
+    view(op, "q", q), view(op, "visible", visible)
+    count = thread_count(op, threads)
+    entries = visible.shape[-1] if visible.dim() else 0
+    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    x = torch.empty(rows, group, entries)
+    workspace = torch.empty(_C.select_workspace_bytes(rows, group, dim, entries, count), dtype=torch.uint8)
+    _C.score_pages(
+        view(op, "q", q),
+        view(op, "blocks", blocks),
+        view(op, "visible", visible),
+        view(op, "x", x),
+        view(op, "workspace", workspace),
+        dim**-0.5 if scale is None else scale,
+        spread_weight,
+        count,
+    )
+    return x
+
+
+def select(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    k: Tensor | int,
+    *,
+    lse_base: Tensor | None = None,
+    scale: float | None = None,
+    spread_weight: float = 1.0,
+    aggregate: Aggregate = "sum",
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pages that a query reads. Returns (entries i32 [R, K], count i32 [R], lse_rest f32 [R, G]).
+
+    q, blocks, visible, scale, spread_weight: as in `score_pages`
+    k          i32 [R], or one number for all rows: the most entries of each; K is the largest
+    lse_base   f32 [R, G] log-sum-exp of what is read anyway; default -inf
+    aggregate  of the shares of a KV head's query heads: their sum, the mass that they would capture, or the largest
+
+    entries: indices into the table of the row's pages of highest vote, ties the lower one, rising, -1 beyond `count`;
+    lse_rest: logsumexp of the logits of the others. ValueError as in `score_pages`.
+    """
+    op = "select"
+    if aggregate not in _AGGREGATE:
+        raise ValueError(f"{op}: aggregate is {aggregate!r}, expected one of {', '.join(_AGGREGATE)}")
+    view(op, "q", q), view(op, "visible", visible)
+    count = thread_count(op, threads)
+    entries = visible.shape[-1] if visible.dim() else 0
+    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else k
+    widest = int(most.max()) if most.numel() else 0
+    chosen = torch.empty(rows, max(widest, 0), dtype=torch.int32)
+    counts, rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, group)
+    workspace = torch.empty(_C.select_workspace_bytes(rows, group, dim, entries, count), dtype=torch.uint8)
+    _C.select(
+        view(op, "q", q),
+        view(op, "blocks", blocks),
+        view(op, "visible", visible),
+        view(op, "k", most),
+        maybe_view(op, "lse_base", lse_base),
+        view(op, "entries", chosen),
+        view(op, "count", counts),
+        view(op, "lse_rest", rest),
+        view(op, "workspace", workspace),
+        dim**-0.5 if scale is None else scale,
+        spread_weight,
+        _AGGREGATE[aggregate],
+        count,
+    )
+    return chosen, counts, rest
