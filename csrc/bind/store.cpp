@@ -29,6 +29,33 @@ store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse,
             scale,     softcap,     threads};
 }
 
+using RecallTuple = std::tuple<int, int, float, int>;  // pages, near pages, weight of the spread, aggregate
+
+store::Recall recall(const RecallTuple& r) {
+    const auto [pages, near_pages, weight, aggregate] = r;
+    return {pages, near_pages, weight, static_cast<ops::Aggregate>(aggregate)};
+}
+
+std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
+                              int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed,
+                              const RecallTuple& recalled, const std::vector<int>& dense, const std::vector<int>& far,
+                              int ring) {
+    std::vector<store::LayerShape> shapes;
+    for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
+    store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
+    for (int f : formats) options.formats.push_back(static_cast<Format>(f));
+    options.recall = recall(recalled);
+    options.dense = dense;
+    for (int state : far) options.far.push_back(static_cast<State>(state));
+    options.ring = ring;
+    return std::make_unique<Store>(std::move(shapes), std::move(options));
+}
+
+store::RowPlan row_plan(Address state, Address tier, Address group) {
+    return {reinterpret_cast<const uint8_t*>(state), reinterpret_cast<const uint8_t*>(tier),
+            reinterpret_cast<const int32_t*>(group)};
+}
+
 // One native call per layer and decode step: append, then attend over all that is stored.
 void append_attend(Store& s, int layer, const Strides& q, const Strides& k, const Strides& v, const Strides& out,
                    const Strides& lse, Address sinks, int out_dtype, float scale, float softcap, int threads) {
@@ -48,6 +75,7 @@ py::dict pool_state(const Store& s, int pool) {
     d["total"] = p.total();
     d["free"] = p.free();
     d["used"] = p.used();
+    d["far"] = info.tier == Tier::far;
     return d;
 }
 
@@ -73,27 +101,44 @@ py::tuple row(const Store& s, SeqId seq, int layer, int head) {
 
 void bind_store(py::module_& m) {
     py::class_<Store>(m, "Store")
-        .def(py::init([](const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
-                         int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed) {
-                 std::vector<store::LayerShape> shapes;
-                 for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
-                 store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
-                 for (int f : formats) options.formats.push_back(static_cast<Format>(f));
-                 return std::make_unique<Store>(std::move(shapes), std::move(options));
-             }),
-             py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
+        .def(py::init(&create), py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
-             py::arg("massed") = false)
+             py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0},
+             py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(
-            "pool_of", [](const Store& s, int layer, int state) { return s.pool_of(layer, static_cast<State>(state)); },
-            py::arg("layer"), py::arg("state") = static_cast<int>(State::full))
+            "pool_of",
+            [](const Store& s, int layer, int state, int tier) {
+                return s.pool_of(layer, static_cast<State>(state), static_cast<Tier>(tier));
+            },
+            py::arg("layer"), py::arg("state") = static_cast<int>(State::full), py::arg("tier") = 0)
         .def("slabs", &slabs)
         .def("lend",
              [](Store& s, int pool, Address payload, Address positions, int n) {
                  return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions),
                                n);
+             })
+        .def("lend_far", [](Store& s, int pool, int file, int64_t offset, Address positions,
+                            int n) { return s.lend_far(pool, file, offset, reinterpret_cast<int32_t*>(positions), n); })
+        .def("ring_pages", &Store::ring_pages)
+        .def("hold_ring", &Store::hold_ring)
+        .def("set_recall", [](Store& s, const RecallTuple& r) { s.set_recall(recall(r)); })
+        .def("set_mass_floor", &Store::set_mass_floor)
+        .def("captured",
+             [](const Store& s) {
+                 const store::Captured& c = s.captured();
+                 return py::make_tuple(c.sum, c.least, c.count, c.below);
+             })
+        .def("fetched", &Store::fetched)
+        .def("waiting", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.waiting(layer, seqs); })
+        .def("cluster",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address segment, Address group, int64_t columns,
+                int iters, int threads) {
+                 const py::gil_scoped_release release;
+                 s.set_threads(threads);
+                 s.cluster(layer, seqs, reinterpret_cast<const int32_t*>(segment), reinterpret_cast<int32_t*>(group),
+                           columns, iters);
              })
         .def("give_back", &Store::give_back)
         .def("empty_out", &Store::empty_out, NoGil())
@@ -115,16 +160,18 @@ void bind_store(py::module_& m) {
         .def("columns", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.columns(layer, seqs); })
         .def("look",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address positions, Address open, Address state,
-                Address scores, int64_t columns) {
+                Address scores, Address tier, Address grouped, int64_t columns) {
                  s.look(layer, seqs,
                         {reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open),
-                         reinterpret_cast<uint8_t*>(state), reinterpret_cast<float*>(scores)},
+                         reinterpret_cast<uint8_t*>(state), reinterpret_cast<float*>(scores),
+                         reinterpret_cast<uint8_t*>(tier), reinterpret_cast<uint8_t*>(grouped)},
                         columns);
              })
         .def("tally",
              [](Store& s, int layer, const std::vector<SeqId>& seqs) {
                  const store::Tally found = s.tally(layer, seqs);
-                 return py::make_tuple(std::vector<int64_t>(found.slots, found.slots + store::kStates), found.entries);
+                 return py::make_tuple(std::vector<int64_t>(found.slots, found.slots + store::kStates), found.entries,
+                                       found.far);
              })
         .def("set_scores",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address scores, int64_t columns) {
@@ -192,19 +239,22 @@ void bind_store(py::module_& m) {
                                reinterpret_cast<float*>(out));
              })
         .def("check_plan",
-             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, int64_t columns, bool protect) {
-                 s.check_plan(layer, seqs, reinterpret_cast<const uint8_t*>(state), columns, protect);
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, Address tier, Address group,
+                int64_t columns, bool protect) {
+                 const store::RowPlan p = row_plan(state, tier, group);
+                 s.check_plan(layer, seqs, {p.state, p.tier, p.group, columns}, protect);
              })
         .def("plan_piece",
-             [](Store& s, int layer, SeqId seq, int head, Address state, const std::vector<int64_t>& cost,
-                int64_t spare) {
-                 const auto piece =
-                     s.plan_piece(layer, seq, head, reinterpret_cast<const uint8_t*>(state), cost, spare);
+             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group,
+                const std::vector<int64_t>& cost, int64_t spare) {
+                 const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group), cost, spare);
                  return py::make_tuple(piece.entries, piece.changing, piece.pages);
              })
-        .def("apply_plan", [](Store& s, int layer, SeqId seq, int head, Address state, int most) {
-            return s.apply_plan(layer, seq, head, reinterpret_cast<uint8_t*>(state), most);
-        });
+        .def("apply_plan",
+             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most) {
+                 return s.apply_plan(layer, seq, head, row_plan(state, tier, group), reinterpret_cast<uint8_t*>(state),
+                                     most);
+             });
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
     m.def("fault_visits", &fault::visits);

@@ -36,6 +36,7 @@ void resize(Row& row, int entries) {
     resize(row.alive, entries);
     resize(row.visible, entries);
     resize(row.want, entries);
+    row.near.resize(entries);
     if (row.noted) resize(row.note, entries, kSlots);
 }
 
@@ -55,17 +56,20 @@ void move_entry(Row& row, int from, int to) {
     row.alive[to] = row.alive[from];
     row.visible[to] = row.visible[from];
     row.want[to] = row.want[from];
+    row.near.move(from, to);
     if (row.noted) std::copy_n(&row.note[static_cast<size_t>(from) * kSlots], kSlots, &row.note[to * size_t{kSlots}]);
 }
 
-// Releases entries with no alive slot and closes the gaps; `sealed` follows.
-void drop_empty(Row& row, Pools& pools) {
+// Releases entries with no alive slot and closes the gaps; `sealed` follows. Names those that stay.
+void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
     int kept = 0, sealed = 0;
     for (int e = 0; e < row.entries(); ++e) {
         if (!row.alive[e]) {
             pool_of(pools, row.page[e]).release(row.page[e]);
+            row.near.leave(e);
             continue;
         }
+        if (stay) stay->push_back(e);
         if (kept != e) move_entry(row, e, kept);
         sealed += e < row.sealed;
         ++kept;
@@ -79,7 +83,8 @@ void drop_empty(Row& row, Pools& pools) {
 int64_t Row::metadata_bytes() const {
     return static_cast<int64_t>(sizeof(Row) + page.capacity() * sizeof(PageId) +
                                 (alive.capacity() + visible.capacity()) * sizeof(uint16_t) + want.capacity() +
-                                note.capacity() * sizeof(uint32_t));
+                                note.capacity() * sizeof(uint32_t)) +
+           near.metadata_bytes();
 }
 
 int64_t pages_needed(const Row& row, int64_t n, Pool& pool) {
@@ -135,21 +140,16 @@ void seal(Row& row, int64_t boundary, Pools& pools) {
     }
 }
 
-void replace(Row& row, std::span<const uint8_t> gone, std::span<const Fresh> fresh, std::span<const uint16_t> tail_keep,
-             Pools& pools) {
-    assert(static_cast<int>(gone.size()) == row.sealed);
-    const int tail = row.entries() - row.sealed, n_fresh = static_cast<int>(fresh.size());
-    for (int e = 0; e < row.sealed; ++e) {
-        if (gone[e]) narrow(row, e, 0);
-    }
-    for (int t = 0; t < tail; ++t) narrow(row, row.sealed + t, tail_keep[t]);
-    const int first = row.sealed;
+void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fresh, Pools& pools) {
+    assert(static_cast<int>(keep.size()) == row.entries());
+    const int tail = row.entries() - row.sealed, n_fresh = static_cast<int>(fresh.size()), first = row.sealed;
+    for (int e = 0; e < row.entries(); ++e) narrow(row, e, keep[e]);
     resize(row, row.entries() + n_fresh);
-    for (int t = tail - 1; t >= 0; --t) move_entry(row, first + t, first + n_fresh + t);
+    for (int t = tail - 1; n_fresh > 0 && t >= 0; --t) move_entry(row, first + t, first + n_fresh + t);
     for (int f = 0; f < n_fresh; ++f) {
         row.page[first + f] = fresh[f].page;
         row.alive[first + f] = row.visible[first + f] = fresh[f].alive;
-        row.want[first + f] = 0;
+        row.want[first + f] = fresh[f].want;
         if (row.noted) std::copy_n(fresh[f].note, kSlots, &row.note[static_cast<size_t>(first + f) * kSlots]);
         row.stored += std::popcount(fresh[f].alive);
     }
@@ -172,7 +172,7 @@ int64_t drop_before(Row& row, int64_t boundary, Pools& pools) {
     return dropped;
 }
 
-void crop(Row& row, int64_t length, Pools& pools) {
+void crop(Row& row, int64_t length, Pools& pools, std::vector<int32_t>* kept) {
     bool emptied = false;
     for (int e = row.entries() - 1; e >= 0; --e) {
         const int32_t* pos = pool_of(pools, row.page[e]).positions(row.page[e]);
@@ -186,16 +186,22 @@ void crop(Row& row, int64_t length, Pools& pools) {
         narrow(row, e, keep);
         emptied |= keep == 0;
     }
-    if (emptied) drop_empty(row, pools);
+    if (emptied) drop_empty(row, pools, kept);
+    if (!emptied && kept) {
+        for (int e = 0; e < row.entries(); ++e) kept->push_back(e);
+    }
 }
 
 Row share(const Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).share(id);
-    return row;
+    Row copy = row;
+    copy.near = {};
+    return copy;
 }
 
 void release(Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).release(id);
+    row.near.release(pools);
     const bool noted = row.noted;
     row = Row{};
     row.noted = noted;

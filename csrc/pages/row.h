@@ -5,6 +5,7 @@
 // Entries below `sealed` are immutable pages, of any format; from there on they are the open tail, pages of the layer's
 // full format. The last entry of the tail may have room; every append goes there. Tail entries are in position order.
 // A row may carry a note per slot: 32 bits that belong to the row and move with the token (its score), not to the page.
+// A row of a cache with a Far tier may hold Near copies of its Far pages (near.h).
 #pragma once
 
 #include <bit>
@@ -13,16 +14,20 @@
 #include <vector>
 
 #include "common/types.h"
+#include "pages/near.h"
 #include "pages/pool.h"
 
 namespace kvstrata::pages {
+
+inline constexpr uint8_t kGrouped = 0x80;  // in `want`: the page's tokens were put together for what they mean
 
 struct Row {
     std::vector<PageId> page;
     std::vector<uint16_t> alive;
     std::vector<uint16_t> visible;
-    std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is
+    std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is; and kGrouped
     std::vector<uint32_t> note;  // [entries, 16], or empty if the row carries none
+    NearCopies near;             // of Far pages
     int32_t sealed = 0;          // entries before this one are sealed
     int32_t stored = 0;          // alive slots of all entries
     bool noted = false;          // carries notes
@@ -42,6 +47,7 @@ struct Row {
 struct Fresh {
     PageId page;
     uint16_t alive;
+    uint8_t want;
     uint32_t note[kSlots];  // of alive slots; not read if the row carries none
 };
 
@@ -64,19 +70,17 @@ void withdraw(Row& row, int64_t n, Pools& pools);
 // Seals the tail entries whose tokens all lie before `boundary`, in order. Never seals a last entry that has room.
 void seal(Row& row, int64_t boundary, Pools& pools);
 
-// Sealed entries with gone[e] != 0 leave the row, `fresh` ones follow those that stay; alive slots of tail entries narrow
-// to tail_keep (one mask per tail entry), and empty ones leave. The row's share of pages that left is released; it takes
-// over the references of fresh pages. gone.size() is row.sealed.
-void replace(Row& row, std::span<const uint8_t> gone, std::span<const Fresh> fresh, std::span<const uint16_t> tail_keep,
-             Pools& pools);
+// Entries narrow to the slots in keep [entries], and empty ones leave; `fresh` ones follow those of the sealed that stay. The
+// row's share of pages that left is released; it takes over the references of fresh pages.
+void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fresh, Pools& pools);
 
 // Drops leading whole entries whose tokens all lie before `boundary`. Returns one past the highest dropped position, or 0.
 int64_t drop_before(Row& row, int64_t boundary, Pools& pools);
 
-// Removes every token at position `length` or later.
-void crop(Row& row, int64_t length, Pools& pools);
+// Removes every token at position `length` or later. `kept`, if given, names the entries that stay, as they were numbered.
+void crop(Row& row, int64_t length, Pools& pools, std::vector<int32_t>* kept = nullptr);
 
-// A second row over the same pages.
+// A second row over the same pages, without Near copies of its own.
 Row share(const Row& row, Pools& pools);
 void release(Row& row, Pools& pools);
 

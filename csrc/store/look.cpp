@@ -27,6 +27,8 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
     if (out.open) std::fill_n(out.open, all, uint8_t{0});
     if (out.state) std::fill_n(out.state, all, uint8_t{0});
     if (out.scores) std::fill_n(out.scores, all, 0.0f);
+    if (out.tier) std::fill_n(out.tier, all, uint8_t{0});
+    if (out.grouped) std::fill_n(out.grouped, all, uint8_t{0});
     for (size_t b = 0; b < seqs.size(); ++b) {
         for (int h = 0; h < heads; ++h) {
             const pages::Row& row = row_of(find(seqs[b], "look"), layer, h);
@@ -37,6 +39,8 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
                 const int n = std::popcount(row.alive[e]);
                 if (out.open) std::fill_n(out.open + at, n, uint8_t{e >= row.sealed});
                 if (out.state) std::fill_n(out.state + at, n, static_cast<uint8_t>(state_of(row.page[e])));
+                if (out.tier) std::fill_n(out.tier + at, n, static_cast<uint8_t>(kinds_[page_pool(row.page[e])].tier));
+                if (out.grouped) std::fill_n(out.grouped + at, n, uint8_t{(row.want[e] & pages::kGrouped) != 0});
                 int i = 0;
                 for (uint16_t m = row.alive[e]; out.scores && row.noted && m; m &= m - 1, ++i) {
                     out.scores[at + i] =
@@ -62,9 +66,9 @@ Tally Store::tally(int layer, std::span<const SeqId> seqs) {
             }
         }
     }
-    for (int state = 1; state < kStates; ++state) {
-        const int pool = pool_of(layer, static_cast<State>(state));
-        if (pool >= 0) found.slots[state] = slots[pool];
+    for (size_t p = 0; p < pools_.size(); ++p) {
+        found.slots[static_cast<int>(kinds_[p].state)] += slots[p];
+        if (kinds_[p].tier == Tier::far) found.far += slots[p];
     }
     return found;
 }
@@ -100,7 +104,13 @@ void Store::read(SeqId seq, int layer, int head, float* k, float* v) {
     const float* const mean = centre(sequence(seq), layer, head);
     const int32_t first = 0;
     for (int e = 0; e < r.entries(); ++e) {
-        ops::dequantize({&r.page[e], mean, mean ? &first : nullptr, 1, dim, page_k.data(), page_v.data(), pools, 1});
+        PageId page = r.page[e];
+        if (far(page)) {
+            const PageId copy = ring_of(page_pool(page))[0];
+            read_far(page, copy);
+            page = copy;
+        }
+        ops::dequantize({&page, mean, mean ? &first : nullptr, 1, dim, page_k.data(), page_v.data(), pools, 1});
         for (uint16_t m = r.alive[e]; m; m &= m - 1, k += dim, v += dim) {
             const int slot = std::countr_zero(m);
             std::copy_n(&page_k[static_cast<size_t>(slot) * dim], dim, k);

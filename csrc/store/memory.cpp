@@ -19,19 +19,28 @@ Format full_format(DType dtype) {
     }
 }
 
+State state_of(Format quantized) {
+    return static_cast<State>(static_cast<int>(State::int8) + static_cast<int>(quantized) -
+                              static_cast<int>(Format::int8));
+}
+
 }  // namespace
 
 Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::move(layers)), options_(options) {
     check(!layers_.empty(), "Store: layers is empty, expected at least one");
     const Format format = full_format(options_.dtype);
-    const auto pool_for = [this](Format f, int head_dim) {
-        const auto same = std::find_if(info_.begin(), info_.end(),
-                                       [&](const PoolInfo& i) { return i.format == f && i.head_dim == head_dim; });
+    const auto pool_for = [this](Format f, int head_dim, Tier tier) {
+        const auto same = std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) {
+            return i.format == f && i.head_dim == head_dim && i.tier == tier;
+        });
         const int pool = static_cast<int>(same - info_.begin());
         if (same == info_.end()) {
-            if (pool == kMaxPools) throw Unsupported("Store: more than 8 different formats and head dimensions");
-            info_.push_back({f, head_dim, page_bytes(f, head_dim)});
+            if (pool == kMaxPools) throw Unsupported("Store: more than 8 different formats, head dimensions and tiers");
+            info_.push_back({f, head_dim, page_bytes(f, head_dim), tier});
+            kinds_.push_back({is_full(f) ? State::full : kvstrata::store::state_of(f), tier});
             pools_.emplace_back(pool, info_.back().page_bytes);
+            far_.emplace_back(info_.back().page_bytes);
+            rings_.emplace_back();
         }
         return pool;
     };
@@ -42,39 +51,55 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
         check(s.head_dim >= 1 && s.head_dim <= kMaxHeadDim, "Store: layer ", l, " has head_dim ", s.head_dim,
               ", expected 1..", kMaxHeadDim);
         check(s.window >= 0, "Store: layer ", l, " has window ", s.window, ", expected >= 0");
-        layer_pool_.push_back(pool_for(format, s.head_dim));
+        layer_pool_.push_back(pool_for(format, s.head_dim, Tier::near));
         first_row_.push_back(n_rows_);
         n_rows_ += s.kv_heads;
     }
-    quant_pool_.assign(layers_.size() * 3, -1);
+    pool_of_.assign(layers_.size() * kTiers * kStates, -1);
+    const auto place = [this](size_t layer, State state, Tier tier) -> int& {
+        return pool_of_[(layer * kTiers + static_cast<int>(tier)) * kStates + static_cast<int>(state)];
+    };
+    const auto need_quantizable = [this](size_t l, const char* what) {
+        if (quantizable(layers_[l].head_dim)) return;
+        throw Unsupported(message("Store: layer ", l, " has head_dim ", layers_[l].head_dim, ", ", what,
+                                  " need a multiple of 16 in 32..512"));
+    };
+    dense_.assign(layers_.size(), 0);
+    for (int l : options_.dense) {
+        check(l >= 0 && l < static_cast<int>(layers_.size()), "Store: dense has layer ", l, ", expected 0..",
+              layers_.size() - 1);
+        dense_[l] = 1;
+    }
+    check(options_.far.size() <= 1, "Store: far has ", options_.far.size(), " states, expected at most 1");
     for (size_t l = 0; l < layers_.size(); ++l) {
-        const LayerShape& s = layers_[l];
-        if (s.window > 0) continue;
+        place(l, State::full, Tier::near) = layer_pool_[l];
+        if (layers_[l].window > 0) continue;
         for (Format f : options_.formats) {
             check(!is_full(f), "Store: formats has a full format, expected int8, int4 or int2");
-            if (!quantizable(s.head_dim)) {
-                throw Unsupported(message("Store: layer ", l, " has head_dim ", s.head_dim,
-                                          ", quantized formats need a multiple of 16 in 32..512"));
-            }
-            quant_pool_[l * 3 + static_cast<int>(f) - static_cast<int>(Format::int8)] = pool_for(f, s.head_dim);
+            need_quantizable(l, "quantized formats");
+            place(l, kvstrata::store::state_of(f), Tier::near) = pool_for(f, layers_[l].head_dim, Tier::near);
+        }
+        if (!indexed(static_cast<int>(l)) || (options_.far.empty() && options_.recall.pages == 0)) continue;
+        need_quantizable(l, "summaries of pages");
+        for (State state : options_.far) {
+            const int near = place(l, state, Tier::near);
+            check(near >= 0, "Store: far has state ", static_cast<int>(state), ", expected 1 or one of the formats");
+            place(l, state, Tier::far) = pool_for(info_[near].format, layers_[l].head_dim, Tier::far);
         }
     }
     refit(options_.tail, options_.queries);
     check(options_.hold >= 0, "Store: hold is ", options_.hold, ", expected >= 0");
     check(options_.sinks >= 0, "Store: sinks is ", options_.sinks, ", expected >= 0");
+    check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
+          ", expected a multiple of ", kSlots, " where pages are selected");
+    check(options_.far.empty() || options_.ring >= 1, "Store: ring is ", options_.ring, ", expected at least 1 page");
+    check(options_.recall.near_pages >= options_.recall.pages, "Store: near_pages is ", options_.recall.near_pages,
+          ", expected at least the ", options_.recall.pages, " pages that a step reads");
 }
 
-int Store::pool_of(int layer, State state) const {
-    if (state == State::full) return layer_pool_[layer];
-    return state > State::int2 || state == State::evicted
-               ? -1
-               : quant_pool_[layer * 3 + static_cast<int>(state) - static_cast<int>(State::int8)];
-}
-
-State Store::state_of(PageId page) const {
-    const Format f = info_[page_pool(page)].format;
-    if (is_full(f)) return State::full;
-    return static_cast<State>(static_cast<int>(State::int8) + static_cast<int>(f) - static_cast<int>(Format::int8));
+int Store::pool_of(int layer, State state, Tier tier) const {
+    if (state > State::int2 || state == State::evicted) return -1;
+    return pool_of_[(layer * kTiers + static_cast<int>(tier)) * kStates + static_cast<int>(state)];
 }
 
 // Another tail and another number of queries, both as in Options: what a policy asks for that was made to fit a limit.
@@ -91,14 +116,49 @@ void Store::refit(int tail, int queries) {
 
 int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages) {
     check(pool >= 0 && pool < n_pools(), "lend: pool is ", pool, ", expected 0..", n_pools() - 1);
+    check(info_[pool].tier == Tier::near, "lend: pool ", pool, " is of the Far tier, expected lend_far");
     const int slab = pools_[pool].lend(payload, positions, n_pages);
     hint_huge_pages(payload, n_pages * info_[pool].page_bytes);
+    return slab;
+}
+
+// A slab of the Far tier: n_pages pages of the file from `offset` on, whose space is there already.
+int Store::lend_far(int pool, int file, int64_t offset, int32_t* positions, int n_pages) {
+    check(pool >= 0 && pool < n_pools() && info_[pool].tier == Tier::far, "lend_far: pool is ", pool,
+          ", expected one of the Far tier");
+    const int slab = pools_[pool].lend(nullptr, positions, n_pages);
+    far_[pool].lend(slab, file, offset, n_pages);
     return slab;
 }
 
 void Store::give_back(int pool, int slab) {
     check(pool >= 0 && pool < n_pools(), "give_back: pool is ", pool, ", expected 0..", n_pools() - 1);
     pools_[pool].give_back(slab);
+    if (info_[pool].tier == Tier::far) far_[pool].give_back(slab);
+}
+
+std::vector<int64_t> Store::ring_pages() const {
+    std::vector<int64_t> pages(pools_.size(), 0);
+    for (size_t p = 0; p < pools_.size(); ++p) {
+        if (info_[p].tier == Tier::near) continue;
+        for (size_t n = 0; n < pools_.size(); ++n) {
+            const bool same = info_[n].format == info_[p].format && info_[n].head_dim == info_[p].head_dim;
+            if (same && info_[n].tier == Tier::near) pages[n] += options_.ring;
+        }
+    }
+    return pages;
+}
+
+// Takes the Near pages in which Far pages are put together and read through; they must be free.
+void Store::hold_ring() {
+    for (size_t p = 0; p < pools_.size(); ++p) {
+        if (info_[p].tier == Tier::near || !rings_[p].empty()) continue;
+        for (size_t n = 0; n < pools_.size(); ++n) {
+            const bool same = info_[n].format == info_[p].format && info_[n].head_dim == info_[p].head_dim;
+            if (!same || info_[n].tier == Tier::far) continue;
+            for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[n].take());
+        }
+    }
 }
 
 bool Store::empty_out(int pool, int slab) {
@@ -111,22 +171,31 @@ bool Store::empty_out(int pool, int slab) {
     if (p.free() - s.n_free < live) return false;
     p.set_closed(slab, true);
     std::unordered_map<PageId, PageId> moved;
+    const auto move = [&](PageId& page) {
+        if (page_pool(page) != pool || page_slab(page) != slab) return;
+        auto [at, first] = moved.try_emplace(page, kNoPage);
+        if (first) {
+            at->second = p.take();
+            if (info_[pool].tier == Tier::far) {
+                far_[pool].copy(at->second, page);
+            } else {
+                std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
+            }
+            std::memcpy(p.positions(at->second), p.positions(page), kPositionBytes);
+        } else {
+            p.share(at->second);
+        }
+        p.release(page);
+        page = at->second;
+    };
     for (auto& [id, sequence] : sequences_) {
         for (pages::Row& row : sequence->rows) {
-            for (PageId& page : row.page) {
-                if (page_pool(page) != pool || page_slab(page) != slab) continue;
-                auto [at, first] = moved.try_emplace(page, kNoPage);
-                if (first) {
-                    at->second = p.take();
-                    std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
-                    std::memcpy(p.positions(at->second), p.positions(page), kPositionBytes);
-                } else {
-                    p.share(at->second);
-                }
-                p.release(page);
-                page = at->second;
-            }
+            for (PageId& page : row.page) move(page);
+            for (pages::NearSlot& copy : row.near.slots) move(copy.page);
         }
+    }
+    for (auto& ring : rings_) {
+        for (PageId& page : ring) move(page);
     }
     return true;
 }
@@ -141,7 +210,10 @@ int64_t Store::metadata_bytes() const {
                                       sequence->rings.capacity() * sizeof(QueryRing));
         for (const Centre& c : sequence->centres) bytes += c.mean ? c.mean->size() * sizeof(float) : 0;
         for (const QueryRing& ring : sequence->rings) bytes += ring.bytes();
+        bytes += static_cast<int64_t>(sequence->indices.capacity() * sizeof(Index));
+        for (const Index& index : sequence->indices) bytes += index.bytes();
     }
+    for (const FarSlabs& far : far_) bytes += far.metadata_bytes();
     for (const QueryRing& ring : staged_) bytes += ring.bytes();
     for (const auto& mass : staged_mass_) bytes += static_cast<int64_t>(mass.capacity() * sizeof(float));
     return bytes;
@@ -156,7 +228,8 @@ void Store::views(PoolView* out) const {
 }
 
 int64_t Store::workspace_bytes() const {
-    return static_cast<int64_t>(workspace_.size() + (logits_.capacity() + lse_.capacity()) * sizeof(float));
+    return static_cast<int64_t>(workspace_.size() + (logits_.capacity() + lse_.capacity()) * sizeof(float)) +
+           parts_.bytes();
 }
 
 void* Store::workspace(int64_t bytes) {

@@ -1,11 +1,9 @@
-// apply_plan: the only code that changes the state of a token. It writes new pages, switches the table, frees the old ones.
-//
-// Survivors of touched pages are packed by (format, position) into new pages. A page is touched if one of its tokens
-// changes state, or if it is part-filled and others of its format are packed anyway: so a row never holds two part-filled
-// sealed pages of one format after a plan that moves anything.
+// apply_plan: the only code that changes the state and the tier of a token. It writes new pages, switches the table, frees
+// the old ones. What a plan comes to: repack.h.
 //
 // Where memory is short, a row is rewritten piece by piece: the changing pages of fewest survivors first, each piece written
-// and switched before the next, which finds the pages that it freed.
+// and switched before the next, which finds the pages that it freed. Plans with tiers or groups are applied whole: what goes
+// Far takes no Near page but those of the ring, where it is put together.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,6 +13,7 @@
 #include "common/layout.h"
 #include "ops/compact.h"
 #include "ops/quantize.h"
+#include "store/repack.h"
 #include "store/store.h"
 
 namespace kvstrata::store {
@@ -23,167 +22,68 @@ namespace {
 constexpr int kCentreTokens = 256;    // fewer stored tokens do not tell a mean
 constexpr double kCentreRatio = 2.0;  // of |mean| to standard deviation, from which a channel is centred
 
-struct Survivor {
-    int32_t position;
-    PageId page;
-    int32_t slot;
-    State now;
-    uint32_t note;
-};
-
-// What a piece of a row's plan comes to: entries that leave, survivors to pack by their new state, masks of the tail.
-struct Repack {
-    std::vector<uint8_t> gone;          // [sealed entries]
-    std::vector<uint16_t> tail_keep;    // [tail entries]
-    std::vector<Survivor> to[kStates];  // by new state, in order of position
-    std::vector<const uint8_t*> wants;  // [entries] the new states of each entry's tokens
-    int changing = 0;                   // sealed entries that the whole plan changes
-    bool changes = false;
-
-    int64_t pages(int state) const { return (static_cast<int64_t>(to[state].size()) + kSlots - 1) / kSlots; }
-};
-
-bool holds(const pages::Row& row, int entry, State now, const uint8_t* want) {
-    for (int i = 0; i < std::popcount(row.alive[entry]); ++i) {
-        if (want[i] != static_cast<uint8_t>(now)) return false;
-    }
-    return true;
-}
-
-// Those of the sealed entries that change, at most `most`: of more, those of fewest survivors.
-template <class StateOf>
-std::vector<int> changing(const pages::Row& row, Repack& r, int most, StateOf state_of) {
-    std::vector<int> found;
-    for (int e = 0; e < row.sealed; ++e) {
-        if (!holds(row, e, state_of(row.page[e]), r.wants[e])) found.push_back(e);
-    }
-    r.changing = static_cast<int>(found.size());
-    if (r.changing <= most) return found;
-    std::vector<int> left(row.sealed);
-    for (int e : found) {
-        const uint8_t* want = r.wants[e];
-        left[e] =
-            static_cast<int>(std::count_if(want, want + std::popcount(row.alive[e]), [](uint8_t w) { return w; }));
-    }
-    std::stable_sort(found.begin(), found.end(), [&](int a, int b) { return left[a] < left[b]; });
-    found.resize(most);
-    return found;
-}
-
-// Survivors of one entry, each to the state it shall take.
-void collect(const pages::Row& row, int e, State now, const int32_t* positions, Repack& r) {
-    int i = 0;
-    for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
-        const uint8_t want = r.wants[e][i];
-        if (!want) continue;
-        const int slot = std::countr_zero(m);
-        const uint32_t note = row.noted ? row.note[static_cast<size_t>(e) * kSlots + slot] : 0;
-        r.to[want].push_back({positions[slot], row.page[e], slot, now, note});
-    }
-}
-
-// A piece of at most `most` changing entries.
-template <class StateOf>
-Repack repack(const pages::Row& row, const uint8_t* want, int most, pages::Pools& pools, StateOf state_of) {
-    Repack r;
-    r.gone.assign(row.sealed, 0);
-    for (int e = 0; e < row.entries(); want += std::popcount(row.alive[e]), ++e) r.wants.push_back(want);
-    bool packs[kStates] = {};
-    for (int e : changing(row, r, most, state_of)) {
-        r.gone[e] = 1;
-        for (int i = 0; i < std::popcount(row.alive[e]); ++i) packs[r.wants[e][i]] = true;
-    }
-    for (int e = 0; e < row.sealed; ++e) {
-        const State now = state_of(row.page[e]);
-        const bool part = row.alive[e] != kAllSlots && packs[static_cast<int>(now)];
-        if (part && holds(row, e, now, r.wants[e])) r.gone[e] = 1;
-        if (!r.gone[e]) continue;
-        r.changes = true;
-        collect(row, e, now, pool_of(pools, row.page[e]).positions(row.page[e]), r);
-    }
-    for (int e = row.sealed; e < row.entries(); ++e) {
-        uint16_t keep = row.alive[e];
-        int i = 0;
-        for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
-            if (!r.wants[e][i]) keep &= static_cast<uint16_t>(~(1u << std::countr_zero(m)));
-        }
-        r.changes |= keep != row.alive[e];
-        r.tail_keep.push_back(keep);
-    }
-    for (auto& survivors : r.to) {
-        std::sort(survivors.begin(), survivors.end(),
-                  [](const Survivor& a, const Survivor& b) { return a.position < b.position; });
-    }
-    return r;
-}
-
-// The new states in the order in which the row's table stands once the piece is done.
-std::vector<uint8_t> reordered(const pages::Row& row, const Repack& r) {
-    std::vector<uint8_t> out;
-    out.reserve(row.stored);
-    const auto keep = [&](int e) { out.insert(out.end(), r.wants[e], r.wants[e] + std::popcount(row.alive[e])); };
-    for (int e = 0; e < row.sealed; ++e) {
-        if (!r.gone[e]) keep(e);
-    }
-    for (int s = 1; s < kStates; ++s) out.insert(out.end(), r.to[s].size(), static_cast<uint8_t>(s));
-    for (int e = row.sealed; e < row.entries(); ++e) {
-        for (int i = 0; i < std::popcount(row.alive[e]); ++i) {
-            if (r.wants[e][i]) out.push_back(r.wants[e][i]);
-        }
-    }
-    return out;
-}
-
 }  // namespace
 
-// state u8 [B * H, columns]: for every row of the given sequences, in order, the State of each stored token in table
-// order; columns beyond a row's stored tokens are not read. With `protect`, sinks and tail must stay as they are. Bits
-// only fall; folded tokens keep their state; the open tail can only be evicted from, and only without `protect`.
-void Store::check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect) {
+// The plan's columns are [B * H, columns]: for every row of the given sequences, in order, of each stored token in table
+// order; what is beyond a row's stored tokens is not read. With `protect`, sinks and tail must stay as they are. Bits only
+// fall; folded tokens keep their state; the open tail can only be evicted from, and only without `protect`; a Far token stays
+// or is evicted.
+void Store::check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect) {
     check_layer(layer, "apply_plan");
     check_sequences(seqs, "apply_plan");
     const int heads = layers_[layer].kv_heads;
-    std::vector<int32_t> pos;
     for (size_t line = 0; line < seqs.size() * heads; ++line) {
         const pages::Row& row = row_of(find(seqs[line / heads], "apply_plan"), layer, static_cast<int>(line % heads));
-        check(row.stored <= columns, "apply_plan: state has ", columns, " columns, expected at least the ", row.stored,
-              " stored tokens of head ", line % heads);
-        const uint8_t* want = state + line * columns;
-        pos.resize(row.stored);
-        pages::positions(row, pools_, pos.data());
-        int i = 0;
-        for (int e = 0; e < row.entries(); ++e) {
-            const State now = state_of(row.page[e]);
-            for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
-                const int slot = std::countr_zero(m);
-                if (want[i] == static_cast<uint8_t>(now)) continue;
-                const auto at = [&] { return message("apply_plan: state[", line, ", ", i, "] is ", int{want[i]}); };
-                const State next = static_cast<State>(want[i]);
-                check(want[i] < kStates && (want[i] == 0 || pool_of(layer, next) >= 0), at(),
-                      ", expected 0 (Evicted), 1 (Full) or a quantized format of this cache");
-                check(want[i] == 0 || next > now, at(), ", expected ", static_cast<int>(now),
-                      " as now, fewer bits or 0 (Evicted)");
-                check(!protect || (e < row.sealed && pos[i] >= options_.sinks), at(), ", which changes position ",
-                      pos[i], ", which is protected (a sink, or in the tail)");
-                check(e < row.sealed || want[i] == 0, at(), ", expected 0 or 1 in the open tail");
-                check(row.visible[e] >> slot & 1, at(), ", which changes position ", pos[i], ", which is folded");
-            }
+        check(row.stored <= plan.columns, "apply_plan: state has ", plan.columns, " columns, expected at least the ",
+              row.stored, " stored tokens of head ", line % heads);
+        check_row_plan(layer, row, static_cast<int64_t>(line), plan, protect);
+    }
+}
+
+void Store::check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect) {
+    const RowPlan want = plan.row(line);
+    std::vector<int32_t> pos(row.stored);
+    pages::positions(row, pools_, pos.data());
+    int i = 0;
+    for (int e = 0; e < row.entries(); ++e) {
+        const Kind now = kinds_[page_pool(row.page[e])];
+        for (uint16_t m = row.alive[e]; m; m &= m - 1, ++i) {
+            const int slot = std::countr_zero(m);
+            const State next = static_cast<State>(want.state[i]);
+            const Tier tier = want.tier ? static_cast<Tier>(want.tier[i]) : now.tier;
+            const bool moves = want.group && want.group[i] >= 0;
+            if (next == now.state && tier == now.tier && !moves) continue;
+            const auto at = [&] { return message("apply_plan: state[", line, ", ", i, "] is ", int{want.state[i]}); };
+            check(want.state[i] < kStates && (next == State::evicted || pool_of(layer, next, tier) >= 0), at(),
+                  tier == Tier::far ? " in the Far tier" : "",
+                  ", expected 0 (Evicted), 1 (Full) or a quantized format of this cache");
+            check(next == State::evicted || next >= now.state, at(), ", expected ", static_cast<int>(now.state),
+                  " as now, fewer bits or 0 (Evicted)");
+            check(now.tier == Tier::near || next == State::evicted, at(),
+                  ", which changes a token of the Far tier: ", "expected it as it is, or 0 (Evicted)");
+            check(!protect || (e < row.sealed && pos[i] >= options_.sinks), at(), ", which changes position ", pos[i],
+                  ", which is protected (a sink, or in the tail)");
+            check(e < row.sealed || next == State::evicted, at(), ", expected 0 or 1 in the open tail");
+            check(row.visible[e] >> slot & 1, at(), ", which changes position ", pos[i], ", which is folded");
         }
     }
 }
 
 // The largest piece of a row's plan whose new pages cost at most `spare` beside those that are free, cost [pools] each; one
-// changing entry at the least.
-PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const uint8_t* state, std::span<const int64_t> cost,
+// changing entry at the least. All of a plan with tiers or groups.
+PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
                             int64_t spare) {
     const pages::Row& row = row_of(find(seq, "plan_piece"), layer, head);
     check(cost.size() == pools_.size(), "plan_piece: cost has ", cost.size(), " elements, expected ", pools_.size());
     PlanPiece piece;
     const auto fits = [&](int most) {
-        const Repack r = repack(row, state, most, pools_, [this](PageId id) { return state_of(id); });
+        const Repack r = repack(row, plan, most, pools_, kinds_.data());
         piece = {std::min(most, r.changing), r.changing, std::vector<int64_t>(pools_.size(), 0)};
-        for (int s = 1; s < kStates; ++s) {
-            if (r.pages(s)) piece.pages[pool_of(layer, static_cast<State>(s))] += r.pages(s);
+        for (int tier = 0; tier < kTiers; ++tier) {
+            for (int s = 1; s < kStates; ++s) {
+                const int64_t n = static_cast<int64_t>(r.pages[tier][s].size());
+                if (n) piece.pages[pool_of(layer, static_cast<State>(s), static_cast<Tier>(tier))] += n;
+            }
         }
         int64_t bytes = 0;
         for (size_t p = 0; p < pools_.size(); ++p) {
@@ -191,60 +91,111 @@ PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const uint8_t* state
         }
         return bytes <= spare;
     };
-    if (fits(row.sealed)) return piece;
+    if (fits(row.sealed) || plan.tier || plan.group) return piece;
     int low = 1, high = std::max(piece.changing, 1);  // `high` does not fit, unless it is 1
     while (high - low > 1) (fits((low + high) / 2) ? low : high) = (low + high) / 2;
     fits(low);
     return piece;
 }
 
-// A piece of one row's plan, all or nothing: at most `most` of its changing entries. Its new pages must be free: plan_piece
-// says how many. Then `state` is put into the order of the table as it stands. Returns whether anything is left to change.
-bool Store::apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most) {
-    Sequence& s = find(seq, "apply_plan");
-    pages::Row& row = row_of(s, layer, head);
-    const Repack r = repack(row, state, most, pools_, [this](PageId id) { return state_of(id); });
-    if (!r.changes) return false;
-    fault::hit("plan.after_check");
+// The new pages of a row's plan while they are written: all of them are released again if the plan fails.
+struct Store::Writing {
+    Store& store;
+    Sequence& sequence;
+    int layer, head;
+    Centre centre_before;
     std::vector<pages::Fresh> fresh;
-    std::vector<ops::Move> copies, encodes;
-    std::vector<uint8_t> left;
-    const Centre centre_before = s.centres.empty() ? Centre{} : s.centres[first_row_[layer] + head];
-    try {
-        left = reordered(row, r);
+    Index summaries;  // of the fresh pages, in their order
+
+    Writing(Store& s, Sequence& q, int l, int h)
+        : store(s), sequence(q), layer(l), head(h), summaries(s.layers_[l].head_dim) {
+        if (!q.centres.empty()) centre_before = q.centres[s.first_row_[l] + h];
+    }
+    void undo() {
+        for (const pages::Fresh& f : fresh) pages::pool_of(store.pools_, f.page).release(f.page);
+        if (!sequence.centres.empty()) sequence.centres[store.first_row_[layer] + head] = centre_before;
+    }
+
+    // Pages of one kind: into Near pages at once, into Far ones a ring of them at a time.
+    void write(const Repack& r, int tier, int state) {
+        const auto& pages = r.pages[tier][state];
+        if (pages.empty()) return;
+        const int pool = store.pool_of(layer, static_cast<State>(state), static_cast<Tier>(tier));
+        const size_t ring = tier ? store.ring_of(pool).size() : pages.size();
+        for (size_t first = 0; first < pages.size(); first += ring) {
+            const std::span<const NewPage> batch(pages.data() + first, std::min(ring, pages.size() - first));
+            write_batch(r.to[tier][state], batch, static_cast<State>(state), static_cast<Tier>(tier), pool);
+        }
+    }
+
+    void write_batch(const std::vector<Survivor>& from, std::span<const NewPage> batch, State state, Tier tier,
+                     int pool) {
+        std::vector<ops::Move> copies, encodes;
         bool centred = false;
-        for (int to = 1; to < kStates; ++to) {
-            for (size_t i = 0; i < r.to[to].size(); ++i) {
-                const Survivor& t = r.to[to][i];
-                const int slot = static_cast<int>(i % kSlots);
-                if (slot == 0) fresh.push_back({pools_[pool_of(layer, static_cast<State>(to))].take(), 0, {}});
-                pages::Fresh& f = fresh.back();
-                f.alive |= static_cast<uint16_t>(1u << slot);
-                f.note[slot] = t.note;
-                const bool same = static_cast<int>(t.now) == to;
-                (same ? copies : encodes).push_back({t.page, t.slot, f.page, slot});
+        const size_t first = fresh.size();
+        for (size_t b = 0; b < batch.size(); ++b) {
+            const PageId page = store.pools_[pool].take();
+            fresh.push_back({page, 0, batch[b].grouped ? pages::kGrouped : uint8_t{0}, {}});
+            const PageId to = tier == Tier::far ? store.ring_of(pool)[b] : page;
+            for (int slot = 0; slot < batch[b].count; ++slot) {
+                const Survivor& t = from[batch[b].first + slot];
+                fresh.back().alive |= static_cast<uint16_t>(1u << slot);
+                fresh.back().note[slot] = t.note;
+                const bool same = t.now == state;
+                (same ? copies : encodes).push_back({t.page, t.slot, to, slot});
                 centred |= !same && t.now == State::full;
             }
         }
-        if (centred) freeze_centre(s, layer, head);
+        if (centred) store.freeze_centre(sequence, layer, head);
+        move(copies, encodes);
+        const std::span<const pages::Fresh> written(fresh.data() + first, batch.size());
+        if (store.recalls(layer)) {
+            store.summarize(sequence, layer, head, written, tier == Tier::far ? &store.ring_of(pool) : nullptr,
+                            summaries);
+        }
+        for (size_t b = 0; tier == Tier::far && b < batch.size(); ++b) {
+            store.write_far(written[b].page, store.ring_of(pool)[b]);
+        }
+    }
+
+    void move(const std::vector<ops::Move>& copies, const std::vector<ops::Move>& encodes) const {
         PoolView pools[kMaxPools];
-        views(pools);
-        const int dim = layers_[layer].head_dim;
-        ops::compact({copies.data(), static_cast<int32_t>(copies.size()), dim, pools, threads_});
-        if (!encodes.empty()) {
-            const float* const mean = centre(s, layer, head);
-            const std::vector<int32_t> first(mean ? encodes.size() : 0, 0);
-            ops::quantize({encodes.data(), mean, mean ? first.data() : nullptr, static_cast<int32_t>(encodes.size()),
-                           dim, pools, threads_});
+        store.views(pools);
+        const int dim = store.layers_[layer].head_dim;
+        ops::compact({copies.data(), static_cast<int32_t>(copies.size()), dim, pools, store.threads_});
+        if (encodes.empty()) return;
+        const float* const mean = store.centre(sequence, layer, head);
+        const std::vector<int32_t> rows(mean ? encodes.size() : 0, 0);
+        ops::quantize({encodes.data(), mean, mean ? rows.data() : nullptr, static_cast<int32_t>(encodes.size()), dim,
+                       pools, store.threads_});
+    }
+};
+
+// A piece of one row's plan, all or nothing: at most `most` of its changing entries. Its new pages must be free: plan_piece
+// says how many. Then `state` is put into the order of the table as it stands. Returns whether anything is left to change.
+bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most) {
+    Sequence& s = find(seq, "apply_plan");
+    pages::Row& row = row_of(s, layer, head);
+    if (plan.tier || plan.group) most = row.sealed;
+    const Repack r = repack(row, plan, most, pools_, kinds_.data());
+    if (!r.changes) return false;
+    fault::hit("plan.after_check");
+    if (recalls(layer)) summarize_sealed(s, layer, head);
+    std::vector<uint8_t> left;
+    Writing writing(*this, s, layer, head);
+    try {
+        left = reordered(row, plan, r);
+        for (int tier = 0; tier < kTiers; ++tier) {
+            for (int to = 1; to < kStates; ++to) writing.write(r, tier, to);
         }
         fault::hit("plan.after_write");
     } catch (...) {
-        for (const pages::Fresh& f : fresh) pages::pool_of(pools_, f.page).release(f.page);
-        if (!s.centres.empty()) s.centres[first_row_[layer] + head] = centre_before;
+        writing.undo();
         throw;
     }
+    if (recalls(layer)) join_index(s, layer, head, r, writing.summaries);
     const int32_t before = row.stored;
-    pages::replace(row, r.gone, fresh, r.tail_keep, pools_);
+    pages::replace(row, r.keep, writing.fresh, pools_);
     std::copy(left.begin(), left.end(), state);
     if (row.stored != before) s.floor = std::max(s.floor, base(s, seen(layer, s)));
     return r.changing > most;
@@ -268,7 +219,7 @@ void Store::freeze_centre(Sequence& s, int layer, int head) {
     views(pools);
     int64_t n = 0;
     for (int e = 0; e < row.entries(); ++e) {
-        if (state_of(row.page[e]) != State::full) continue;
+        if (kinds_[page_pool(row.page[e])] != Kind{State::full, Tier::near}) continue;
         ops::dequantize({&row.page[e], nullptr, nullptr, 1, dim, k.data(), v.data(), pools, 1});
         for (uint16_t m = row.alive[e]; m; m &= m - 1, ++n) {
             const float* key = &k[static_cast<size_t>(std::countr_zero(m)) * dim];

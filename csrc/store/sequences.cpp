@@ -33,6 +33,9 @@ Sequence Store::blank() const {
     for (pages::Row& row : s.rows) row.noted = options_.scored;
     if (!options_.formats.empty()) s.centres.resize(n_rows_);
     s.rings = rings();
+    for (size_t l = 0; l < layers_.size() && options_.recall.pages > 0; ++l) {
+        for (int h = 0; h < layers_[l].kv_heads; ++h) s.indices.emplace_back(layers_[l].head_dim);
+    }
     return s;
 }
 
@@ -61,6 +64,7 @@ void Store::release(Sequence& s) {
         for (int h = 0; h < layers_[l].kv_heads; ++h) pages::release(row_of(s, l, h), pools_);
     }
     for (Centre& c : s.centres) c = {};
+    for (Index& index : s.indices) index.truncate(0);
     for (QueryRing& ring : s.rings) ring.clear();
 }
 
@@ -82,7 +86,7 @@ void Store::free(std::span<const SeqId> seqs) {
 }
 
 Sequence Store::clone(const Sequence& s) {
-    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings};
+    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices};
     copy.rows.reserve(n_rows_);
     for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
     return copy;
@@ -134,7 +138,17 @@ void Store::crop(SeqId seq, int64_t length) {
     check(length >= s.floor, "crop: length is ", length, ", expected at least ", s.floor,
           ": older tokens were dropped when the sequence was that long");
     for (size_t l = 0; l < layers_.size(); ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::crop(row_of(s, l, h), length, pools_);
+        for (int h = 0; h < layers_[l].kv_heads; ++h) {
+            if (!recalls(static_cast<int>(l))) {
+                pages::crop(row_of(s, l, h), length, pools_);
+                continue;
+            }
+            std::vector<int32_t> kept;
+            pages::crop(row_of(s, l, h), length, pools_, &kept);
+            Index& index = s.indices[first_row_[l] + h];
+            while (!kept.empty() && kept.back() >= index.count()) kept.pop_back();
+            index.keep(kept);
+        }
     }
     for (QueryRing& ring : s.rings) ring.drop_last(s.length - length);
     s.length = length;

@@ -58,7 +58,12 @@ std::vector<int64_t> Store::needed(int first_layer, int last_layer, int from, in
         for (const StepSequence& s : step_) {
             const int64_t n = std::min(to, s.count) - std::min(from, s.count);
             for (int h = 0; h < layers_[l].kv_heads; ++h) {
-                need[layer_pool_[l]] += pages::pages_needed(row_of(*s.sequence, l, h), n, pool);
+                const pages::Row& row = row_of(*s.sequence, l, h);
+                need[layer_pool_[l]] += pages::pages_needed(row, n, pool);
+                if (!options_.far.empty() && recalls(l) && longest_ == 1 && n > 0) {
+                    need[pool_of(l, options_.far[0])] += pages::pages_needed(
+                        row.near, std::min(row.sealed, options_.recall.pages), options_.recall.near_pages);
+                }
             }
         }
     }
@@ -163,6 +168,8 @@ void Store::attend(int layer, const AttendCall& call) {
             attend_rows_.push_back(r);
         }
     }
+    if (recalls(layer) && longest_ == 1) return attend_selected(layer, call);
+    if (any_far(layer)) return attend_streamed(layer, call);
     run_attend(layer, call);
 }
 
@@ -180,6 +187,20 @@ void Store::run_attend(int layer, const AttendCall& call) {
     const LayerShape& shape = layers_[layer];
     const bool massed = options_.massed && shape.window == 0 && !call.lse.data;
     if (massed) want_mass(layer);
+    attend_now(layer, call, call.out_dtype);
+    size_t at = 0;
+    for (size_t b = 0; massed && b < step_.size(); ++b) {
+        for (int h = 0; step_[b].count > 0 && h < shape.kv_heads; ++h, ++at) {
+            reduce_mass(attend_rows_[at], shape.q_heads / shape.kv_heads,
+                        staged_mass_[b * n_rows_ + first_row_[layer] + h]);
+        }
+    }
+    settle_workspace();
+}
+
+// Attends with the rows as they are filled in.
+void Store::attend_now(int layer, const AttendCall& call, DType out_dtype) {
+    const LayerShape& shape = layers_[layer];
     PoolView pool_views[kMaxPools];
     views(pool_views);
     ops::AttendParams params{attend_rows_.data(),
@@ -187,7 +208,7 @@ void Store::run_attend(int layer, const AttendCall& call) {
                              shape.q_heads / shape.kv_heads,
                              shape.head_dim,
                              options_.dtype,
-                             call.out_dtype,
+                             out_dtype,
                              pool_views,
                              call.scale,
                              call.softcap,
@@ -196,13 +217,6 @@ void Store::run_attend(int layer, const AttendCall& call) {
                              call.threads};
     params.workspace = workspace(ops::attend_workspace_bytes(params));
     ops::attend(params);
-    size_t at = 0;
-    for (size_t b = 0; massed && b < step_.size(); ++b) {
-        for (int h = 0; step_[b].count > 0 && h < shape.kv_heads; ++h, ++at) {
-            reduce_mass(attend_rows_[at], params.group, staged_mass_[b * n_rows_ + first_row_[layer] + h]);
-        }
-    }
-    settle_workspace();
 }
 
 // Tokens below this are final: only they may be sealed, planned or dropped.
@@ -217,6 +231,7 @@ void Store::settle(int layer, Sequence& s, int64_t length) {
     for (int h = 0; h < shape.kv_heads; ++h) {
         pages::Row& row = row_of(s, layer, h);
         pages::seal(row, base(s, length) - options_.tail, pools_);
+        if (recalls(layer)) summarize_sealed(s, layer, h);
         if (shape.window == 0) continue;
         const int64_t dropped = pages::drop_before(row, length - shape.window - options_.hold + 1, pools_);
         if (dropped > 0) s.floor = std::max(s.floor, dropped + shape.window - 1);

@@ -19,10 +19,14 @@
 #include "ops/pool.h"
 #include "ops/pool_view.h"
 #include "ops/score_keys.h"
+#include "ops/score_pages.h"
 #include "ops/score_window.h"
 #include "pages/pool.h"
 #include "pages/row.h"
+#include "store/far.h"
+#include "store/index.h"
 #include "store/queries.h"
+#include "store/repack.h"
 
 namespace kvstrata::store {
 
@@ -35,6 +39,14 @@ struct LayerShape {
     int32_t window;  // sliding window in tokens; 0: full attention
 };
 
+// What a step of one token reads of what is neither sink nor tail; others read all.
+struct Recall {
+    int pages = 0;       // K of each row; 0: every step reads all
+    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least K
+    float weight = 1.0f;
+    ops::Aggregate aggregate = ops::Aggregate::sum;
+};
+
 struct Options {
     DType dtype;                       // of q, k, v and of Full pages
     int32_t tail;                      // w: a page seals once w newer tokens exist
@@ -44,6 +56,10 @@ struct Options {
     int32_t queries = 0;               // W: last queries of each row that are remembered for scoring
     bool scored = false;               // each stored token has a score, f32, which moves with it
     bool massed = false;               // scores are the attention mass that each token has received; needs `scored`
+    Recall recall = {};
+    std::vector<int> dense = {};  // layers without selection and Far tier, though their attention is full
+    std::vector<State> far = {};  // states in which tokens may go to the Far tier
+    int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
 };
 
 // What a row's quantized keys are relative to, set when one is first quantized and frozen then.
@@ -59,6 +75,7 @@ struct Sequence {
     std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
     std::vector<Centre> centres;   // as rows
     std::vector<QueryRing> rings;  // [L], if queries are remembered
+    std::vector<Index> indices;    // as rows, if a step selects
 };
 
 // One tensor of a call: element (sequence b, token t, head h) at data + (b * batch + t * token + h * head) elements.
@@ -89,14 +106,14 @@ struct Look {
     uint8_t* open;
     uint8_t* state;
     float* scores;
+    uint8_t* tier;     // Tier
+    uint8_t* grouped;  // its page was put together by a plan's groups
 };
-
-inline constexpr int kStates = 5;
 
 // What the rows of a layer hold: slots by State, and page-table entries.
 struct Tally {
     int64_t slots[kStates] = {};
-    int64_t entries = 0;
+    int64_t entries = 0, far = 0;  // entries; slots of the Far tier
 };
 
 // What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
@@ -105,10 +122,46 @@ struct PlanPiece {
     std::vector<int64_t> pages;
 };
 
+// Columns of a plan, each [R, columns] or, but for the state, null.
+struct PlanColumns {
+    const uint8_t* state;
+    const uint8_t* tier;
+    const int32_t* group;
+    int64_t columns;
+
+    RowPlan row(int64_t r) const {
+        return {state + r * columns, tier ? tier + r * columns : nullptr, group ? group + r * columns : nullptr};
+    }
+};
+
+// Of the attention mass of selecting steps, the share that they are estimated to have read, over rows and query heads.
+struct Captured {
+    double sum = 0.0;
+    float least = 1.0f;
+    int64_t count = 0, below = 0;  // below the floor
+};
+
+// Scratch of a call that attends in parts, kept between calls.
+struct Parts {
+    std::vector<ops::AttendRow> whole;  // the rows of the call
+    std::vector<pages::Row*> rows;
+    std::vector<const Index*> indices;
+    std::vector<float> out[2], lse[2], rest;  // of the parts [rows, T, G, D], [rows, T, G], and of what is not read
+    std::vector<PageId> pages;                // the lists of a part, one after another
+    std::vector<uint16_t> masks;
+    std::vector<size_t> ends;  // [rows + 1]
+    std::vector<int32_t> tokens, selected, far;
+    std::vector<ops::SelectRow> select;
+    std::vector<pages::Miss> misses;
+
+    int64_t bytes() const;
+};
+
 struct PoolInfo {
     Format format;
     int32_t head_dim;
     int64_t page_bytes;
+    Tier tier;
 };
 
 class Store {
@@ -119,10 +172,13 @@ class Store {
     int n_pools() const { return static_cast<int>(pools_.size()); }
     PoolInfo pool_info(int pool) const { return info_[pool]; }
     const pages::Pool& pool(int pool) const { return pools_[pool]; }
-    int pool_of(int layer) const { return layer_pool_[layer]; }  // of its full pages
-    int pool_of(int layer, State state) const;                   // -1: no such pages
+    int pool_of(int layer) const { return layer_pool_[layer]; }         // of its full pages
+    int pool_of(int layer, State state, Tier tier = Tier::near) const;  // -1: no such pages
     int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages);
+    int lend_far(int pool, int file, int64_t offset, int32_t* positions, int n_pages);
     void give_back(int pool, int slab);
+    std::vector<int64_t> ring_pages() const;  // by pool, that hold_ring takes
+    void hold_ring();
     bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
     int64_t metadata_bytes() const;
     int64_t workspace_bytes() const;
@@ -159,6 +215,15 @@ class Store {
     bool in_step() const { return open_; }
     int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
 
+    // Recall (recall.cpp)
+    void set_recall(const Recall& recall) { options_.recall = recall; }
+    void set_mass_floor(float floor) { mass_floor_ = floor; }
+    const Captured& captured() const { return captured_; }
+    std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
+    int64_t waiting(int layer, std::span<const SeqId> seqs);  // sealed tokens that no plan has grouped, most of a row
+    void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
+                 int iters);  // tokens of one segment of a row, all Near, into groups of one number each
+
     // What a policy sees (look.cpp). R = seqs x heads, in that order; N = columns
     int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
     void look(int layer, std::span<const SeqId> seqs, const Look& out, int64_t columns);
@@ -177,10 +242,10 @@ class Store {
                      ops::PoolKind kind, ops::PoolDivide divide, float* out);  // score [R, group, N] -> [R, N]
 
     // Plan (plan.cpp)
-    void check_plan(int layer, std::span<const SeqId> seqs, const uint8_t* state, int64_t columns, bool protect);
-    PlanPiece plan_piece(int layer, SeqId seq, int head, const uint8_t* state, std::span<const int64_t> cost,
+    void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
+    PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
                          int64_t spare);
-    bool apply_plan(int layer, SeqId seq, int head, uint8_t* state, int most);  // of one row, checked before
+    bool apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most);  // checked before
 
   private:
     struct StepSequence {
@@ -189,6 +254,7 @@ class Store {
     };
 
     struct Scored;
+    struct Writing;
     Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb);
     void fill(ops::WindowParams& p, const Scored& s, int layer, const Arithmetic& a, const PoolView* pools) const;
     Sequence& find(SeqId seq, const char* verb);
@@ -203,7 +269,36 @@ class Store {
     Sequence blank() const;  // without a token
     std::vector<QueryRing> rings() const;
     Sequence clone(const Sequence& s);
-    State state_of(PageId page) const;
+    void check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect);
+    bool recalls(int layer) const { return options_.recall.pages > 0 && indexed(layer); }
+    bool indexed(int layer) const;  // its rows may be selected from, and go Far
+    int first_indexed(const pages::Row& row) const;
+    bool far(PageId page) const { return kinds_[page_pool(page)].tier == Tier::far; }
+    const std::vector<PageId>& ring_of(int far_pool) const { return rings_[far_pool]; }
+    void write_far(PageId page, PageId from);
+    void read_far(PageId page, PageId to);
+    void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
+                   Index& out);
+    void summarize_sealed(Sequence& s, int layer, int head);
+    void join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh);
+    bool any_far(int layer) const;
+    void attend_selected(int layer, const AttendCall& call);
+    void attend_streamed(int layer, const AttendCall& call);
+    void fetch(pages::Row& row, std::span<const int32_t> entries);
+    void begin_parts(int layer);
+    template <class Each>
+    void list(int r, Each each);
+    ops::AttendRow part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
+                            const int32_t* tokens) const;
+    void write_out(const ops::AttendRow& whole, int t, std::span<const float* const> outs,
+                   std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const;
+    template <class Each>
+    void attend_part(int layer, const AttendCall& call, int part, Each each);
+    void select_pages(int layer, float scale);
+    void note_captured(const float* read, const float* rest, int group);
+    void stream_row(int layer, const AttendCall& call, int r);
+    void attend_now(int layer, const AttendCall& call, DType out_dtype);
+    State state_of(PageId page) const { return kinds_[page_pool(page)].state; }
     const float* centre(const Sequence& s, int layer, int head) const;  // [D], or null: zeros
     void freeze_centre(Sequence& s, int layer, int head);
     void release(Sequence& s);
@@ -218,11 +313,19 @@ class Store {
     std::vector<LayerShape> layers_;
     std::vector<int> first_row_;   // [L]
     std::vector<int> layer_pool_;  // [L]
-    std::vector<int> quant_pool_;  // [L, 3]: int8, int4, int2; -1: none
+    std::vector<int> pool_of_;     // [L, tiers, states]; -1: none
+    std::vector<uint8_t> dense_;   // [L] nothing is selected, and all stays Near
     int n_rows_ = 0;               // rows of one sequence
     Options options_;
     pages::Pools pools_;
     std::vector<PoolInfo> info_;
+    std::vector<Kind> kinds_;                 // [pools]
+    std::vector<FarSlabs> far_;               // [pools], those of Far ones are used
+    std::vector<std::vector<PageId>> rings_;  // [pools], of Far ones: Near pages of the same format
+    float mass_floor_ = 0.0f;
+    Captured captured_;
+    int64_t hits_ = 0, misses_count_ = 0;
+    int32_t clock_ = 0;  // steps that selected
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
     bool recording_ = false;
@@ -241,6 +344,7 @@ class Store {
     std::vector<ops::AttendRow> attend_rows_;
     std::vector<PageId> pages_;
     std::vector<uint8_t> slots_;
+    Parts parts_;
     std::vector<float> logits_, lse_;  // of the rows of one call, for their mass
     std::vector<unsigned char> workspace_;
     size_t kept_workspace_ = 0;  // bytes that decoding needs

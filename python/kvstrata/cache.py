@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from kvstrata import holdings
-from kvstrata._C import Store
 from kvstrata.budget import Budget, Ledger, Scope
-from kvstrata.budget.room import keeps_scores
 from kvstrata.charges import Charges
-from kvstrata.config import DTYPES, BudgetExceeded, Shape, Unsupported
+from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Policy
+from kvstrata.policy import Plan, Policy
+from kvstrata.recall import Far
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
 from kvstrata.step import Step, packed, padded
+from kvstrata.tiers import make_store, read_tokens, resolve_far
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Cache:
     """Keys and values of any number of sequences of one model.
 
     shape: the layers; budget: None, a :class:`Budget` or one of its spellings; policy: None (``full``), a name or a
-    :class:`Policy`; far: "auto" or None, there is no Far tier until a policy archives; ledger: a :class:`Ledger`, in which
+    :class:`Policy`; far: "auto", a Far tier exactly when the policy archives, None, none, its size ("64GiB", bytes) or a
+    :class:`kvstrata.recall.Far`; ledger: a :class:`Ledger`, in which
     the cache opens a :attr:`scope`, or None; hold: tokens that stay unsealed until confirmed while recording. One thread at
     a time. ValueError where the budget cannot hold the policy's sinks and window; Unsupported where this build cannot.
     """
@@ -43,44 +44,32 @@ class Cache:
         budget: Budget | str | int | None = None,
         policy: Policy | str | None = None,
         *,
-        far: str | None = "auto",
+        far: Far | str | int | None = "auto",
         ledger: Ledger | None = None,
         hold: int = 64,
     ) -> None:
-        if far not in ("auto", None):
-            raise Unsupported(f"Cache: far is {far!r}, this build has no Far tier; expected 'auto' or None")
         if ledger is not None and not isinstance(ledger, Ledger):
             raise ValueError(f"Cache: ledger is {type(ledger).__name__}, expected None or a Ledger")
         if hold < 0:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
         self.hold = hold
-        self._limit = Limit(shape, budget, policy)
+        self._limit = Limit(shape, *read_tokens(budget, policy))
         self.budget = self._limit.budget
         self.policy = self._limit.fit([0])
         self._fitted: object = None  # what the policy was last fitted to
         self._admitted = 0  # sequences for which it was last found that the limit leaves them something
-        assert self.policy.window is not None
-        self._store = Store(
-            [(s.kv_heads, s.q_heads, s.head_dim, s.window or 0) for s in shape.layers],
-            DTYPES[shape.dtype],
-            self.policy.window,
-            hold,
-            self.policy.sinks,
-            [holdings.FORMATS.index(name) for name in self.policy.formats],
-            self.policy.queries,
-            keeps_scores(self.policy),
-            self.policy.massed,
-        )
+        tier = resolve_far(far, self.policy)
+        self._store = make_store(shape, self.policy, hold, tier)
         self._charges = Charges(self, ledger)
         self._slabs = Slabs(
-            self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy), self._charges
+            self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy), self._charges, tier
         )
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
-        self._slabs.settle()
+        self._slabs.open_far()
 
     @property
     def scope(self) -> Scope | None:
@@ -257,7 +246,9 @@ class Cache:
         """Checks of the whole step that need its sizes. lengths: tokens that each of ``seqs`` will have after it."""
         if self.budget is None:
             return
-        if self.policy.allocator is not None or self.budget.unit == "bytes":
+        if self.policy.archives and (limit := self._limit.fixed()) is not None:
+            self._bind(limit)
+        elif self.policy.allocator is not None or self.budget.unit == "bytes":
             self._fit({s.id: n for s, n in zip(seqs, lengths, strict=True)})
             if self._limit.each and self.policy.planner is None:
                 self._limit.admit_whole(lengths)
@@ -310,10 +301,10 @@ class Cache:
         if keep.shape[1] < columns:
             raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
         state = torch.empty(heads, columns, dtype=torch.uint8)
-        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, columns)
+        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, 0, 0, columns)
         state *= keep[:, :columns]
-        self._store.check_plan(layer, [seq.id], state.data_ptr(), columns, False)
-        self._plans.apply(layer, [seq.id], state, list(range(heads)))
+        self._store.check_plan(layer, [seq.id], state.data_ptr(), 0, 0, columns, False)
+        self._plans.apply(layer, [seq.id], Plan(state), list(range(heads)))
         self._slabs.settle()
 
     def _charge(self, counts: dict[int, int], cut: list[int]) -> None:
@@ -333,8 +324,8 @@ class Cache:
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
         try:
-            if not self._falls() and (due := self._plans.due(before)):
-                self._plans.run(due)
+            if not self._falls():
+                self._plans.after(before)
         except BudgetExceeded:
             if self.scope is None:
                 raise

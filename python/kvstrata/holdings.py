@@ -8,7 +8,7 @@ import torch
 
 from kvstrata.config import SLOTS
 from kvstrata.policy.base import FULL, STATES
-from kvstrata.report import Report
+from kvstrata.report import Recall, Report
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -27,7 +27,7 @@ def report(cache: Cache) -> Report:
     slots = sum(n for layer in rows for head in layer for n in head)
     tallies = [store.tally(layer, live) for layer in range(len(shape.layers))]
     logical = tuple(store.length(i) for i in live)
-    pools = [store.pool(p) for p in range(store.n_pools)]
+    pools = [pool for p in range(store.n_pools) if not (pool := store.pool(p))["far"]]
     used = sum(p["used"] * p["page_bytes"] for p in pools)
     free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
     kinds = {
@@ -45,7 +45,7 @@ def report(cache: Cache) -> Report:
         sinks=cache.policy.sinks,
         logical_tokens=logical,
         stored_tokens=slots,
-        states=_states(cache, [held for held, _ in tallies]) | {"evicted": sum(logical) * shape.rows - slots},
+        states=_states(cache, [held for held, _, _ in tallies]) | {"evicted": sum(logical) * shape.rows - slots},
         stored=tuple(tuple(max(head, default=0) for head in layer) for layer in rows),
         bytes_by_kind=kinds,
         nbytes=cache.nbytes(),
@@ -53,8 +53,26 @@ def report(cache: Cache) -> Report:
         peak_bytes=slabs.note_peak(),
         dense_bytes=sum(logical) * shape.token_bytes(),
         limit_bytes=slabs.limit,
-        lost_slots=sum(entries for _, entries in tallies) * SLOTS - slots,
+        lost_slots=sum(entries for _, entries, _ in tallies) * SLOTS - slots,
         counts=cache._plans.counts | cache._counts,
+        far_bytes=slabs.far_bytes,
+        far_tokens=sum(n for _, _, n in tallies),
+        recall=_recall(cache),
+    )
+
+
+def _recall(cache: Cache) -> Recall | None:
+    if cache.policy.selector is None:
+        return None
+    total, least, count, below = cache._store.captured()
+    hits, misses = cache._store.fetched()
+    return Recall(
+        captured=total / count if count else 1.0,
+        least_captured=least,
+        below_floor=below,
+        selections=count,
+        hits=hits,
+        misses=misses,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.room import keeps_scores, page_costs
+from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
@@ -35,12 +36,20 @@ class Plans:
         self._among: dict[int, int] = {}
         """By sequence: how many shared the limit then."""
         self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
-        self.counts = {"plans": 0, "evicted": 0, "quantized": 0, "non-finite scores": 0, "plans put off": 0}
+        self.counts = {
+            "plans": 0,
+            "evicted": 0,
+            "quantized": 0,
+            "archived": 0,
+            "non-finite scores": 0,
+            "plans put off": 0,
+        }
 
     @property
     def layers(self) -> list[int]:
-        """Those that are planned: full attention."""
-        return [i for i, spec in enumerate(self._cache.shape.layers) if spec.window is None]
+        """Those that are planned: full attention, unless the policy leaves them dense."""
+        dense = self._cache.policy.dense_layers
+        return [i for i, spec in enumerate(self._cache.shape.layers) if spec.window is None and i not in dense]
 
     def cut(self, layer: int, ids: list[int], ends: list[int]) -> None:
         """One layer in the middle of a prompt, by an equal share of what the limit leaves. ends: tokens after the step."""
@@ -52,10 +61,15 @@ class Plans:
             seen = replace(seen, allowance=self._equal_share(seen, ids))
         self._apply(seen, ids)
 
-    def run(self, ids: list[int]) -> None:
-        """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan."""
+    def run(self, ids: list[int], layers: list[int] | None = None) -> None:
+        """All layers, or some where each is planned for itself: scores first, then each sequence's share of the limit divided
+        over them, then each layer's plan."""
+        layers = self.layers if layers is None else layers
+        if self._cache.policy.archives:
+            least = int(getattr(self._cache.policy.planner, "segment_min", 1))
+            layers = [i for i in layers if self._store.waiting(i, ids) >= least]
         ends = [self._store.length(i) for i in ids]
-        found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
+        found = [seen for layer in layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
             return
         found = [self._scored(seen, ids) for seen in found]
@@ -87,9 +101,21 @@ class Plans:
         if due:
             self.run(due)
 
-    def due(self, before: dict[int, int]) -> list[int]:
-        """Sequences that a step brought over the end of an interval, by their lengths before it."""
-        return [i for i, n in before.items() if self._ends_interval(n, self._store.length(i))]
+    def after(self, before: dict[int, int]) -> None:
+        """Plans the sequences that a step brought over the end of an interval, by their lengths before it. What archives plans
+        each layer for itself, and not all in one step: their intervals end one after another."""
+        if not self._cache.policy.archives:
+            if due := self._due(before, 0):
+                self.run(due)
+            return
+        layers, interval = self.layers, self._cache.policy.interval
+        for j, layer in enumerate(layers):
+            if due := self._due(before, j * interval // len(layers)):
+                self.run(due, [layer])
+
+    def _due(self, before: dict[int, int], shift: int) -> list[int]:
+        """Sequences that a step brought over the end of an interval which begins ``shift`` tokens early."""
+        return [i for i, n in before.items() if self._ends_interval(n + shift, self._store.length(i) + shift)]
 
     def coming(self, counts: dict[int, int], cut: list[int]) -> int:
         """Plans of a layer that a step makes which brings so many tokens to its sequences; cut: those cut inside it."""
@@ -155,7 +181,12 @@ class Plans:
         rows = len(ids) * spec.kv_heads
         positions = torch.empty(rows, columns, dtype=torch.int32)
         tail, state = torch.empty(rows, columns, dtype=torch.bool), torch.empty(rows, columns, dtype=torch.uint8)
-        self._store.look(layer, ids, positions.data_ptr(), tail.data_ptr(), state.data_ptr(), 0, columns)
+        archives = self._cache.policy.archives
+        tier = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
+        grouped = torch.empty(rows, columns, dtype=torch.bool) if archives else None
+        more = (0, 0) if tier is None or grouped is None else (tier.data_ptr(), grouped.data_ptr())
+        where = (positions.data_ptr(), tail.data_ptr(), state.data_ptr(), 0, *more)
+        self._store.look(layer, ids, *where, columns)
         arithmetic = self.arithmetic.get(layer, (spec.head_dim**-0.5, 0.0))
         return Seen(
             layer,
@@ -165,6 +196,8 @@ class Plans:
             state,
             self._cache.policy.sinks,
             read=Rows(self._store, self._cache.shape, layer, ids, columns, arithmetic),
+            tier=tier,
+            grouped=grouped,
         )
 
     def _scored(self, seen: Seen, ids: list[int]) -> Seen:
@@ -253,7 +286,7 @@ class Plans:
         out = []
         for i, seen in enumerate(found):
             full = None if shares is None else shares[i]
-            states = None if formats is None else self._states(seen, formats[i])
+            states = None if formats is None else chosen_states(seen, formats[i], costs[i])
             out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
         return out
 
@@ -265,7 +298,7 @@ class Plans:
         states = sorted(costs[0])
         wide: dict[str, Tensor] = {}
         if allocator.needs & {"mass"}:
-            wide = self._wide(found, free, states)
+            wide = wide_columns(found, free, states)
         more: dict[str, Tensor] = {}
         if "oq" in allocator.needs:
             more["oq"] = torch.stack([self._measured(seen, ids) for seen in found])
@@ -280,36 +313,6 @@ class Plans:
             **more,
         )
 
-    def _wide(self, found: list[Seen], free: list[Tensor], states: list[int]) -> dict[str, Tensor]:
-        most = max(int(f.sum(1).max()) for f in free)
-        scores, stored, positions, mass = [], [], [], []
-        for seen, f in zip(found, free, strict=True):
-            assert seen.score is not None
-            order = (~f).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-            order = torch.nn.functional.pad(order, (0, most - order.shape[1]))
-            score = seen.score.nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
-            scores.append(score.gather(1, order))
-            index = torch.zeros(max(states) + 1, dtype=torch.uint8)
-            index[torch.tensor(states)] = torch.arange(len(states), dtype=torch.uint8)
-            stored.append(index[seen.state.gather(1, order).long().clamp_max(max(states))])
-            positions.append(seen.positions.gather(1, order))
-            mass.append(torch.where(seen.stored, score, 0.0).sum(1))
-        return {
-            "scores": torch.stack(scores),
-            "stored": torch.stack(stored),
-            "positions": torch.stack(positions),
-            "mass": torch.stack(mass),
-        }
-
-    def _states(self, seen: Seen, formats: Tensor) -> Tensor:
-        """u8 [R, N] in table order of an allocator's formats (0 Evicted, 1 + index) of unprotected tokens."""
-        states = torch.tensor([0, *sorted(page_costs(self._cache.shape, seen.layer, self._cache.policy))])
-        free = seen.stored & ~seen.protected
-        out = seen.state.clone()
-        rank = (free.cumsum(1) - 1).clamp(0, max(formats.shape[1] - 1, 0))
-        chosen = states[formats.long()].to(torch.uint8).gather(1, rank)
-        return torch.where(free, chosen, out)
-
     # --- what is done -----------------------------------------------------------------------------------------------------
 
     def _apply(self, seen: Seen, ids: list[int]) -> None:
@@ -318,21 +321,40 @@ class Plans:
         self._cache._charges.plan()
         plan: Plan = planner.plan(seen)
         self.counts["plans"] += 1
-        if plan.tier is not None or plan.group is not None or plan.set is not None:
-            raise Unsupported("plan: only the state column can be applied in this release")
-        if plan.state is None:
+        if plan.set is not None:
+            raise Unsupported("plan: the set column cannot be applied in this release")
+        if plan.state is None and plan.tier is None and plan.group is None:
             return
-        if plan.state.dtype != torch.uint8 or plan.state.shape != seen.positions.shape:
-            raise ValueError(
-                f"plan: state is {plan.state.dtype} {list(plan.state.shape)}, expected torch.uint8"
-                f" {list(seen.positions.shape)}"
-            )
-        state = self._capped(seen, plan.state)  # it is brought into the order of the tables as they change
-        self._store.check_plan(seen.layer, ids, state.data_ptr(), state.shape[1], True)
-        changed = (state != seen.state) & seen.stored
-        self.counts["evicted"] += int((changed & (state == 0)).sum())
-        self.counts["quantized"] += int((changed & (state > FULL)).sum())
-        self.apply(seen.layer, ids, state, torch.nonzero(changed.any(1)).flatten().tolist())
+        plan = self._columns(seen, plan)
+        assert plan.state is not None
+        where = (_address(plan.tier), _address(plan.group), plan.state.shape[1])
+        self._store.check_plan(seen.layer, ids, plan.state.data_ptr(), *where, True)
+        changed = (plan.state != seen.state) & seen.stored
+        self.counts["evicted"] += int((changed & (plan.state == 0)).sum())
+        self.counts["quantized"] += int((changed & (plan.state > FULL)).sum())
+        if plan.tier is not None and seen.tier is not None:
+            moved = (plan.tier != seen.tier) & seen.stored
+            self.counts["archived"] += int(moved.sum())
+            changed |= moved
+        if plan.group is not None:
+            changed |= plan.group >= 0
+        self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
+
+    def _columns(self, seen: Seen, plan: Plan) -> Plan:
+        """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the
+        order of the tables as they change. No tier where the cache has no Far tier."""
+        found: dict[str, Tensor | None] = {"state": seen.state if plan.state is None else plan.state}
+        found["tier"] = plan.tier if self._cache._slabs.has_far else None
+        found["group"] = plan.group
+        for name, dtype in (("state", torch.uint8), ("tier", torch.uint8), ("group", torch.int32)):
+            column = found[name]
+            if column is not None and (column.dtype != dtype or column.shape != seen.positions.shape):
+                raise ValueError(
+                    f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(seen.positions.shape)}"
+                )
+            found[name] = None if column is None else column.contiguous()
+        assert found["state"] is not None
+        return Plan(self._capped(seen, found["state"]), found["tier"], found["group"])
 
     def _capped(self, seen: Seen, state: Tensor) -> Tensor:
         """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
@@ -342,16 +364,23 @@ class Plans:
             state = at_most(state, score, seen.positions, seen.protected, most)
         return state.contiguous().clone()
 
-    def apply(self, layer: int, ids: list[int], state: Tensor, rows: list[int]) -> None:
-        """Changes the given rows to state u8 [R, N], which was checked, one after another: each whole, or where memory is short
-        piece by piece, each piece whole. Rows of ``state`` follow their tables' new order."""
+    def apply(self, layer: int, ids: list[int], plan: Plan, rows: list[int]) -> None:
+        """Changes the given rows to the plan's columns, which were checked, one after another: each whole, or where memory is
+        short piece by piece, each piece whole. Rows of the state column follow their tables' new order."""
         heads = self._cache.shape.layers[layer].kv_heads
+        assert plan.state is not None
         try:
             for r in rows:
-                seq, head, address = ids[r // heads], r % heads, state[r].data_ptr()
+                seq, head = ids[r // heads], r % heads
+                tier, group = (0 if c is None else c[r].data_ptr() for c in (plan.tier, plan.group))
+                columns = plan.state[r].data_ptr(), tier, group
                 more = True
                 while more:
-                    most = self._cache._slabs.reserve_plan(layer, seq, head, address)
-                    more = self._store.apply_plan(layer, seq, head, address, most)
+                    most = self._cache._slabs.reserve_plan(layer, seq, head, columns)
+                    more = self._store.apply_plan(layer, seq, head, *columns, most)
         finally:
             self._cache._slabs.settle()
+
+
+def _address(column: Tensor | None) -> int:
+    return 0 if column is None else column.data_ptr()

@@ -10,12 +10,30 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What selecting steps read, since the cache was made.
+
+    captured, least_captured: the share of a query head's attention mass that was read, mean and minimum over selections, as the
+    pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's
+    mass_floor; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and that were read.
+    """
+
+    captured: float
+    least_captured: float
+    below_floor: int
+    selections: int
+    hits: int
+    misses: int
+
+
+@dataclass(frozen=True)
 class Report:
     """A snapshot. Bytes are what the allocator gave, not a formula; ``nbytes`` is the sum of ``bytes_by_kind``.
 
     logical_tokens: real tokens seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed
     alike; stored: tokens per layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens
-    would hold; lost_slots: free slots in part-filled pages.
+    would hold; lost_slots: free slots in part-filled pages; far_bytes: of the Far tier's files, on top of nbytes; far_tokens:
+    slots there, of those that are stored; recall: None without a selector.
     """
 
     policy: str
@@ -34,6 +52,9 @@ class Report:
     limit_bytes: int | None
     lost_slots: int
     counts: dict[str, int]
+    far_bytes: int = 0
+    far_tokens: int = 0
+    recall: Recall | None = None
 
     @property
     def headroom(self) -> int | None:
@@ -55,6 +76,13 @@ class Report:
             "peak bytes": f"{self.peak_bytes:,}",
             "headroom": "-" if self.headroom is None else f"{self.headroom:,}",
         } | {f"  {kind}": f"{n:,}" for kind, n in self.bytes_by_kind.items()}
+        if self.far_bytes:
+            rows["bytes, Far tier"] = f"{self.far_bytes:,} ({self.far_tokens:,} slots)"
+        if self.recall is not None:
+            seen = self.recall
+            rows["captured mass, estimated"] = f"{seen.captured:.3f}, least {seen.least_captured:.3f}"
+            rows["selections below the floor"] = f"{seen.below_floor:,} of {seen.selections:,}"
+            rows["Far pages found Near"] = f"{seen.hits:,} of {seen.hits + seen.misses:,}"
         for name, value in (rows | {k: str(v) for k, v in self.counts.items()}).items():
             main.add_row(name, value)
         layers = Table("layer", "stored per head", title="stored tokens")

@@ -47,7 +47,7 @@ class Rows:
 
     def mass(self) -> Tensor:
         scores = torch.empty(self._rows, self._columns)
-        self._store.look(self._layer, self._ids, 0, 0, 0, scores.data_ptr(), self._columns)
+        self._store.look(self._layer, self._ids, 0, 0, 0, scores.data_ptr(), 0, 0, self._columns)
         return scores
 
     def queries(self) -> tuple[Tensor, Tensor]:
@@ -90,6 +90,17 @@ class Rows:
         out = torch.empty(self._rows, self._columns)
         self._store.score_keys(self._layer, self._ids, KEYS[kind], out.data_ptr(), self._columns)
         return out
+
+    def cluster(self, segment: Tensor, iters: int) -> Tensor:
+        if segment.dtype != torch.int32 or segment.shape != (self._rows, self._columns):
+            raise ValueError(
+                f"cluster: segment is {segment.dtype} {list(segment.shape)}, expected torch.int32"
+                f" {[self._rows, self._columns]}"
+            )
+        segment, group = segment.contiguous(), torch.empty(self._rows, self._columns, dtype=torch.int32)
+        where = (segment.data_ptr(), group.data_ptr(), self._columns)
+        self._store.cluster(self._layer, self._ids, *where, iters, torch.get_num_threads())
+        return group
 
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
         out = torch.empty(self._rows, self._group, 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 
 import torch
 
@@ -12,12 +14,14 @@ from kvstrata.budget.room import PIECE, Books, books
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy
+from kvstrata.recall import Far
 from kvstrata.testing import fault_point
 
 log = logging.getLogger("kvstrata")
 
 MAX_SLAB_BYTES = 32 << 20
 MIN_SLAB_BYTES = 64 << 10
+MAX_FAR_BYTES = 256 << 20
 MAX_PAGES_PER_SLAB = 1 << 16
 _POSITION_BYTES = SLOTS * 4
 _SLAB_BYTES = 1024
@@ -25,18 +29,34 @@ _SLAB_BYTES = 1024
 _UNLIMITED = 1 << 62
 
 
+def _close(files: dict[tuple[int, int], tuple[int, int]]) -> None:
+    """The space of files without a name is free at once."""
+    while files:
+        os.close(files.popitem()[1][0])
+
+
 class Slabs:
     """The slabs of one store. ``held`` never passes ``limit`` (bytes, with the store's metadata; None: no limit), nor what a
-    ledger leaves."""
+    ledger leaves. A Far slab is a file, and in memory the positions of its slots."""
 
     def __init__(
-        self, store: Store, device: torch.device, limit: int | None, expected: int | None, charges: Charges
+        self,
+        store: Store,
+        device: torch.device,
+        limit: int | None,
+        expected: int | None,
+        charges: Charges,
+        far: Far | None = None,
     ) -> None:
         self._store = store
         self._device = device
         self._tensors: dict[tuple[int, int], torch.Tensor] = {}
         self._expected = expected
         self._charges = charges
+        self._far = far
+        self._far_pools = [p for p in range(store.n_pools) if store.pool(p)["far"]]
+        self._files: dict[tuple[int, int], tuple[int, int]] = {}  # of Far slabs: descriptor, bytes
+        weakref.finalize(self, _close, self._files)
         self.limit = limit
         self.books = Books()
         self._bound_by: object = None
@@ -63,19 +83,19 @@ class Slabs:
                 self._return(key)
             raise
 
-    def reserve_plan(self, layer: int, seq: int, head: int, state: int) -> int:
+    def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int]) -> int:
         """Makes sure of the free pages for a piece of a row's plan, as large as the limit has room for.
 
-        state: address of the row's planned states. Returns the changing pages of the piece. BudgetExceeded with nothing
-        changed where not even one of them can be rewritten.
+        columns: addresses of the row's planned states, tiers and groups, 0: none. Returns the changing pages of the piece.
+        BudgetExceeded with nothing changed where not even one of them can be rewritten.
         """
         costs = self._costs()
         spare = self._spare(costs)
-        entries, changing, needed = self._store.plan_piece(layer, seq, head, state, costs, spare)
+        entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
         if entries < changing:
             self.trim(keep=needed)
             spare = self._spare(costs)
-            entries, changing, needed = self._store.plan_piece(layer, seq, head, state, costs, spare)
+            entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
         self.reserve_pages(needed)
         return entries
 
@@ -86,9 +106,15 @@ class Slabs:
     def _costs(self) -> list[int]:
         """Bytes of a new page of each pool, with its entry and its part of a slab's books."""
         grain = self._grain()
-        sizes = [self._store.pool(p)["page_bytes"] + _POSITION_BYTES for p in range(self._store.n_pools)]
+        sizes = [self._near_bytes(p) for p in range(self._store.n_pools)]
         entry = self.books.page or ENTRY_BYTES
         return [size + entry + -(-self.books.slab // max(1, grain // size)) for size in sizes]
+
+    def _near_bytes(self, pool: int) -> int:
+        """Bytes of memory that a page of a pool takes in its slab: of a Far one, the positions and the checksum."""
+        if pool in self._far_pools:
+            return _POSITION_BYTES + 8
+        return self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
 
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
@@ -122,8 +148,12 @@ class Slabs:
         keep: free pages that must remain, by pool.
         """
         before = self.held
+        for pool in self._far_pools:  # moving pages from file to file gains no memory
+            for index, pages, free in self._store.slabs(pool):
+                if pages == free and not (keep and keep[pool]):
+                    self._return((pool, index))
         for pool in range(self._store.n_pools):
-            while self._empty_sparsest(pool, keep[pool] if keep else 0):
+            while pool not in self._far_pools and self._empty_sparsest(pool, keep[pool] if keep else 0):
                 pass
         return before - self.held
 
@@ -145,12 +175,15 @@ class Slabs:
 
     def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> None:
         fault_point("slab.lend")
-        per_page = self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
-        grain = self._grain() // per_page
+        is_far = pool in self._far_pools
+        per_page = _POSITION_BYTES if is_far else self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
+        grain = self._far_grain(pool) if is_far else self._grain() // per_page
         pages = self._fit(pool, max(short, grain), short, needed)
-        if self.limit is not None:
+        if self.limit is not None and not is_far:
             pages = min(pages, max(grain, 1))  # small slabs run empty sooner, and may serve another format then
         pages = min(pages, MAX_PAGES_PER_SLAB)
+        if is_far:
+            pages = self._far_room(pool, pages, short)
         hold = self._charges.lend(pages * per_page)
         try:
             tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
@@ -159,8 +192,11 @@ class Slabs:
                 hold.rollback()
             raise
         self._charges.lent(hold, pages * per_page)
-        payload = tensor.data_ptr()
-        index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
+        if is_far:
+            index = self._lend_far(pool, pages, tensor)
+        else:
+            payload = tensor.data_ptr()
+            index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
         self._tensors[pool, index] = tensor
         lent.append((pool, index))
         self.held += tensor.untyped_storage().nbytes()
@@ -193,6 +229,52 @@ class Slabs:
         """Bytes of so many pages of each pool, beyond those that are free. The last slab of a pool may be a small one."""
         short = [max(0, n - self._store.pool(p)["free"]) for p, n in enumerate(needed)]
         return sum(n * cost + (self.books.slab if n else 0) for n, cost in zip(short, self._costs(), strict=True))
+
+    # --- the Far tier -------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_far(self) -> bool:
+        """Whether there is a Far tier."""
+        return bool(self._far_pools)
+
+    @property
+    def far_bytes(self) -> int:
+        """Bytes of the Far tier's files."""
+        return sum(size for _, size in self._files.values())
+
+    def open_far(self) -> None:
+        """Takes the Near pages through which Far pages go, if there is a Far tier. BudgetExceeded where there is no room."""
+        if self.has_far:
+            self.reserve_pages(self._store.ring_pages())
+            self._store.hold_ring()
+        self.settle()
+
+    def _far_grain(self, pool: int) -> int:
+        """Pages of a Far slab beyond what is asked: an eighth of what the tier holds so far."""
+        return min(MAX_FAR_BYTES, max(MIN_SLAB_BYTES, self.far_bytes // 8)) // self._store.pool(pool)["page_bytes"]
+
+    def _far_room(self, pool: int, wanted: int, short: int) -> int:
+        """Pages of a new Far slab: as wanted, or fewer near the tier's limit. BudgetExceeded where ``short`` are too many."""
+        assert self._far is not None
+        limit, size = self._far.bytes, self._store.pool(pool)["page_bytes"]
+        if limit is None:
+            return wanted
+        room = (limit - self.far_bytes) // size
+        if room < short:
+            raise BudgetExceeded(
+                f"budget: far limit is {limit} bytes, {self.far_bytes} are in use, {short * size} more are needed"
+            )
+        return min(wanted, room)
+
+    def _lend_far(self, pool: int, pages: int, positions: torch.Tensor) -> int:
+        assert self._far is not None
+        size = pages * self._store.pool(pool)["page_bytes"]
+        file = self._far.open(size)
+        index = self._store.lend_far(pool, file, 0, positions.data_ptr(), pages)
+        self._files[pool, index] = file, size
+        return index
+
+    # --- bytes ----------------------------------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
@@ -238,5 +320,7 @@ class Slabs:
     def _return(self, key: tuple[int, int]) -> None:
         self._store.give_back(*key)
         gone = self._tensors.pop(key).untyped_storage().nbytes()
+        if key in self._files:
+            os.close(self._files.pop(key)[0])
         self.held -= gone
         self._charges.returned(gone)

@@ -17,7 +17,7 @@ from kvstrata.policy import NAMED, MeanSpread, SinksAndTail, ThreeStates, arkv
 from kvstrata.policy.choose import at_most
 
 LAYERS = [LayerSpec(2, 8, 64)] * 3
-COMPRESSING = sorted(set(NAMED) - {"full", "streaming"})
+COMPRESSING = sorted(name for name in set(NAMED) - {"full", "streaming"} if not NAMED[name]().archives)
 
 
 def allocated(cache: Cache) -> int:

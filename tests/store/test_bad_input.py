@@ -36,7 +36,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "policy name": (lambda: Cache(SHAPE, None, "lru"), ValueError, r"'lru' is unknown.*full, streaming"),
     "window": (lambda: policy.streaming(window=40), ValueError, r"window is 40, expected a positive multiple of 16"),
     "interval": (lambda: Policy("p", interval=10), ValueError, r"interval is 10"),
-    "far": (lambda: Cache(SHAPE, far="64GiB"), Unsupported, r"far is '64GiB', this build has no Far tier"),
+    "far": (lambda: Cache(SHAPE, far="64GiB"), Unsupported, r"far is '64GiB', policy 'full' archives nothing"),
     "hold": (lambda: Cache(SHAPE, hold=-1), ValueError, r"hold is -1"),
     "no layers": (lambda: Shape([], torch.float32), ValueError, r"layers is empty"),
     "dtype": (lambda: Shape([SPEC], torch.float64), Unsupported, r"dtype is torch.float64"),
@@ -206,7 +206,7 @@ class Regroups:
         (Promotes(), r"is 2, expected 0 \(Evicted\), 1 \(Full\) or a quantized"),
         (DropsTail(), r"changes position 0, which is protected"),
         (Misshapen(), r"state is torch.uint8 \[1, 1\]"),
-        (Regroups(), r"only the state column"),
+        (Regroups(), r"changes position 0, which is protected"),
     ],
 )
 def test_bad_plan(planner: policy.Planner, text: str) -> None:

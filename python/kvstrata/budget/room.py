@@ -23,6 +23,8 @@ SLACK = 32
 
 _SCORES = 68
 """Bytes of a page's scores, with their part of the room to grow."""
+_SUMMARY, _NEAR_SLOT = 24, 16
+"""Bytes of a page's summary beside its mean, with its part of a block's head and of room to grow; of a Near copy's place."""
 _SLAB, _SLABS = 128, PIECE + 16
 """Bytes that the books of a slab take; slabs of a cache that is full, with those that are made and emptied by a plan."""
 _ROW, _ROW_SCORES = 280, 512
@@ -112,6 +114,10 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     )  # a step's own, too
     each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
     beside = ENTRY_BYTES + (_SCORES if keeps_scores(policy) else 0)
+    if policy.selector is not None:
+        beside += max(s.head_dim for s in shape.layers) + _SUMMARY
+        near_pages = policy.selector.native(policy.sinks, policy.window or SLOTS)[1]
+        each += near_pages * _NEAR_SLOT * shape.rows
     return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
 
 

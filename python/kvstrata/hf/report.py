@@ -13,7 +13,7 @@ from kvstrata.report import Report
 class KVReport(Report):
     """A snapshot. columns: padded positions fed; the recurrent states of a hybrid model are one of the kinds of bytes."""
 
-    columns: int
+    columns: int = 0
 
     @classmethod
     def of(cls, report: Report, columns: int, states: int) -> KVReport:

@@ -10,6 +10,7 @@ from kvstrata.policy.arkv import MeanSpread, arkv
 from kvstrata.policy.base import Allowance, Plan, Planner, Policy, Reader, Scorer, Seen
 from kvstrata.policy.full import full
 from kvstrata.policy.h2o import AccumulatedMass, h2o
+from kvstrata.policy.icecache import icecache
 from kvstrata.policy.keep_top import KeepTop
 from kvstrata.policy.keydiff import KeyDiversity, keydiff
 from kvstrata.policy.keynorm import KeyNorm, keynorm
@@ -30,6 +31,7 @@ NAMED: dict[str, Callable[[], Policy]] = {
     "keynorm": keynorm,
     "keydiff": keydiff,
     "arkv": arkv,
+    "icecache": icecache,
 }
 """Policies that a name stands for, each with its defaults."""
 
@@ -68,6 +70,7 @@ __all__ = [
     "choose_states",
     "full",
     "h2o",
+    "icecache",
     "keydiff",
     "keynorm",
     "kivi",

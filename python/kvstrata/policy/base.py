@@ -13,6 +13,11 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from kvstrata.config import Unsupported
+
+NEAR, FAR = range(2)
+"""Values of a plan's tier column."""
+
 EVICTED, FULL, INT8, INT4, INT2 = range(5)
 """Values of a plan's state column (``csrc/common/types.h``)."""
 
@@ -48,6 +53,10 @@ class Reader(Protocol):
     def queries(self) -> tuple[Tensor, Tensor]:
         """f32 [R, G, W, D], the last W queries, oldest first, and how many of them there are: i64 [R]; those are the last."""
 
+    def cluster(self, segment: Tensor, iters: int) -> Tensor:
+        """i32 [R, N]: tokens of one number of a row resemble each other, at most 16 of them, -1: none. segment i32 [R, N]:
+        tokens that are clustered together, -1: none; they lie Near (:func:`kvstrata.ops.cluster`)."""
+
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
         """f32 [R, G, 3]: ARKV's entropy, variance and kurtosis of the attention of the last ``queries`` queries."""
 
@@ -75,7 +84,8 @@ class Seen:
     lengths: i64 [R], real tokens seen by the row's sequence; open: bool [R, N], tokens of the open tail;
     state: u8 [R, N], what each token is stored as now, 0 beyond a row's last; sinks: first tokens that are protected;
     score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
-    read: asks for more. A scorer finds no score and no allowance yet.
+    read: asks for more; tier: u8 [R, N], NEAR or FAR, and grouped: bool [R, N], tokens that a plan's groups have put together:
+    both for planners that archive. A scorer finds no score and no allowance yet.
     """
 
     layer: int
@@ -87,6 +97,8 @@ class Seen:
     score: Tensor | None = None
     allowance: Allowance | None = None
     read: Reader | None = None
+    tier: Tensor | None = None
+    grouped: Tensor | None = None
 
     @property
     def protected(self) -> Tensor:
@@ -104,7 +116,7 @@ class Plan:
     """State, tier, group and set for every stored token of one layer: data. An absent column means "as it is".
 
     Each column is [R, N], aligned with ``Seen.positions``; state: u8, 0 Evicted, 1 Full, 2 int8,
-    3 int4, 4 int2.
+    3 int4, 4 int2; tier: u8, 0 Near, 1 Far; group: i32, tokens of one number of a row get pages of their own, -1: as it is.
     """
 
     state: Tensor | None = None
@@ -136,6 +148,17 @@ class Planner(Protocol):
     def plan(self, seen: Seen) -> Plan: ...
 
 
+class Selector(Protocol):
+    """Which pages does this query read? See :mod:`kvstrata.recall.selectors`."""
+
+    @property
+    def mass_floor(self) -> float: ...
+
+    def native(self, sinks: int, window: int) -> tuple[int, int, float, int]: ...
+
+    def reading(self, budget: int) -> Selector: ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """A composition of roles.
@@ -143,8 +166,9 @@ class Policy:
     formats: quantized formats that its plans name; sinks: first tokens that are always kept; window: tokens of the open
     tail, a multiple of 16 (None: ``window_share`` of what the budget holds per row); interval: decoded tokens between
     plans; chunk: prompt tokens between cuts; combine: how a new score joins the last one, "replace", "sum" or "max" (the
-    larger of the new one and ``decay`` times the old one). Policies with a planner need a budget unless their window is
-    given and they have no allocator.
+    larger of the new one and ``decay`` times the old one); selector: which pages a step of one token reads (None: all);
+    dense_layers: layers where everything is read and stays Near all the same. Policies with a planner need a budget unless
+    their window is given and they have no allocator.
     """
 
     name: str
@@ -159,6 +183,8 @@ class Policy:
     chunk: int = 2048
     combine: Literal["replace", "sum", "max"] = "replace"
     decay: float = 0.95
+    selector: Selector | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
@@ -182,6 +208,8 @@ class Policy:
             value = getattr(self, field)
             if value < 16 or value % 16:
                 raise ValueError(f"policy {self.name}: {field} is {value}, expected a positive multiple of 16")
+        if self.selector is not None or self.archives:
+            self._check_recall()
         if self.queries > (self.window or self.queries):
             raise ValueError(
                 f"policy {self.name}: scores {self.queries} window queries, expected at most {self.window}"
@@ -191,6 +219,24 @@ class Policy:
     def queries(self) -> int:
         """Window queries that the cache must remember of each row."""
         return max(int(getattr(role, "queries", 0)) for role in (self.scorer, self.allocator))
+
+    def _check_recall(self) -> None:
+        """What selects and archives reads neither scores nor an allowance yet, and has its sinks in pages of their own."""
+        if self.sinks % 16 or self.window is None:
+            raise ValueError(
+                f"policy {self.name}: sinks is {self.sinks}, window {self.window}, expected multiples of 16"
+            )
+        if self.scorer is not None or self.allocator is not None:
+            raise Unsupported(
+                f"policy {self.name}: a scorer or an allocator with a selector or an archive is not built yet"
+            )
+        if self.selector is not None:
+            self.selector.native(self.sinks, self.window)
+
+    @property
+    def archives(self) -> bool:
+        """Whether tokens go to the Far tier, where there is one."""
+        return bool(getattr(self.planner, "archives", False))
 
     @property
     def massed(self) -> bool:

@@ -1,0 +1,45 @@
+// The index of a row: summaries of its sealed entries, in table order, in blocks of sixteen (common/layout.h).
+//
+// Blocks are shared by forks; one that is written to while others hold it is copied first.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "common/types.h"
+
+namespace kvstrata::store {
+
+class Index {
+  public:
+    Index() = default;
+    explicit Index(int head_dim) : head_dim_(head_dim) {}
+    Index(const Index& other);
+    Index(Index&& other) noexcept;
+    Index& operator=(Index other) noexcept;
+    ~Index();
+
+    int count() const { return count_; }                                   // entries summarized
+    const unsigned char* const* blocks() const { return blocks_.data(); }  // [ceil(count / 16)]
+
+    // Room for one more entry; its block and lane are the caller's to write.
+    struct Place {
+        unsigned char* block;
+        int lane;
+    };
+    Place append();
+    void join(const Index& more);  // copies of its entries follow
+    void truncate(int count);
+    void keep(std::span<const int32_t> entries);  // those that stay, rising, by their present numbers
+    int64_t bytes() const;                        // its share of what it holds
+
+  private:
+    unsigned char* own(int block);  // for writing
+
+    int head_dim_ = 0;
+    int count_ = 0;
+    std::vector<unsigned char*> blocks_;
+};
+
+}  // namespace kvstrata::store

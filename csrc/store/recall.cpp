@@ -1,0 +1,354 @@
+// Recall: a step of one token reads sinks and tail, and of the rest the pages that its summaries promise most of; other steps
+// read all, Far pages through the ring.
+//
+// Parts are merged in a fixed order, and what is read does not depend on where it lay: hit or miss, the same bits.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/merge.h"
+#include "ops/summarize.h"
+#include "ops/supported.h"
+#include "store/store.h"
+
+namespace kvstrata::store {
+namespace {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+const void* moved(const void* base, int64_t elements, DType type) {
+    return static_cast<const char*>(base) + elements * dtype_bytes(type);
+}
+void* moved(void* base, int64_t elements, DType type) {
+    return static_cast<char*>(base) + elements * dtype_bytes(type);
+}
+
+}  // namespace
+
+int64_t Parts::bytes() const {
+    const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
+    return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
+           of(lse[1]) + of(rest) + of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
+}
+
+bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
+
+// Sinks are whole pages at the beginning of the row; they stay as they are and are always read.
+int Store::first_indexed(const pages::Row& row) const { return std::min<int>(row.sealed, options_.sinks / kSlots); }
+
+// --- the index ---------------------------------------------------------------------------------------------------------------
+
+// Summaries of new pages follow in `out`; their bytes lie in the pages `at`, if given.
+void Store::summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages,
+                      const std::vector<PageId>* at, Index& out) {
+    const float* const mean = centre(s, layer, head);
+    std::vector<ops::SummaryItem> items;
+    for (size_t i = 0; i < pages.size(); ++i) {
+        const Index::Place to = out.append();
+        items.push_back({at ? (*at)[i] : pages[i].page, pages[i].alive, mean, to.block, to.lane});
+    }
+    PoolView pools[kMaxPools];
+    views(pools);
+    ops::summarize({items.data(), static_cast<int32_t>(items.size()), layers_[layer].head_dim, pools, threads_});
+}
+
+// Pages that were sealed since: they are Near.
+void Store::summarize_sealed(Sequence& s, int layer, int head) {
+    Index& index = s.indices[first_row_[layer] + head];
+    const pages::Row& row = row_of(s, layer, head);
+    if (index.count() >= row.sealed) return;
+    std::vector<pages::Fresh> pages;
+    for (int e = index.count(); e < row.sealed; ++e) pages.push_back({row.page[e], row.visible[e], 0, {}});
+    summarize(s, layer, head, pages, nullptr, index);
+}
+
+// Before a row's table takes a plan: summaries of what stays, then those of the new pages.
+void Store::join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh) {
+    Index& index = s.indices[first_row_[layer] + head];
+    std::vector<int32_t> stay;
+    for (int e = 0; e < row_of(s, layer, head).sealed; ++e) {
+        if (!r.gone(e)) stay.push_back(e);
+    }
+    index.keep(stay);
+    index.join(fresh);
+}
+
+// --- the Far tier --------------------------------------------------------------------------------------------------------------
+
+void Store::write_far(PageId page, PageId from) {
+    pages::Pool& near = pages::pool_of(pools_, from);
+    far_[page_pool(page)].write(page, near.payload(from));
+    std::copy_n(near.positions(from), kSlots, pages::pool_of(pools_, page).positions(page));
+}
+
+void Store::read_far(PageId page, PageId to) {
+    pages::Pool& near = pages::pool_of(pools_, to);
+    far_[page_pool(page)].read(page, near.payload(to));
+    std::copy_n(pages::pool_of(pools_, page).positions(page), kSlots, near.positions(to));
+}
+
+bool Store::any_far(int layer) const {
+    if (options_.far.empty() || !indexed(layer)) return false;
+    for (const StepSequence& s : step_) {
+        for (int h = 0; s.count > 0 && h < layers_[layer].kv_heads; ++h) {
+            const pages::Row& row = s.sequence->rows[first_row_[layer] + h];
+            if (std::any_of(row.page.begin(), row.page.begin() + row.sealed, [&](PageId id) { return far(id); }))
+                return true;
+        }
+    }
+    return false;
+}
+
+// Near copies of the given Far entries. If a page cannot be read, those that are missing have no copy, and the error goes on.
+void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
+    if (entries.empty()) return;
+    std::vector<pages::Miss>& misses = parts_.misses;
+    misses.clear();
+    const Kind kind = kinds_[page_pool(row.page[entries[0]])];
+    int near = 0;
+    while (info_[near].tier == Tier::far || kinds_[near] != Kind{kind.state, Tier::near} ||
+           info_[near].head_dim != info_[page_pool(row.page[entries[0]])].head_dim) {
+        ++near;
+    }
+    pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, pools_[near], misses);
+    hits_ += static_cast<int64_t>(entries.size() - misses.size());
+    misses_count_ += static_cast<int64_t>(misses.size());
+    for (size_t i = 0; i < misses.size(); ++i) {
+        try {
+            read_far(row.page[misses[i].entry], misses[i].to);
+        } catch (...) {
+            for (; i < misses.size(); ++i) row.near.leave(misses[i].entry);
+            throw;
+        }
+    }
+}
+
+// --- attention in parts ----------------------------------------------------------------------------------------------------------
+
+// The rows of the call as attend() has filled them, with their tables.
+void Store::begin_parts(int layer) {
+    parts_.whole = attend_rows_;
+    parts_.rows.clear();
+    parts_.indices.clear();
+    for (const StepSequence& s : step_) {
+        for (int h = 0; s.count > 0 && h < layers_[layer].kv_heads; ++h) {
+            parts_.rows.push_back(&row_of(*s.sequence, layer, h));
+            if (recalls(layer)) parts_.indices.push_back(&s.sequence->indices[first_row_[layer] + h]);
+        }
+    }
+}
+
+// Entries of row r to the list of its next call: `each` names them to its argument. Near copies stand for Far pages.
+template <class Each>
+void Store::list(int r, Each each) {
+    const pages::Row& row = *parts_.rows[r];
+    each([&](int e) {
+        const int slot = row.near.slot(e);
+        parts_.pages.push_back(slot >= 0 ? row.near.slots[slot].page : row.page[e]);
+        parts_.masks.push_back(row.visible[e]);
+    });
+}
+
+// Row r of the call over the list [first, end) into a part's place: out [T, G, D] and lse [T, G] from token tokens[0] on.
+ops::AttendRow Store::part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
+                               const int32_t* tokens) const {
+    ops::AttendRow row = parts_.whole[r];
+    row.q = moved(row.q, row.tokens[0] * row.q_stride_t, options_.dtype);
+    row.tokens = tokens;
+    row.pages = parts_.pages.data() + first;
+    row.visible = parts_.masks.data() + first;
+    row.entries = static_cast<int32_t>(end - first);
+    row.out = out;
+    row.out_stride_t = static_cast<int64_t>(group) * dim;
+    row.out_stride_g = dim;
+    row.lse = lse;
+    row.lse_stride_t = group;
+    row.lse_stride_g = 1;
+    return row;
+}
+
+// The given parts of one query of a row, each [G, D] and [G], merged to where the call wants them. lse [G] out.
+void Store::write_out(const ops::AttendRow& whole, int t, std::span<const float* const> outs,
+                      std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const {
+    const int64_t token = whole.tokens[t];
+    void* const out = moved(whole.out, token * whole.out_stride_t, dtype);
+    const float *out_at[2], *lse_at[2];
+    const int step = whole.out_stride_g == dim ? group : 1;
+    for (int g = 0; g < group; g += step) {
+        for (size_t j = 0; j < outs.size(); ++j) out_at[j] = outs[j] + int64_t{g} * dim, lse_at[j] = lses[j] + g;
+        void* const to = static_cast<char*>(out) + g * whole.out_stride_g * dtype_bytes(dtype);
+        ops::merge({out_at, lse_at, static_cast<int32_t>(outs.size()), step, dim, to, dtype, lse + g, 1});
+    }
+    for (int g = 0; whole.lse && g < group; ++g)
+        whole.lse[token * whole.lse_stride_t + g * whole.lse_stride_g] = lse[g];
+}
+
+// --- steps of one token ----------------------------------------------------------------------------------------------------------
+
+void Store::attend_selected(int layer, const AttendCall& call) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    const int n = static_cast<int>(attend_rows_.size());
+    begin_parts(layer);
+    ++clock_;
+    for (int part = 0; part < 2; ++part) {
+        parts_.out[part].resize(static_cast<size_t>(n) * group * dim);
+        parts_.lse[part].resize(static_cast<size_t>(n) * group);
+    }
+    attend_part(layer, call, 0, [this](int r, auto add) {
+        const pages::Row& row = *parts_.rows[r];
+        for (int e = 0; e < first_indexed(row); ++e) add(e);
+        for (int e = row.sealed; e < row.entries(); ++e) add(e);
+    });
+    select_pages(layer, call.scale);
+    for (int r = 0; r < n; ++r) {
+        parts_.far.clear();
+        const ops::SelectRow& chosen = parts_.select[r];
+        for (int i = 0; i < chosen.count; ++i) {
+            if (far(parts_.rows[r]->page[chosen.selected[i]])) parts_.far.push_back(chosen.selected[i]);
+        }
+        fetch(*parts_.rows[r], parts_.far);
+    }
+    attend_part(layer, call, 1, [this](int r, auto add) {
+        const ops::SelectRow& chosen = parts_.select[r];
+        for (int i = 0; i < chosen.count; ++i) add(chosen.selected[i]);
+    });
+    for (int r = 0; r < n; ++r) {
+        const int64_t at = static_cast<int64_t>(r) * group;
+        const float* const outs[2] = {parts_.out[0].data() + at * dim, parts_.out[1].data() + at * dim};
+        const float* const lses[2] = {parts_.lse[0].data() + at, parts_.lse[1].data() + at};
+        float lse[ops::kMaxGroup];
+        write_out(parts_.whole[r], 0, outs, lses, group, dim, call.out_dtype, lse);
+        note_captured(lse, parts_.rest.data() + at, group);
+    }
+    settle_workspace();
+}
+
+// One list of every row into its part; only the first part has the call's own tokens and sink logits.
+template <class Each>
+void Store::attend_part(int layer, const AttendCall& call, int part, Each each) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    const int n = static_cast<int>(parts_.whole.size());
+    parts_.pages.clear();
+    parts_.masks.clear();
+    parts_.ends.assign(1, 0);
+    for (int r = 0; r < n; ++r) {
+        list(r, [&](auto add) { each(r, add); });
+        parts_.ends.push_back(parts_.pages.size());
+    }
+    for (int r = 0; r < n; ++r) {
+        const int64_t at = static_cast<int64_t>(r) * group;
+        attend_rows_[r] = part_row(r, group, dim, parts_.ends[r], parts_.ends[r + 1],
+                                   parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
+        if (part > 0) attend_rows_[r].own = 0, attend_rows_[r].sinks = nullptr;
+    }
+    attend_now(layer, call, DType::f32);
+}
+
+void Store::select_pages(int layer, float scale) {
+    const LayerShape& shape = layers_[layer];
+    const Recall& recall = options_.recall;
+    const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size());
+    parts_.selected.resize(static_cast<size_t>(n) * recall.pages);
+    parts_.rest.resize(static_cast<size_t>(n) * group);
+    parts_.select.resize(n);
+    for (int r = 0; r < n; ++r) {
+        const pages::Row& row = *parts_.rows[r];
+        const ops::AttendRow& whole = parts_.whole[r];
+        parts_.select[r] = {moved(whole.q, whole.tokens[0] * whole.q_stride_t, options_.dtype),
+                            whole.q_stride_g,
+                            parts_.indices[r]->blocks(),
+                            row.visible.data(),
+                            parts_.lse[0].data() + static_cast<int64_t>(r) * group,
+                            first_indexed(row),
+                            row.sealed,
+                            recall.pages,
+                            parts_.selected.data() + static_cast<int64_t>(r) * recall.pages,
+                            parts_.rest.data() + static_cast<int64_t>(r) * group,
+                            nullptr,
+                            0};
+    }
+    ops::SelectParams p{parts_.select.data(), n,       group,   shape.head_dim, options_.dtype, scale, recall.weight,
+                        recall.aggregate,     nullptr, threads_};
+    p.workspace = workspace(ops::select_workspace_bytes(p));
+    ops::select(p);
+}
+
+void Store::note_captured(const float* read, const float* rest, int group) {
+    for (int g = 0; g < group; ++g) {
+        const float share = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - read[g]));
+        captured_.sum += share;
+        captured_.least = std::min(captured_.least, share);
+        captured_.below += share < mass_floor_;
+        ++captured_.count;
+    }
+}
+
+// --- steps of several tokens over Far pages --------------------------------------------------------------------------------------
+
+// Row by row: what is Near, then Far pages, a ring of them at a time, in the order of the table.
+void Store::attend_streamed(int layer, const AttendCall& call) {
+    begin_parts(layer);
+    const int n = static_cast<int>(parts_.whole.size());
+    attend_rows_.resize(1);
+    for (int r = 0; r < n; ++r) stream_row(layer, call, r);
+    settle_workspace();
+    if (longest_ > 1) {  // large, and gone with the prompt
+        for (int part = 0; part < 2; ++part) {
+            std::vector<float>().swap(parts_.out[part]);
+            std::vector<float>().swap(parts_.lse[part]);
+        }
+    }
+}
+
+void Store::stream_row(int layer, const AttendCall& call, int r) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    const ops::AttendRow& whole = parts_.whole[r];
+    const pages::Row& row = *parts_.rows[r];
+    const int span = whole.tokens[whole.queries - 1] - whole.tokens[0] + 1;
+    parts_.tokens.resize(whole.queries);
+    for (int t = 0; t < whole.queries; ++t) parts_.tokens[t] = whole.tokens[t] - whole.tokens[0];
+    for (int part = 0; part < 2; ++part) {
+        parts_.out[part].assign(static_cast<size_t>(span) * group * dim, 0.0f);
+        parts_.lse[part].assign(static_cast<size_t>(span) * group, kMinusInf);
+    }
+    const auto attend = [&](int part) {
+        ops::AttendRow& now = attend_rows_[0];
+        now = part_row(r, group, dim, 0, parts_.pages.size(), parts_.out[part].data(), parts_.lse[part].data(),
+                       parts_.tokens.data());
+        if (part > 0) now.own = 0, now.sinks = nullptr;
+        attend_now(layer, call, DType::f32);
+    };
+    parts_.pages.clear();
+    parts_.masks.clear();
+    parts_.far.clear();
+    list(r, [&](auto add) {
+        for (int e = 0; e < row.entries(); ++e) far(row.page[e]) ? parts_.far.push_back(e) : add(e);
+    });
+    attend(0);
+    const float* const outs[2] = {parts_.out[0].data(), parts_.out[1].data()};
+    const float* const lses[2] = {parts_.lse[0].data(), parts_.lse[1].data()};
+    for (size_t first = 0, ring; first < parts_.far.size(); first += ring) {
+        const std::vector<PageId>& places = ring_of(page_pool(row.page[parts_.far[first]]));
+        ring = std::min(places.size(), parts_.far.size() - first);
+        parts_.pages.assign(places.begin(), places.begin() + static_cast<int64_t>(ring));
+        parts_.masks.clear();
+        for (size_t i = 0; i < ring; ++i) {
+            read_far(row.page[parts_.far[first + i]], places[i]);
+            parts_.masks.push_back(row.visible[parts_.far[first + i]]);
+        }
+        attend(1);
+        ops::merge({outs, lses, 2, int64_t{span} * group, dim, parts_.out[0].data(), DType::f32, parts_.lse[0].data(),
+                    threads_});
+    }
+    for (int t = 0; t < whole.queries; ++t) {
+        const int64_t at = static_cast<int64_t>(parts_.tokens[t]) * group;
+        const float *const out = outs[0] + at * dim, *const lse = lses[0] + at;
+        float merged[ops::kMaxGroup];
+        write_out(whole, t, {&out, 1}, {&lse, 1}, group, dim, call.out_dtype, merged);
+    }
+}
+
+}  // namespace kvstrata::store

@@ -1,0 +1,64 @@
+// What a plan comes to for one row: entries that leave or narrow, and survivors to pack into new pages.
+//
+// Survivors of touched pages are packed by (tier, format, group, position). A page is touched if one of its tokens changes
+// state, tier or page; or if it is part-filled and ungrouped and others of its kind are packed anyway: so a row never holds
+// two part-filled ungrouped sealed pages of one format after a plan that moves anything. Evicted tokens of a Far page only
+// lose their slots: its other tokens stay where they are.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/types.h"
+#include "pages/row.h"
+
+namespace kvstrata::store {
+
+inline constexpr int kStates = 5, kTiers = 2;
+
+// A row's plan, each column [N] in table order.
+struct RowPlan {
+    const uint8_t* state;
+    const uint8_t* tier;   // Tier, or null: as it is
+    const int32_t* group;  // tokens of one number share pages; -1: as it is; or null
+};
+
+// What a page is: how and where it stores its tokens.
+struct Kind {
+    State state;
+    Tier tier;
+    bool operator==(const Kind&) const = default;
+};
+
+struct Survivor {
+    int32_t group, position;
+    PageId page;
+    int32_t slot;
+    State now;
+    uint32_t note;
+};
+
+// A new page: survivors [first, first + count) of its kind.
+struct NewPage {
+    int32_t first, count;
+    bool grouped;
+};
+
+struct Repack {
+    std::vector<uint16_t> keep;                 // [entries] slots that stay where they are
+    std::vector<Survivor> to[kTiers][kStates];  // in the order in which they are packed
+    std::vector<NewPage> pages[kTiers][kStates];
+    std::vector<int32_t> first;  // [entries + 1] of each entry's tokens among the columns
+    int changing = 0;            // sealed entries that the whole plan rewrites
+    bool changes = false;
+
+    bool gone(int entry) const { return keep[entry] == 0; }
+};
+
+// A piece of at most `most` rewritten entries: of more, those of fewest survivors. kinds [pools]: of their pages.
+Repack repack(const pages::Row& row, const RowPlan& plan, int most, pages::Pools& pools, const Kind* kinds);
+
+// The new states in the order in which the row's table stands once the piece is done.
+std::vector<uint8_t> reordered(const pages::Row& row, const RowPlan& plan, const Repack& piece);
+
+}  // namespace kvstrata::store

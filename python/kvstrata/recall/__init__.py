@@ -1,0 +1,8 @@
+"""Pages by meaning, a Far tier, and only what a query needs: packers, selectors, the planner that archives."""
+
+from kvstrata.recall.archive import Archive
+from kvstrata.recall.far import Far
+from kvstrata.recall.packers import KMeans, Position
+from kvstrata.recall.selectors import PageMeans
+
+__all__ = ["Archive", "Far", "KMeans", "PageMeans", "Position"]

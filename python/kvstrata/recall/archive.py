@@ -1,0 +1,90 @@
+"""``Archive``: nothing is evicted; what has left the tail goes to pages by meaning, in the Far tier where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kvstrata.policy.base import FAR, FULL, STATES, Plan, Seen
+from kvstrata.recall.packers import KMeans
+
+GRAIN = 256
+"""Tokens: a segment is a multiple of it, so that pages are whole."""
+
+
+class Packer(Protocol):
+    """Which tokens shall share a page?"""
+
+    def group(self, seen: Seen, segment: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Clusters a row's sealed tokens by segments into new pages, and archives those.
+
+    packer: which tokens share a page; state: "full", or the quantized format that archived tokens take; segment: most tokens
+    clustered together, segment_min: fewest, both multiples of 256. What waits for its segment stays Near, in the order of
+    position: fewer than segment_min + 256 tokens and an interval. ValueError for parameters.
+
+    Source: IceCache (arXiv 2604.10539). Deviations: it inserts token by token into a tree and rewrites pages; here a segment is
+    clustered once and its pages never change.
+    """
+
+    packer: Packer = field(default_factory=KMeans)
+    state: str = "full"
+    segment: int = 4096
+    segment_min: int = 1024
+    archives: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.state != "full" and self.state not in STATES:
+            raise ValueError(f"Archive: state is {self.state!r}, expected 'full' or one of {', '.join(STATES)}")
+        for name in ("segment", "segment_min"):
+            value = getattr(self, name)
+            if value < GRAIN or value % GRAIN:
+                raise ValueError(f"Archive: {name} is {value}, expected a positive multiple of {GRAIN}")
+        if self.segment_min > self.segment:
+            raise ValueError(f"Archive: segment_min is {self.segment_min}, expected at most segment={self.segment}")
+
+    @property
+    def native_state(self) -> int:
+        """What an archived token is stored as."""
+        return FULL if self.state == "full" else STATES[self.state]
+
+    def plan(self, seen: Seen) -> Plan:
+        segment = self.segments(self.waiting(seen))
+        if segment is None:
+            return Plan()
+        group = self.packer.group(seen, segment)
+        taken = group >= 0
+        assert seen.tier is not None
+        return Plan(
+            state=torch.where(taken, self.native_state, seen.state).to(torch.uint8),
+            tier=torch.where(taken, FAR, seen.tier).to(torch.uint8),
+            group=group,
+        )
+
+    def waiting(self, seen: Seen) -> Tensor:
+        """bool [R, N]: sealed tokens that no plan has put together yet."""
+        assert seen.grouped is not None
+        return seen.stored & ~seen.protected & ~seen.grouped
+
+    def segments(self, waiting: Tensor) -> Tensor | None:
+        """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. None where
+        no row has a segment. Segments are as equal as multiples of 256 can be, larger first."""
+        grains = torch.div(waiting.sum(1), GRAIN, rounding_mode="floor")
+        grains = torch.where(grains * GRAIN >= self.segment_min, grains, 0)
+        if not bool(grains.any()):
+            return None
+        count = -torch.div(-grains, self.segment // GRAIN, rounding_mode="floor")
+        each = torch.div(grains, count.clamp_min(1), rounding_mode="floor")
+        larger = grains - each * count  # segments of one grain more
+        grain = torch.div(waiting.cumsum(1) - 1, GRAIN, rounding_mode="floor")
+        first = (larger * (each + 1))[:, None]  # grains in the larger ones
+        wide = torch.div(grain, (each + 1)[:, None], rounding_mode="floor")
+        rest = torch.div(grain - first, each.clamp_min(1)[:, None], rounding_mode="floor") + larger[:, None]
+        segment = torch.where(grain < first, wide, rest)
+        return torch.where(waiting & (grain < grains[:, None]), segment, -1).to(torch.int32)

@@ -1,0 +1,61 @@
+"""``Far``: a cheaper tier for pages. On the CPU, files without a name, which end with the process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstrata.budget.sizes import parse_bytes
+
+
+@dataclass(frozen=True)
+class Far:
+    """A Far tier of at most ``limit`` bytes ("64GiB" or an int; None: what the disk holds) in files of the folder ``path``
+    (None: the system's for temporary files).
+
+    The files have no name: nothing is left behind however the process ends. ValueError for a limit below 1 or a path that
+    is no folder.
+    """
+
+    limit: int | str | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        most = self.bytes
+        if most is not None and most < 1:
+            raise ValueError(f"Far: limit is {self.limit!r}, expected None or at least 1 byte")
+        if self.path is not None and not Path(self.path).is_dir():
+            raise ValueError(f"Far: path is {self.path!r}, expected an existing folder")
+
+    @property
+    def bytes(self) -> int | None:
+        """The limit in bytes."""
+        return parse_bytes(self.limit) if isinstance(self.limit, str) else self.limit
+
+    def open(self, size: int) -> int:
+        """A file of ``size`` bytes whose space is there: its descriptor. RuntimeError with the machine's reason."""
+        folder = tempfile.gettempdir() if self.path is None else self.path
+        try:
+            file = _nameless(folder)
+        except OSError as error:
+            raise RuntimeError(f"far tier: no file can be made in {folder}: {error}") from error
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            os.close(file)
+            raise RuntimeError(f"far tier: {folder} has no room for {size} bytes: {error}") from error
+        return file
+
+
+def _nameless(folder: str) -> int:
+    """A file that no folder lists."""
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError:
+            pass  # some file systems have none
+    file, name = tempfile.mkstemp(prefix="kvstrata-", dir=folder)
+    os.unlink(name)
+    return file
