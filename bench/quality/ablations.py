@@ -23,12 +23,26 @@ from kvstrata.budget import Budget, EntropyShare, Knapsack, Uniform
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 from kvstrata.hf.cache import KVCache
-from kvstrata.policy import KeepTop, KeyDiversity, MeanSpread, Policy, ThreeStates, arkv, h2o, keydiff, kivi
+from kvstrata.policy import (
+    KeepTop,
+    KeyDiversity,
+    MeanSpread,
+    Policy,
+    ThreeStates,
+    arkv,
+    full,
+    h2o,
+    icecache,
+    keydiff,
+    kivi,
+    streaming,
+)
 from kvstrata.policy.arkv import FULL_SHARE, KERNEL
 from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
 from kvstrata.quality.run import MODES, Config, Key, Record, Run
 from kvstrata.quality.tasks import RETRIEVAL
+from kvstrata.recall import Archive, Position
 
 OQ = {"E": 0, "V": 1, "K": 2}
 
@@ -45,6 +59,12 @@ def mass(formats: tuple[str, ...]) -> Policy:
     policy = arkv(scorer=MeanSpread(), allocator=EntropyShare(), combine="max")
     planner = ThreeStates("int4") if len(formats) > 1 else KeepTop()
     return replace(policy, name="knapsack", planner=planner, allocator=Knapsack(formats), formats=formats[1:])
+
+
+def packed(packer: Position, spread_weight: float = 1.0) -> Policy:
+    """icecache with other pages."""
+    policy = icecache(spread_weight=spread_weight)
+    return replace(policy, planner=Archive(packer))
 
 
 VARIANTS: dict[str, tuple[str, Policy]] = {
@@ -76,6 +96,16 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "knapsack": ("bf16, int4, int2 by window mass per byte", mass(("bf16", "int4", "int2"))),
     "knapsack bf16": ("bf16 or Evicted by window mass per byte", mass(("bf16",))),
     "h2o": ("Full or Evicted by accumulated mass", h2o()),
+    "icecache": ("all archived, pages by meaning, so many tokens read in a step", icecache()),
+    "icecache position": ("so, pages in the order of position", packed(Position())),
+    "icecache w 0": ("so, pages ranked by their means alone", icecache(spread_weight=0.0)),
+    "icecache position w 0": ("both", packed(Position(), spread_weight=0.0)),
+    "icecache near K": ("so, with as few Near pages as are read", icecache(near_pages=12)),
+    "icecache max": ("so, the largest vote of a group's heads", icecache(aggregate="max")),
+    "icecache int8": ("so, archived as int8", icecache(state="int8")),
+    "icecache int4": ("so, archived as int4", icecache(state="int4")),
+    "full": ("everything read", full()),
+    "streaming": ("sinks and window", streaming()),
 }  # fmt: skip
 """Name -> what it is, and the policy."""
 
@@ -99,6 +129,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=MODES, default="query-agnostic", help="where the question is seen (kvstrata eval)"
     )
+    parser.add_argument("--base", default="arkv", metavar="V", help="the variant that differences are taken to")
     parser.add_argument("--jobs", type=positive, default=1)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--publish", type=Path, metavar="STEM", help="writes STEM.md and STEM.json")
@@ -114,13 +145,15 @@ def joined(runs: list[Run]) -> dict[Key, Record]:
     return found
 
 
-def paired(records: dict[Key, Record], tasks: tuple[str, ...], name: str, budget: str) -> tuple[float, float]:
-    """Mean difference to arkv over tasks, on the same contexts, and half of its 95 % interval."""
+def paired(
+    records: dict[Key, Record], tasks: tuple[str, ...], name: str, budget: str, base_name: str
+) -> tuple[float, float]:
+    """Mean difference to another variant over tasks, on the same contexts, and half of its 95 % interval."""
     means, variances = [], []
     for task in tasks:
         found = []
         for (t, length, index, contender, b), record in records.items():
-            base = records.get((t, length, index, "arkv", b))
+            base = records.get((t, length, index, base_name, b))
             if (t, contender, b) == (task, name, budget) and base and "scores" in base and "scores" in record:
                 found.append(fmean(record["scores"]) - fmean(base["scores"]))
         if len(found) < 2:
@@ -130,22 +163,29 @@ def paired(records: dict[Key, Record], tasks: tuple[str, ...], name: str, budget
     return fmean(means), 1.96 * sum(variances) ** 0.5 / len(means)
 
 
-def section(records: dict[Key, Record], summary: list[dict[str, Any]], config: Config, seeds: int) -> Section:
+def section(
+    records: dict[Key, Record], summary: list[dict[str, Any]], config: Config, seeds: int, base: str
+) -> Section:
     """One line per variant and budget, in order of the variants."""
     body = []
     order = {name: i for i, name in enumerate(VARIANTS)}
-    for s in sorted(summary, key=lambda s: (-Budget.parse(s["budget"]).value, order[s["contender"]])):
-        name, budget = s["contender"], s["budget"]
+
+    def place(s: dict[str, Any]) -> tuple[float, int]:
+        budget = Budget.parse(s["budget"] or None)
+        return -inf if budget is None else -budget.value, order[s["contender"]]
+
+    for s in sorted(summary, key=place):
+        name, budget = s["contender"], s["budget"] or ""
         if "refused" in s:
             body.append([name, VARIANTS[name][0], budget, "refused", "-", "-", "-"])
             continue
-        difference, half = paired(records, config.tasks, name, budget)
-        said = "-" if name == "arkv" or difference != difference else f"{100 * difference:+.1f} \u00b1 {100 * half:.1f}"
+        difference, half = paired(records, config.tasks, name, budget, base)
+        said = "-" if name == base or difference != difference else f"{100 * difference:+.1f} \u00b1 {100 * half:.1f}"
         held = f"{100 * s['bytes_share']:.1f}"
         body.append([name, VARIANTS[name][0], budget, f"{100 * s['accuracy']:.1f}", report.spread(s), said, held])
     said = (
         f"Exact match in per cent, mean over {', '.join(config.tasks)}, {seeds} x {config.n} contexts of each (seeds x n), "
-        f"{config.lengths[0]} tokens, {config.mode}; difference to `arkv` on the same contexts; KV bytes in per cent of "
+        f"{config.lengths[0]} tokens, {config.mode}; difference to `{base}` on the same contexts; KV bytes in per cent of "
         "the dense cache's."
     )
     header = ["variant", "what", "budget", "mean", "interval", "difference", "KV bytes"]
@@ -171,7 +211,7 @@ def main() -> int:
     records = joined(runs)
     summary = metrics.summary(metrics.cells(records))
     args.out = args.publish
-    made = section(records, summary, runs[0].config, args.seeds)
+    made = section(records, summary, runs[0].config, args.seeds, args.base)
     publish(out, "What each part of a policy is worth", args, summary, [made])
     return 0
 

@@ -15,7 +15,7 @@ class Recall:
 
     captured, least_captured: the share of a query head's attention mass that was read, mean and minimum over selections, as the
     pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's
-    mass_floor; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and that were read.
+    mass_floor; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and those read.
     """
 
     captured: float

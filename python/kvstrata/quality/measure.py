@@ -88,8 +88,9 @@ class Scored:
 def measure(subject: Subject, tokens: Tokens, contender: Contender, mode: str) -> Record:
     """What the contender makes of the example; ``{"refused": reason}`` where it cannot keep its budget.
 
-    mode: "query-agnostic", the context is compressed before a question is seen, or "query-aware", the first question
-    is part of what is compressed.
+    mode: "query-agnostic", the context is compressed before a question is seen; "query-aware", the first question is part of
+    what is compressed; or "stepwise", query-agnostic and questions are fed token by token, as what is decoded is: policies that
+    select pages do so for steps of one token.
     """
     try:
         reader = Reader(subject.model, contender.make(subject.model, tokens.total), subject.stops)
@@ -106,16 +107,17 @@ def whole(subject: Subject, tokens: Tokens) -> Record:
 
 def _asked(subject: Subject, reader: Reader, tokens: Tokens, mode: str) -> Record:
     questions = tokens.questions
+    ask = reader.spell if mode == "stepwise" else reader.read
     if mode == "query-aware":
         logits = reader.read(tokens.context + questions[0])
         reader.compress()
     else:
         reader.read(tokens.context)
         reader.compress()
-        logits = reader.read(questions[0])
+        logits = ask(questions[0])
     answers: list[list[int]] = []
     for i, most in enumerate(tokens.most):
-        logits = reader.read(questions[i]) if i else logits
+        logits = ask(questions[i]) if i else logits
         answers.append(reader.answer(logits, most))
     return judged(subject, answers, tokens.example) | {
         "decoded": reader.decoded,

@@ -39,6 +39,13 @@ class Reader:
             self.prefill_ms = 1e3 * (time.perf_counter() - began)
         return out.logits[0]  # type: ignore[no-any-return]
 
+    def spell(self, ids: list[int]) -> torch.Tensor:
+        """As :meth:`read`, one token at a time, as a step of decoding feeds it."""
+        ids, self._unread = self._unread + ids, []
+        for token in ids:
+            logits = self.read([token])
+        return logits
+
     def compress(self) -> None:
         """The context ends here: a cache of ours plans now."""
         if hasattr(self.cache, "end_prefill"):

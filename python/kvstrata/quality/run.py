@@ -23,7 +23,7 @@ from kvstrata.quality.measure import Record, Subject, measure
 from kvstrata.quality.tasks import EVAL_SEEDS, TASKS, Example, World
 from kvstrata.quality.text import lines
 
-MODES = ("query-agnostic", "query-aware")
+MODES = ("query-agnostic", "query-aware", "stepwise")
 RECORDS, MANIFEST = "records.jsonl", "manifest.json"
 Key = tuple[str, int, int, str, str]
 """(task, length, index, contender, budget or "")."""
