@@ -144,9 +144,10 @@ struct Kernels {
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 
-    // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible.
-    void (*score_block)(const PageQuery& query, const unsigned char* block, const float* log_count, float* x,
-                        int64_t stride);
+    // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible. `ahead`
+    // is a block to prefetch meanwhile.
+    void (*score_block)(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
+                        const float* log_count, float* x, int64_t stride);
     // Over n numbers, a multiple of 16: the largest, NaN passed over; x = exp(x - m) and their sum; the sum; the first one
     // from `from` on that is above `least`, else n; the first of the largest.
     float (*largest)(const float* x, int32_t n);

@@ -17,6 +17,8 @@
 namespace kvstrata::cpu {
 namespace {
 
+constexpr int kAhead = 4;  // blocks: one is sooner scored than fetched
+
 int padded_entries(int entries) { return (entries + kSlots - 1) / kSlots * kSlots; }
 
 int64_t longest(const ops::SelectParams& p) {
@@ -121,7 +123,8 @@ class Selection {
         }
         const PageQuery query{w_.codes, w_.pairs, shift_, factor_, curvature_, p_.group, p_.head_dim};
         for (int b = 0; b < padded_ / kSlots; ++b) {
-            kernels_.score_block(query, row_.blocks[b], w_.log_count + b * kSlots, w_.x + b * kSlots, padded_);
+            const unsigned char* const ahead = row_.blocks[std::min(b + kAhead, padded_ / kSlots - 1)];
+            kernels_.score_block(query, row_.blocks[b], ahead, w_.log_count + b * kSlots, w_.x + b * kSlots, padded_);
         }
     }
 

@@ -43,8 +43,8 @@ struct NearCopies {
 
 // Pages that admitting so many Far entries may take.
 inline int64_t pages_needed(const NearCopies& near, int far_entries, int capacity) {
-    const int64_t more = capacity - static_cast<int64_t>(near.slots.size());
-    return more < far_entries ? more : far_entries;
+    const int64_t more = capacity - static_cast<int64_t>(near.slots.size());  // below 0 after a larger selection
+    return more < 0 ? 0 : more < far_entries ? more : far_entries;
 }
 
 // Gives each of `entries` (Far ones, none twice, at most `capacity`) a slot: those that have one keep it; the others take free

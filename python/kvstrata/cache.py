@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
 from kvstrata.policy import Plan, Policy
+from kvstrata.policy.base import Selector
 from kvstrata.recall import Far
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
@@ -274,6 +275,16 @@ class Cache:
             if begun and self._admitted != len(lengths):  # what each needs is fixed: more of them may be too many
                 self._limit.admit(self.policy, lengths)
                 self._admitted = len(lengths)
+
+    def set_selector(self, selector: Selector) -> None:
+        """Another selector for the live cache, from the next step on. ValueError where the policy has none, as no page is
+        summarized then; and for one that does not go with its sinks and window."""
+        if self.policy.selector is None:
+            raise ValueError(f"set_selector: policy {self.policy.name!r} selects nothing, expected one with a selector")
+        self._store.set_recall(selector.native(self.policy.sinks, self.policy.window or 0))
+        self._store.set_mass_floor(selector.mass_floor)
+        self.policy = replace(self.policy, selector=selector)
+        self._limit.select(selector)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvstrata.budget import Budget, Schedule
 from kvstrata.budget.protect import limit_bytes, page_bytes, pages
 from kvstrata.budget.room import fit, limit_now, room
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy, resolve
+from kvstrata.policy.base import Selector
 
 TURN_ABOVE = 16
 """A step that brings a sequence more tokens than this brings it a prompt, cut layer by layer under a policy that drops tokens;
@@ -49,6 +51,10 @@ class Limit:
         if self.budget is None or self.budget.schedule is None or self.budget.schedule.constant:
             return None
         return self.budget.schedule
+
+    def select(self, selector: Selector) -> None:
+        """Another selector from now on."""
+        self._asked = replace(self._asked, selector=selector)
 
     # --- bytes ------------------------------------------------------------------------------------------------------------
 

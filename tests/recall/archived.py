@@ -25,6 +25,8 @@ def small(pages: int = 4, **changes: Any) -> Policy:
 
 ALL = 1 << 12
 """Pages: more than any row of these tests has, so that all is read."""
+EXACT = 1e-5
+"""Relative error of f32 attention over all tokens, as merged from parts."""
 
 
 @dataclass

@@ -158,9 +158,9 @@ def test_pages_by_meaning() -> None:
     for packer in (KMeans(), Position()):
         pair = fed(replace(small(), planner=Archive(packer, segment=1024, segment_min=1024)))
         (seq,) = pair.new()
-        pair.feed([seq], [1100])
+        pair.feed([seq], [32 + 1024 + 16])
         k, _, positions = pair.cache.materialize(0, seq)
-        far = slice(-1024 - 16 - 32, -16 - 32)
+        far = slice(32, -16)
         pages = k[0, far].view(64, 16, 64)
         apart.append(float((pages - pages.mean(1, keepdim=True)).square().mean()))
         runs = positions[0, far].view(64, 16).diff(dim=1)

@@ -8,14 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from archived import ALL, SHAPE, Fed, error, exact, fed, small, worst
+from archived import ALL, EXACT, SHAPE, Fed, error, exact, fed, small, worst
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Policy, Shape
 from kvstrata.recall import Archive, Far, PageMeans, Position
 
-EXACT = 1e-5
-"""Relative, of f32 attention over all tokens, as merged from parts."""
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

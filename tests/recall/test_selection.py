@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -135,6 +138,47 @@ def test_forks_crops_and_selections() -> None:
     for _ in range(4):
         reads += judged(pair, turned[:2])
     clear(reads)
+
+
+def test_what_is_dropped_is_not_read() -> None:
+    """A fifth of the tokens, sinks excepted: pages with holes stay in the index where they are."""
+    pair = fed()
+    seqs = pair.new(2)
+    pair.feed(seqs, [760, 700])
+    born, dropped = tables(pair, seqs), 0
+    for s in seqs:
+        for layer in range(2):
+            positions = pair.cache.materialize(layer, s)[2]
+            keep = (torch.rand(positions.shape, generator=pair.generator) < 0.8) | (positions < 32)
+            keep[0] |= positions[0] > 300  # whole pages go, of one row
+            keep[1] &= (positions[1] < 200) | (positions[1] >= 360)
+            dropped += int((~keep & (positions >= 0)).sum())
+            pair.cache.drop(layer, s, keep)
+    assert pair.cache.report().states["evicted"] == dropped > 500
+    clear([r for _ in range(10) for r in judged(pair, seqs, born=born)])
+
+
+SINKS_DROPPED = """
+import torch
+from archived import fed
+
+pair = fed()
+(seq,) = pair.new()
+pair.feed([seq], [32 + 512 + 16])
+keep = torch.ones(2, 560, dtype=torch.bool)
+keep[:, :32] = False
+for layer in range(2):
+    pair.cache.drop(layer, seq, keep)
+assert all(out.isfinite().all() for n in (1, 3, 1) for out in pair.feed([seq], [n]))
+"""
+
+
+def test_sinks_may_be_dropped() -> None:
+    """Far pages are first in the table then. Another process, as memory may be read that is not there."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-X", "faulthandler", "-c", SINKS_DROPPED]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def given_up(pair: Fed, seq: Sequence, tokens: int, layers: int) -> Born:

@@ -50,11 +50,13 @@ KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
 #endif
 
 template <int Heads>
-KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* block, const float* log_count, float* x,
-                           int64_t stride) {
+KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
+                           const float* log_count, float* x, int64_t stride) {
     I even[Heads], odd[Heads];
     for (int g = 0; g < Heads; ++g) even[g] = odd[g] = none();
     for (int d = 0; d < q.dim; d += 8) {  // dim is a multiple of 16
+        prefetch(ahead + d * kSlots);
+        prefetch(ahead + (d + 4) * kSlots);
         const I line = load_line(block + d * kSlots), next = load_line(block + (d + 4) * kSlots);
         for (int g = 0; g < Heads; ++g) {
             const int64_t at = static_cast<int64_t>(first + g) * q.dim + d;
@@ -73,11 +75,13 @@ KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* b
     }
 }
 
-void score_block(const PageQuery& q, const unsigned char* block, const float* log_count, float* x, int64_t stride) {
+void score_block(const PageQuery& q, const unsigned char* block, const unsigned char* ahead, const float* log_count,
+                 float* x, int64_t stride) {
+    for (int line = 0; line < 3; ++line) prefetch(ahead + (q.dim + 4 * line) * kSlots);  // what follows the means
     int g = 0;
-    for (; g + kHeads <= q.rows; g += kHeads) score_heads<kHeads>(q, g, block, log_count, x, stride);
-    for (; g + 2 <= q.rows; g += 2) score_heads<2>(q, g, block, log_count, x, stride);
-    if (g < q.rows) score_heads<1>(q, g, block, log_count, x, stride);
+    for (; g + kHeads <= q.rows; g += kHeads) score_heads<kHeads>(q, g, block, ahead, log_count, x, stride);
+    for (; g + 2 <= q.rows; g += 2) score_heads<2>(q, g, block, ahead, log_count, x, stride);
+    if (g < q.rows) score_heads<1>(q, g, block, ahead, log_count, x, stride);
 }
 
 KV_INLINE float sum_lanes(V x) {

@@ -15,6 +15,7 @@ from kvstrata.cli.output import Output
 BENCHES = {
     "attend": "attention of a decode step over stored pages, beside torch SDPA",
     "prefill": "attention of a chunk of queries over stored pages, beside torch SDPA",
+    "select": "pages for a query by their summaries, beside a scan by torch and attention to all pages",
     "append": "tokens into pages, beside torch's copy",
     "quantize": "pages into quantized formats and back, beside torch's copy",
     "decode": "ms per token and bytes by context, beside transformers' own caches",

@@ -1,0 +1,135 @@
+"""Time the selection of pages by their summaries beside a scan of f32 page means by torch: a product, a sum over heads, top K.
+
+One call per layer of a decode step: all KV heads, summaries of every page. The baseline is the least that a selector by means
+can do: no spread, no count, no shares of mass. The kinds: `score_pages`, the scan alone; `select`; and `select, attend`, with
+the attention to the selected pages, to sinks and tail, and the merge, beside our attention to all pages in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvstrata import ops
+from kvstrata.cli.bench.common import (
+    SLOTS,
+    Call,
+    begin,
+    buffers,
+    digest,
+    filled,
+    measure,
+    op_arguments,
+    run_facts,
+    show,
+)
+from kvstrata.cli.generate import positive
+from kvstrata.cli.output import Output
+
+STEADY = 4
+"""Pages of sinks and tail."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    op_arguments(parser, reps=51, tokens=None)
+    parser.add_argument("--most", type=positive, default=12, help="pages of each row, K; default: %(default)s")
+    parser.add_argument("--cached", action="store_true", help="the same summaries every time, as a step just left them")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    begin(args)
+    facts = run_facts(args)
+    sizes = [args.tokens] if args.tokens else [8192, 32768, 131072]
+    rows = [scan(args, tokens, kind, facts["read_gbps"]) for tokens in sizes for kind in ("score_pages", "select")]
+    rows += [whole(args, tokens, facts["read_gbps"]) for tokens in sizes[:2]]
+    show("select", facts, rows, out)
+    return 0
+
+
+def random_blocks(args: argparse.Namespace, pages: int) -> Tensor:
+    """Summaries u8 [R, B, bytes]: random codes, scales and spreads as Gaussian keys have them."""
+    made = torch.randint(1, 256, (args.kv_rows, -(-pages // SLOTS), ops.summary_bytes(args.dim))).to(torch.uint8)
+    facts = torch.rand(args.kv_rows, made.shape[1], 3 * SLOTS) * 0.01
+    made[..., SLOTS * args.dim :] = facts.view(torch.uint8)
+    return made
+
+
+def torch_scan(q: Tensor, mean: Tensor, most: int) -> Tensor:
+    return (q @ mean.mT).sum(1).topk(min(most, mean.shape[1])).indices
+
+
+def scan(args: argparse.Namespace, tokens: int, kind: str, read_gbps: float) -> dict[str, Any]:
+    """A row of score_pages or of select, beside torch."""
+    pages = tokens // SLOTS
+    size = args.kv_rows * -(-pages // SLOTS) * ops.summary_bytes(args.dim)
+    count, means = (1, 1) if args.cached else (buffers(size), buffers(4 * size))
+    blocks = [random_blocks(args, pages) for _ in range(count)]
+    mean = [torch.randn(args.kv_rows, pages, args.dim) for _ in range(means)]
+    visible = torch.full((args.kv_rows, pages), 0xFFFF).to(torch.uint16)
+    q, base = torch.randn(args.kv_rows, args.group, args.dim), torch.zeros(args.kv_rows, args.group)
+
+    def ours(i: int) -> object:
+        if kind == "score_pages":
+            return ops.score_pages(q, blocks[i % count], visible)
+        return ops.select(q, blocks[i % count], visible, args.most, lse_base=base)
+
+    calls: list[Call] = [ours, lambda i: torch_scan(q, mean[i % means], args.most)]
+    times, theirs = measure(calls, args.reps)
+    entries, _, rest = ops.select(q, blocks[0], visible, args.most, lse_base=base)
+    row = _row(args, kind, tokens, size, times.p50, read_gbps, digest(entries, rest))
+    return row | times.row() | {"baseline": {"name": "torch f32 scan and topk", "ms_p50": theirs.p50}} | {
+        "speedup": theirs.p50 / times.p50
+    }  # fmt: skip
+
+
+def whole(args: argparse.Namespace, tokens: int, read_gbps: float) -> dict[str, Any]:
+    """A row of all that a selecting step does in a layer, beside attention to all pages."""
+    page = ops.page_bytes("bf16", args.dim)
+    pages, size = tokens // SLOTS, args.kv_rows * (tokens // SLOTS) * page
+    data = [filled("bf16", args.kv_rows, tokens, args.dim) for _ in range(buffers(size))]
+    blocks = [ops.summarize(d.pages, [d.pool]) for d in data]
+    visible = torch.full((args.kv_rows, pages), 0xFFFF).to(torch.uint16)
+    q = torch.randn(args.kv_rows, args.group, args.dim).bfloat16()
+    steady = [d.pages[:, :STEADY].contiguous() for d in data]
+
+    def ours(i: int) -> tuple[Tensor, Tensor]:
+        d = data[i % len(data)]
+        first, base = ops.attend(q, steady[i % len(data)], [d.pool], out=torch.empty(q.shape))
+        entries, _, _ = ops.select(q, blocks[i % len(data)], visible, args.most, lse_base=base)
+        chosen = d.pages.gather(1, entries.clamp_min(0).long()).masked_fill(entries < 0, -1)
+        second, lse = ops.attend(q, chosen, [d.pool], out=torch.empty(q.shape))
+        return ops.merge([first, second], [base, lse])
+
+    def everything(i: int) -> object:
+        d = data[i % len(data)]
+        return ops.attend(q, d.pages, [d.pool])
+
+    times, theirs = measure([ours, everything], args.reps)
+    read = args.kv_rows * (-(-pages // SLOTS) * ops.summary_bytes(args.dim) + (args.most + STEADY) * page)
+    row = _row(args, "select, attend", tokens, read, times.p50, read_gbps, digest(*ours(0)))
+    return row | times.row() | {"baseline": {"name": "attend to all pages", "ms_p50": theirs.p50}} | {
+        "speedup": theirs.p50 / times.p50
+    }  # fmt: skip
+
+
+def _row(
+    args: argparse.Namespace, kind: str, tokens: int, size: int, ms: float, read_gbps: float, found: str
+) -> dict[str, Any]:
+    gbps = size / ms / 1e6
+    return {
+        "kind": kind,
+        "kv_rows": args.kv_rows,
+        "group": args.group,
+        "head_dim": args.dim,
+        "tokens": tokens,
+        "pages": tokens // SLOTS,
+        "most": args.most,
+        "bytes_read": size,
+        "reps": args.reps,
+        "gbps": gbps,
+        "share_read": gbps / read_gbps,
+        "digest": found,
+    }

@@ -1,0 +1,108 @@
+"""Bytes of the Near tier: the limit holds at every call that takes memory, and a longer prompt takes no more than its books."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from archived import Fed, fed, small
+
+from kvstrata import LayerSpec, Shape
+from kvstrata.config import BudgetExceeded
+from kvstrata.recall import Far
+
+SHAPE = Shape([LayerSpec(2, 4, 64)] * 4, torch.bfloat16)
+LIMIT = 3 << 20
+
+
+class Watched:
+    """The store of a cache; ``most``: bytes of its slabs with its books, after every call that may take memory."""
+
+    def __init__(self, pair: Fed) -> None:
+        cache = pair.cache
+        self._cache, self._inner, self.most, self.calls = cache, cache._store, 0, 0
+        watched: Any = self
+        cache._store = cache._slabs._store = cache._plans._store = watched
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in ("apply_plan", "lend", "lend_far", "append", "append_attend", "attend", "commit", "fork", "cluster"):
+            return found
+
+        def called(*args: Any) -> Any:
+            out = found(*args)
+            held = self._cache._slabs.allocator_bytes()
+            self.most = max(self.most, held + self._inner.metadata_bytes + self._inner.workspace_bytes)
+            self.calls += 1
+            return out
+
+        return called
+
+
+def test_the_limit_holds_at_every_call() -> None:
+    """Prompts, turns, decoding and forks, until the limit refuses: then with every token that was fed before."""
+    pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
+    watched, refused = Watched(pair), 0
+    seqs = pair.new(2)
+    for i in range(120):
+        lengths = [[1, 1], [700, 1], [1, 90], [17, 16]][i % 4]
+        if i % 30 == 29:
+            seqs += pair.fork(seqs[0])[:1]
+        try:
+            pair.feed(seqs[:2], lengths)
+        except BudgetExceeded as error:
+            refused += 1
+            assert f"limit is {LIMIT} bytes" in str(error)
+        report = pair.cache.report()
+        assert report.nbytes == sum(report.bytes_by_kind.values()) <= LIMIT
+        assert report.peak_bytes <= LIMIT and report.limit_bytes == LIMIT
+        assert report.allocator_bytes == pair.cache._slabs.held
+    assert watched.calls > 1000
+    assert 0.9 * LIMIT < watched.most <= LIMIT, "the limit is reached, and holds"
+    assert refused > 0
+    assert pair.cache.report().far_tokens > 50_000
+    pair.check_contents()
+
+
+def test_what_a_limit_allows_is_far_more_than_it_holds() -> None:
+    """A context of eight times the limit."""
+    pair = fed(small(chunk=256, segment=512), SHAPE, budget="2MiB")
+    (seq,) = pair.new()
+    for _ in range(16):
+        pair.feed([seq], [512])
+    pair.feed([seq], [1])
+    report = pair.cache.report()
+    assert report.dense_bytes == 8193 * SHAPE.token_bytes() > 8 * report.peak_bytes
+    assert report.far_bytes >= report.dense_bytes * 0.95
+    pair.check_contents()
+
+
+@pytest.mark.parametrize("far", ["auto", Far(), "1GiB"])
+def test_too_small_a_limit_for_the_ring(far: Any) -> None:
+    """Refused with the numbers when the cache is made, or its first tokens come."""
+    with pytest.raises((BudgetExceeded, ValueError), match=r"budget: .*131072 bytes"):
+        fed(small(), SHAPE, budget="128KiB", far=far)
+
+
+def peak(tokens: int, piece: int) -> tuple[int, int]:
+    """Peak of a prompt in pieces, and of that what grows with its length by design: summaries, maps and tables."""
+    pair = fed(small(chunk=512, segment=1024, segment_min=1024), SHAPE)
+    (seq,) = pair.new()
+    for _ in range(tokens // piece):
+        pair.feed([seq], [piece])
+    store, report = pair.cache._store, pair.cache.report()
+    far = sum(store.pool(p)["total"] * 64 for p in range(store.n_pools) if store.pool(p)["far"])
+    return report.peak_bytes, store.metadata_bytes + far
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_longer_prompt_takes_only_its_books(whole: bool) -> None:
+    """The Near peak of twice the tokens is higher by at most 1.1 times the added summaries and maps: in turns of 512, or at
+    once."""
+    n = 4096
+    (short, short_books), (long, long_books) = (peak(m, m if whole else 512) for m in (n, 2 * n))
+    added = n * SHAPE.token_bytes()
+    assert 0 < long_books - short_books < 0.1 * added
+    assert long - short <= 1.1 * (long_books - short_books)
+    assert short < 0.6 * added
