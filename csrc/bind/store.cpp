@@ -131,7 +131,11 @@ void bind_store(py::module_& m) {
                  return py::make_tuple(c.sum, c.least, c.count, c.below);
              })
         .def("fetched", &Store::fetched)
-        .def("waiting", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.waiting(layer, seqs); })
+        .def("waiting",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs) {
+                 const store::Waiting w = s.waiting(layer, seqs);
+                 return py::make_tuple(w.tokens, w.fresh);
+             })
         .def("cluster",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address segment, Address group, int64_t columns,
                 int iters, int threads) {

@@ -37,6 +37,7 @@ class Pool {
     uint32_t& refs(PageId id) { return slabs_[page_slab(id)].refs[page_index(id)]; }
 
     int32_t* positions(PageId id) { return slabs_[page_slab(id)].positions + page_index(id) * kSlots; }
+    const int32_t* positions(PageId id) const { return slabs_[page_slab(id)].positions + page_index(id) * kSlots; }
     unsigned char* payload(PageId id) { return slabs_[page_slab(id)].payload + page_index(id) * page_bytes_; }
 
     const std::vector<Slab>& slabs() const { return slabs_; }

@@ -19,13 +19,14 @@
 
 namespace kvstrata::pages {
 
-inline constexpr uint8_t kGrouped = 0x80;  // in `want`: the page's tokens were put together for what they mean
+// In `want`: the page's tokens were put together for what they mean; for the time being.
+inline constexpr uint8_t kGrouped = 0x80, kProvisional = 0x40;
 
 struct Row {
     std::vector<PageId> page;
     std::vector<uint16_t> alive;
     std::vector<uint16_t> visible;
-    std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is; and kGrouped
+    std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is; and those
     std::vector<uint32_t> note;  // [entries, 16], or empty if the row carries none
     NearCopies near;             // of Far pages
     int32_t sealed = 0;          // entries before this one are sealed

@@ -44,24 +44,26 @@ void collect(const pages::Row& row, const int32_t* segment, int r, int dim, std:
 
 }  // namespace
 
-int64_t Store::waiting(int layer, std::span<const SeqId> seqs) {
+Waiting Store::waiting(int layer, std::span<const SeqId> seqs) {
     check_layer(layer, "waiting");
-    int64_t most = 0;
+    Waiting most;
     for (SeqId id : seqs) {
         Sequence& s = find(id, "waiting");
         for (int h = 0; h < layers_[layer].kv_heads; ++h) {
             const pages::Row& row = row_of(s, layer, h);
-            int64_t tokens = 0;
+            Waiting found;
             for (int e = first_indexed(row); e < row.sealed; ++e) {
-                if (!(row.want[e] & pages::kGrouped)) tokens += std::popcount(row.alive[e]);
+                if (row.want[e] & pages::kGrouped) continue;
+                found.tokens += std::popcount(row.alive[e]);
+                if (!(row.want[e] & pages::kProvisional)) found.fresh += std::popcount(row.alive[e]);
             }
-            most = std::max(most, tokens);
+            most = {std::max(most.tokens, found.tokens), std::max(most.fresh, found.fresh)};
         }
     }
     return most;
 }
 
-// segment i32 [R, columns]: the segment of each stored token in table order, -1: none; a segment's tokens lie Near. group
+// segment i32 [R, columns]: the segment of each stored token in table order, -1: none. group
 // likewise: tokens of one number are to share a page, -1: none. Rows in batches, so that few keys lie decoded at a time.
 void Store::cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
                     int iters) {
@@ -80,7 +82,11 @@ void Store::cluster(int layer, std::span<const SeqId> seqs, const int32_t* segme
             const pages::Row& row = s.rows[first_row_[layer] + r % heads];
             check(row.stored <= columns, "cluster: columns is ", columns, ", expected at least ", row.stored);
             collect(row, segment + r * columns, r, dim, segments, [&](PageId page, float* k, float* v) {
-                check(!far(page), "cluster: segment[", r, "] names tokens of the Far tier, expected Near ones");
+                if (far(page)) {
+                    const PageId stage = ring_of(page_pool(page)).back();
+                    read_far(page, stage);
+                    page = stage;
+                }
                 const float* const mean = centre(s, layer, r % heads);
                 const int32_t zero = 0;
                 ops::dequantize({&page, mean, mean ? &zero : nullptr, 1, dim, k, v, pools, 1});

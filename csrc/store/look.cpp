@@ -8,6 +8,12 @@
 #include "store/store.h"
 
 namespace kvstrata::store {
+namespace {
+
+// 0: no plan has put the page together, 1: for the time being, 2: for good.
+uint8_t grouping(uint8_t want) { return want & pages::kGrouped ? 2 : want & pages::kProvisional ? 1 : 0; }
+
+}  // namespace
 
 int64_t Store::columns(int layer, std::span<const SeqId> seqs) {
     check_layer(layer, "columns");
@@ -40,7 +46,7 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
                 if (out.open) std::fill_n(out.open + at, n, uint8_t{e >= row.sealed});
                 if (out.state) std::fill_n(out.state + at, n, static_cast<uint8_t>(state_of(row.page[e])));
                 if (out.tier) std::fill_n(out.tier + at, n, static_cast<uint8_t>(kinds_[page_pool(row.page[e])].tier));
-                if (out.grouped) std::fill_n(out.grouped + at, n, uint8_t{(row.want[e] & pages::kGrouped) != 0});
+                if (out.grouped) std::fill_n(out.grouped + at, n, grouping(row.want[e]));
                 int i = 0;
                 for (uint16_t m = row.alive[e]; out.scores && row.noted && m; m &= m - 1, ++i) {
                     out.scores[at + i] =

@@ -92,7 +92,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.sinks >= 0, "Store: sinks is ", options_.sinks, ", expected >= 0");
     check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
           ", expected a multiple of ", kSlots, " where pages are selected");
-    check(options_.far.empty() || options_.ring >= 1, "Store: ring is ", options_.ring, ", expected at least 1 page");
+    check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
     check(options_.recall.near_pages >= options_.recall.pages, "Store: near_pages is ", options_.recall.near_pages,
           ", expected at least the ", options_.recall.pages, " pages that a step reads");
 }

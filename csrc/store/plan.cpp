@@ -59,8 +59,8 @@ void Store::check_row_plan(int layer, const pages::Row& row, int64_t line, const
                   ", expected 0 (Evicted), 1 (Full) or a quantized format of this cache");
             check(next == State::evicted || next >= now.state, at(), ", expected ", static_cast<int>(now.state),
                   " as now, fewer bits or 0 (Evicted)");
-            check(now.tier == Tier::near || next == State::evicted, at(),
-                  ", which changes a token of the Far tier: ", "expected it as it is, or 0 (Evicted)");
+            check(now.tier == Tier::near || next == State::evicted || (next == now.state && tier == now.tier), at(),
+                  ", which changes a token of the Far tier: expected it as it is, in another group, or 0 (Evicted)");
             check(!protect || (e < row.sealed && pos[i] >= options_.sinks), at(), ", which changes position ", pos[i],
                   ", which is protected (a sink, or in the tail)");
             check(e < row.sealed || next == State::evicted, at(), ", expected 0 or 1 in the open tail");
@@ -121,7 +121,8 @@ struct Store::Writing {
         const auto& pages = r.pages[tier][state];
         if (pages.empty()) return;
         const int pool = store.pool_of(layer, static_cast<State>(state), static_cast<Tier>(tier));
-        const size_t ring = tier ? store.ring_of(pool).size() : pages.size();
+        // Far pages are put together in the ring but for its last page, where those that they come from are read.
+        const size_t ring = tier ? store.ring_of(pool).size() - 1 : pages.size();
         for (size_t first = 0; first < pages.size(); first += ring) {
             const std::span<const NewPage> batch(pages.data() + first, std::min(ring, pages.size() - first));
             write_batch(r.to[tier][state], batch, static_cast<State>(state), static_cast<Tier>(tier), pool);
@@ -130,24 +131,26 @@ struct Store::Writing {
 
     void write_batch(const std::vector<Survivor>& from, std::span<const NewPage> batch, State state, Tier tier,
                      int pool) {
-        std::vector<ops::Move> copies, encodes;
+        std::vector<ops::Move> copies, encodes, fetches;
         bool centred = false;
         const size_t first = fresh.size();
         for (size_t b = 0; b < batch.size(); ++b) {
             const PageId page = store.pools_[pool].take();
-            fresh.push_back({page, 0, batch[b].grouped ? pages::kGrouped : uint8_t{0}, {}});
+            fresh.push_back({page, 0, batch[b].want, {}});
             const PageId to = tier == Tier::far ? store.ring_of(pool)[b] : page;
             for (int slot = 0; slot < batch[b].count; ++slot) {
                 const Survivor& t = from[batch[b].first + slot];
                 fresh.back().alive |= static_cast<uint16_t>(1u << slot);
                 fresh.back().note[slot] = t.note;
                 const bool same = t.now == state;
-                (same ? copies : encodes).push_back({t.page, t.slot, to, slot});
+                auto& moves = store.far(t.page) ? fetches : same ? copies : encodes;
+                moves.push_back({t.page, t.slot, to, slot});
                 centred |= !same && t.now == State::full;
             }
         }
         if (centred) store.freeze_centre(sequence, layer, head);
         move(copies, encodes);
+        fetch(fetches);
         const std::span<const pages::Fresh> written(fresh.data() + first, batch.size());
         if (store.recalls(layer)) {
             store.summarize(sequence, layer, head, written, tier == Tier::far ? &store.ring_of(pool) : nullptr,
@@ -155,6 +158,18 @@ struct Store::Writing {
         }
         for (size_t b = 0; tier == Tier::far && b < batch.size(); ++b) {
             store.write_far(written[b].page, store.ring_of(pool)[b]);
+        }
+    }
+
+    // Tokens of Far pages, page by page.
+    void fetch(std::vector<ops::Move>& moves) const {
+        std::stable_sort(moves.begin(), moves.end(),
+                         [](const ops::Move& a, const ops::Move& b) { return a.from < b.from; });
+        for (size_t first = 0, end; first < moves.size(); first = end) {
+            const PageId page = moves[first].from, stage = store.ring_of(page_pool(page)).back();
+            store.read_far(page, stage);
+            for (end = first; end < moves.size() && moves[end].from == page; ++end) moves[end].from = stage;
+            move({moves.begin() + static_cast<int64_t>(first), moves.begin() + static_cast<int64_t>(end)}, {});
         }
     }
 

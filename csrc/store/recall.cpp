@@ -3,6 +3,7 @@
 //
 // Parts are merged in a fixed order, and what is read does not depend on where it lay: hit or miss, the same bits.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -33,8 +34,18 @@ int64_t Parts::bytes() const {
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
 
-// Sinks are whole pages at the beginning of the row; they stay as they are and are always read.
-int Store::first_indexed(const pages::Row& row) const { return std::min<int>(row.sealed, options_.sinks / kSlots); }
+// Sinks are whole pages at the beginning of the row; they stay as they are and are always read. Those that were dropped are
+// not there.
+int Store::first_indexed(const pages::Row& row) const {
+    const int most = std::min<int>(row.sealed, options_.sinks / kSlots);
+    int first = 0;
+    for (; first < most; ++first) {
+        const PageId page = row.page[first];
+        const int32_t* const positions = pools_[page_pool(page)].positions(page);
+        if (positions[std::countr_zero(row.alive[first])] >= options_.sinks) break;
+    }
+    return first;
+}
 
 // --- the index ---------------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ class Packing {
     }
     int32_t group(int i) const { return plan_.group ? plan_.group[i] : -1; }
 
+    static uint8_t want_of(int32_t group) {
+        return group < 0 ? 0 : group < kProvisionalGroup ? pages::kGrouped : pages::kProvisional;
+    }
     static bool before(const Survivor& a, const Survivor& b) {
         return a.group != b.group ? a.group < b.group : a.position < b.position;
     }
@@ -69,7 +72,9 @@ class Packing {
 
     // A part-filled page whose tokens stay what they are goes along with others of its kind that are packed.
     bool joins(int e) const {
-        if (r_.gone(e) || row_.alive[e] == kAllSlots || row_.want[e] & pages::kGrouped || !holds(e)) return false;
+        if (r_.gone(e) || row_.alive[e] == kAllSlots || row_.want[e] & (pages::kGrouped | pages::kProvisional) ||
+            !holds(e))
+            return false;
         const Kind now = kind(e);
         return now.tier == Tier::near && packs_[static_cast<int>(now.state)];
     }
@@ -109,7 +114,7 @@ class Packing {
                 for (int i = 0; i < static_cast<int>(survivors.size()); ++i) {
                     const int32_t group = survivors[i].group;
                     const bool fresh = pages.empty() || pages.back().count == kSlots || group != survivors[i - 1].group;
-                    if (fresh) pages.push_back({i, 0, group >= 0});
+                    if (fresh) pages.push_back({i, 0, want_of(group)});
                     ++pages.back().count;
                 }
             }

@@ -23,6 +23,9 @@ struct RowPlan {
     const int32_t* group;  // tokens of one number share pages; -1: as it is; or null
 };
 
+inline constexpr int32_t kProvisionalGroup =
+    1 << 30;  // groups from this number on: a later plan will put them together anew
+
 // What a page is: how and where it stores its tokens.
 struct Kind {
     State state;
@@ -41,7 +44,7 @@ struct Survivor {
 // A new page: survivors [first, first + count) of its kind.
 struct NewPage {
     int32_t first, count;
-    bool grouped;
+    uint8_t want;  // kGrouped, kProvisional or 0
 };
 
 struct Repack {

@@ -131,6 +131,17 @@ std::vector<SeqId> Store::select(std::span<const SeqId> seqs, std::span<const in
     return ids;
 }
 
+// A row and its index.
+void Store::crop_row(Sequence& s, int layer, int head, int64_t length) {
+    pages::Row& row = row_of(s, layer, head);
+    if (!recalls(layer)) return pages::crop(row, length, pools_);
+    std::vector<int32_t> kept;
+    pages::crop(row, length, pools_, &kept);
+    Index& index = s.indices[first_row_[layer] + head];
+    while (!kept.empty() && kept.back() >= index.count()) kept.pop_back();
+    index.keep(kept);
+}
+
 void Store::crop(SeqId seq, int64_t length) {
     check(!open_, "crop: a step is open, expected none");
     Sequence& s = find(seq, "crop");
@@ -139,15 +150,7 @@ void Store::crop(SeqId seq, int64_t length) {
           ": older tokens were dropped when the sequence was that long");
     for (size_t l = 0; l < layers_.size(); ++l) {
         for (int h = 0; h < layers_[l].kv_heads; ++h) {
-            if (!recalls(static_cast<int>(l))) {
-                pages::crop(row_of(s, l, h), length, pools_);
-                continue;
-            }
-            std::vector<int32_t> kept;
-            pages::crop(row_of(s, l, h), length, pools_, &kept);
-            Index& index = s.indices[first_row_[l] + h];
-            while (!kept.empty() && kept.back() >= index.count()) kept.pop_back();
-            index.keep(kept);
+            crop_row(s, static_cast<int>(l), h, length);
         }
     }
     for (QueryRing& ring : s.rings) ring.drop_last(s.length - length);

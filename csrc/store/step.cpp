@@ -284,7 +284,7 @@ void Store::rollback() {
         for (const StepSequence& s : step_) {
             if (s.count == 0) continue;
             for (int h = 0; h < layers_[l].kv_heads; ++h) {
-                pages::crop(row_of(*s.sequence, l, h), s.sequence->length, pools_);
+                crop_row(*s.sequence, static_cast<int>(l), h, s.sequence->length);
             }
         }
     }

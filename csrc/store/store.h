@@ -107,7 +107,7 @@ struct Look {
     uint8_t* state;
     float* scores;
     uint8_t* tier;     // Tier
-    uint8_t* grouped;  // its page was put together by a plan's groups
+    uint8_t* grouped;  // its page was put together by a plan's groups: 1 for the time being, 2 for good
 };
 
 // What the rows of a layer hold: slots by State, and page-table entries.
@@ -120,6 +120,11 @@ struct Tally {
 struct PlanPiece {
     int32_t entries, changing;
     std::vector<int64_t> pages;
+};
+
+// Sealed tokens that no plan has grouped for good, and those of them that none has grouped at all: the most that a row has.
+struct Waiting {
+    int64_t tokens = 0, fresh = 0;
 };
 
 // Columns of a plan, each [R, columns] or, but for the state, null.
@@ -220,9 +225,9 @@ class Store {
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
-    int64_t waiting(int layer, std::span<const SeqId> seqs);  // sealed tokens that no plan has grouped, most of a row
+    Waiting waiting(int layer, std::span<const SeqId> seqs);
     void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
-                 int iters);  // tokens of one segment of a row, all Near, into groups of one number each
+                 int iters);  // tokens of one segment of a row into groups of one number each
 
     // What a policy sees (look.cpp). R = seqs x heads, in that order; N = columns
     int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
@@ -303,6 +308,7 @@ class Store {
     void freeze_centre(Sequence& s, int layer, int head);
     void release(Sequence& s);
     void settle(int layer, Sequence& s, int64_t length);
+    void crop_row(Sequence& s, int layer, int head, int64_t length);
     void views(PoolView* out) const;
     void copy_tail(pages::Row& row, pages::Pool& pool);
     void* workspace(int64_t bytes);

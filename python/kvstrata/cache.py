@@ -177,11 +177,12 @@ class Cache:
         self._live = [i for i in self._live if i not in gone]
 
     def _begun(self, ids: list[int]) -> list[Sequence]:
-        """Handles of new sequences, which end again where a ledger has no room for their tables."""
+        """Handles of new sequences, which end again where the limit or a ledger has no room for their tables."""
         self._live += ids
         found = [Sequence(i) for i in ids]
         try:
             self._settle()
+            self._slabs.check()
         except BudgetExceeded:
             self.free(found)
             raise

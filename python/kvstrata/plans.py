@@ -12,7 +12,7 @@ from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.room import keeps_scores, page_costs
 from kvstrata.columns import chosen_states, wide_columns
-from kvstrata.config import Unsupported
+from kvstrata.config import SLOTS, Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
@@ -53,6 +53,8 @@ class Plans:
 
     def cut(self, layer: int, ids: list[int], ends: list[int]) -> None:
         """One layer in the middle of a prompt, by an equal share of what the limit leaves. ends: tokens after the step."""
+        if layer not in self.layers:
+            return
         seen = self._see(layer, ids, ends)
         if seen is None:
             return
@@ -66,8 +68,7 @@ class Plans:
         over them, then each layer's plan."""
         layers = self.layers if layers is None else layers
         if self._cache.policy.archives:
-            least = int(getattr(self._cache.policy.planner, "segment_min", 1))
-            layers = [i for i in layers if self._store.waiting(i, ids) >= least]
+            layers = [i for i in layers if self._is_waiting(i, ids)]
         ends = [self._store.length(i) for i in ids]
         found = [seen for layer in layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
@@ -78,6 +79,12 @@ class Plans:
         for seen in found:
             self._apply(seen, ids)
         self.note(ids)
+
+    def _is_waiting(self, layer: int, ids: list[int]) -> bool:
+        """Whether a layer has what a planner that archives would move: asked natively, a look at all tokens costs more."""
+        tokens, fresh = self._store.waiting(layer, ids)
+        least = int(getattr(self._cache.policy.planner, "segment_min", 1))
+        return tokens >= least or fresh >= SLOTS
 
     def ahead(self, ids: list[int], limit: int, batch: int) -> None:
         """All layers, for a lower limit or more sequences than now; the present limit leaves the room that rewriting takes."""
@@ -183,7 +190,7 @@ class Plans:
         tail, state = torch.empty(rows, columns, dtype=torch.bool), torch.empty(rows, columns, dtype=torch.uint8)
         archives = self._cache.policy.archives
         tier = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
-        grouped = torch.empty(rows, columns, dtype=torch.bool) if archives else None
+        grouped = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
         more = (0, 0) if tier is None or grouped is None else (tier.data_ptr(), grouped.data_ptr())
         where = (positions.data_ptr(), tail.data_ptr(), state.data_ptr(), 0, *more)
         self._store.look(layer, ids, *where, columns)

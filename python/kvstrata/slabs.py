@@ -289,6 +289,11 @@ class Slabs:
         self.peak = max(self.peak, now)
         self._charges.settle(now)
 
+    def check(self) -> None:
+        """BudgetExceeded where tables that were copied have passed the limit."""
+        if self.limit is not None and (now := self.nbytes()) > self.limit:
+            raise BudgetExceeded(f"budget: limit is {self.limit} bytes, {now} would be in use")
+
     def note_peak(self) -> int:
         """Takes the present size into ``peak``, and returns it."""
         self.peak = max(self.peak, self.nbytes())

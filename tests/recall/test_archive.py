@@ -10,8 +10,9 @@ from archived import SHAPE, Fed, fed, small
 from torch import Tensor
 
 from kvstrata import LayerSpec, Sequence, Shape
+from kvstrata.config import Unsupported
 from kvstrata.policy import icecache
-from kvstrata.policy.base import FAR, FULL, INT8, NEAR, Policy, Seen, Unsupported
+from kvstrata.policy.base import FAR, FULL, INT8, NEAR, Policy, Seen
 from kvstrata.recall import Archive, KMeans, PageMeans, Position
 
 # --- segments ------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def waiting(pages: int = 4, seed: int = 0, **settings: Any) -> tuple[Fed, list[S
     return pair, seqs
 
 
-# --- faults ---------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", ["plan.after_check", "plan.after_write", "far.write"])
@@ -85,7 +85,9 @@ def test_rows_before_the_one_that_fails_stay_as_planned(point: str, nth: int) ->
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("point", ["plan.after_check", "plan.after_write", "far.write", "append.after_take", "slab.lend"])
+@pytest.mark.parametrize(
+    "point", ["plan.after_check", "plan.after_write", "far.write", "append.after_take", "slab.lend"]
+)
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_prompt_that_fails_is_withdrawn(point: str, nth: int) -> None:
     """Older tokens stay, and are read as before."""
@@ -147,7 +149,28 @@ def test_decoded_tokens_stand_when_the_plan_after_them_fails() -> None:
     pair.check_pools()
 
 
-# --- limits ---------------------------------------------------------------------------------------------------------------------
+def test_a_key_that_is_no_number() -> None:
+    """Steps of one token cannot rank its page: they are refused and withdrawn, and name it. Sequences without it go on."""
+    pair = fed()
+    seq, other = pair.new(2)
+    pair.feed([other], [600])
+    with pair.cache.step([seq], [600]) as step:
+        for layer in range(2):
+            q, k, v = pair.drawn(layer, 600)
+            k[100, 0, 3] = torch.nan
+            step.attend(layer, q, k, v)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="select: the logits of row 0, entry .* are not finite"):
+            pair.feed([seq], [1])
+        assert pair.cache.logical_length(seq) == 600
+    pair.cache.free([seq])
+    del pair.pieces[seq]
+    pair.feed([other], [1])
+    pair.check_contents()
+    pair.check_pools()
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_tier_refuses_before_a_page_is_taken() -> None:
@@ -207,7 +230,7 @@ def test_a_policy_that_archives_nothing_has_no_tier(policy: str | None) -> None:
         assert Cache(SHAPE, "4MiB", policy, far=none).report().far_bytes == 0
 
 
-# --- files ------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def file_of(pair: Fed, seq: Sequence) -> list[tuple[int, int]]:
@@ -231,7 +254,9 @@ def test_a_file_that_was_cut_short(tokens: int) -> None:
     for file, _ in pair.cache._slabs._files.values():
         os.ftruncate(file, 0)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"far tier: pread of 8192 bytes at \d+ ended after 0: the file was cut short"):
+        with pytest.raises(
+            RuntimeError, match=r"far tier: pread of 8192 bytes at \d+ ended after 0: the file was cut short"
+        ):
             pair.feed(seqs, [tokens, 1])
         assert pair.cache.logical_length(seqs[0]) == before
     assert worst(pair, [short], [20]) < EXACT, "others go on"
@@ -264,6 +289,7 @@ def test_a_disk_that_is_full(with_ledger: bool, monkeypatch: pytest.MonkeyPatch,
     pair = fed(small(ALL), far=Far(path=str(tmp_path)), ledger=ledger)
     seqs = pair.new()
     pair.feed(seqs, [100])
+    gc.collect()
     held, files = pair.cache._slabs.held, len(os.listdir("/proc/self/fd"))
 
     def full(file: int, offset: int, size: int) -> None:

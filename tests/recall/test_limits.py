@@ -27,7 +27,17 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
-        if name not in ("apply_plan", "lend", "lend_far", "append", "append_attend", "attend", "commit", "fork", "cluster"):
+        if name not in (
+            "apply_plan",
+            "lend",
+            "lend_far",
+            "append",
+            "append_attend",
+            "attend",
+            "commit",
+            "fork",
+            "cluster",
+        ):
             return found
 
         def called(*args: Any) -> Any:
@@ -41,28 +51,59 @@ class Watched:
 
 
 def test_the_limit_holds_at_every_call() -> None:
-    """Prompts, turns, decoding and forks, until the limit refuses: then with every token that was fed before."""
+    """Prompts, turns and decoding, until the limit refuses: then with every token that was fed before."""
     pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
     watched, refused = Watched(pair), 0
     seqs = pair.new(2)
     for i in range(120):
-        lengths = [[1, 1], [700, 1], [1, 90], [17, 16]][i % 4]
-        if i % 30 == 29:
-            seqs += pair.fork(seqs[0])[:1]
         try:
-            pair.feed(seqs[:2], lengths)
+            pair.feed(seqs, [[1, 1], [700, 1], [1, 90], [17, 16]][i % 4])
         except BudgetExceeded as error:
             refused += 1
             assert f"limit is {LIMIT} bytes" in str(error)
-        report = pair.cache.report()
-        assert report.nbytes == sum(report.bytes_by_kind.values()) <= LIMIT
-        assert report.peak_bytes <= LIMIT and report.limit_bytes == LIMIT
-        assert report.allocator_bytes == pair.cache._slabs.held
+        within(pair)
     assert watched.calls > 1000
     assert 0.9 * LIMIT < watched.most <= LIMIT, "the limit is reached, and holds"
     assert refused > 0
     assert pair.cache.report().far_tokens > 50_000
     pair.check_contents()
+
+
+def within(pair: Fed) -> None:
+    """What is held, and was held at the most, is within the limit, summaries and maps included."""
+    report = pair.cache.report()
+    assert report.limit_bytes is not None
+    assert report.nbytes == sum(report.bytes_by_kind.values()) <= report.limit_bytes
+    assert report.peak_bytes <= report.limit_bytes
+    assert report.allocator_bytes == pair.cache._slabs.held
+
+
+def test_forks_keep_to_the_limit() -> None:
+    """Their tables and indices are new bytes: where there is no room for them, the fork is refused, and nothing has begun."""
+    pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
+    (seq,) = pair.new()
+    for _ in range(8):
+        pair.feed([seq], [700])
+    for _ in range(200):
+        before = len(pair.cache._live), pair.cache.nbytes()
+        try:
+            pair.fork(seq)
+        except BudgetExceeded:
+            assert (len(pair.cache._live), pair.cache.nbytes()) == before
+            break
+        within(pair)
+    else:
+        raise AssertionError("some fork is one too many")
+
+
+def test_a_limit_and_fewer_bits() -> None:
+    """Archived tokens may be int8 under a limit in bytes as without one."""
+    pair = fed(small(state="int8", chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
+    (seq,) = pair.new()
+    for _ in range(4):
+        pair.feed([seq], [700])
+        within(pair)
+    assert pair.cache.report().states["int8"] == pair.cache.report().far_tokens > 0
 
 
 def test_what_a_limit_allows_is_far_more_than_it_holds() -> None:

@@ -1,4 +1,4 @@
-"""Random appends, clusterings, forks, crops, selections, drops and ends beside a dictionary: each token in one slot, unchanged."""
+"""Random appends, clusterings, forks, crops, drops and ends beside a dictionary: each token in one slot, unchanged."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Walk:
             except RuntimeError as error:
                 assert f"fault injected at {fails}" in str(error)
                 self.done["fail"] += 1
-                if self.cache.logical_length(seqs[0]) == length:  # else the plan after the step failed, and the tokens stand
+                if (
+                    self.cache.logical_length(seqs[0]) == length
+                ):  # else the plan after the step failed, and the tokens stand
                     return
         else:
             try:
@@ -221,7 +223,9 @@ def test_random_verbs(far: str | None, seed: int) -> None:
         if i % 8 == 0:
             walk.check()
     walk.check()
-    assert all(walk.done[name] > 2 for name in ("feed", "fork", "crop", "select", "drop", "free", "compress")), walk.done
+    assert all(walk.done[name] > 2 for name in ("feed", "fork", "crop", "select", "drop", "free", "compress")), (
+        walk.done
+    )
     walk.end()
 
 

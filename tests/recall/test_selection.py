@@ -23,7 +23,9 @@ Born = dict[tuple[Sequence, int, int], Table]
 def tables(pair: Fed, seqs: list[Sequence]) -> Born:
     """Of every row."""
     layers = pair.cache.shape.layers
-    return {(s, i, h): table(pair.cache, s, i, h) for s in seqs for i, x in enumerate(layers) for h in range(x.kv_heads)}
+    return {
+        (s, i, h): table(pair.cache, s, i, h) for s in seqs for i, x in enumerate(layers) for h in range(x.kv_heads)
+    }
 
 
 def judged(

@@ -18,6 +18,12 @@ from kvstrata.config import Unsupported
 NEAR, FAR = range(2)
 """Values of a plan's tier column."""
 
+UNGROUPED, PROVISIONAL, GROUPED = range(3)
+"""Whether a plan has put a token's page together: not yet, for the time being, for good."""
+
+PROVISIONAL_GROUP = 1 << 30
+"""Numbers of a plan's group column from here on: pages for the time being, which a later plan will put together anew."""
+
 EVICTED, FULL, INT8, INT4, INT2 = range(5)
 """Values of a plan's state column (``csrc/common/types.h``)."""
 
@@ -84,8 +90,8 @@ class Seen:
     lengths: i64 [R], real tokens seen by the row's sequence; open: bool [R, N], tokens of the open tail;
     state: u8 [R, N], what each token is stored as now, 0 beyond a row's last; sinks: first tokens that are protected;
     score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
-    read: asks for more; tier: u8 [R, N], NEAR or FAR, and grouped: bool [R, N], tokens that a plan's groups have put together:
-    both for planners that archive. A scorer finds no score and no allowance yet.
+    read: asks for more; tier: u8 [R, N], NEAR or FAR, and grouped: u8 [R, N], UNGROUPED, PROVISIONAL or GROUPED: both for
+    planners that archive. A scorer finds no score and no allowance yet.
     """
 
     layer: int
@@ -116,7 +122,8 @@ class Plan:
     """State, tier, group and set for every stored token of one layer: data. An absent column means "as it is".
 
     Each column is [R, N], aligned with ``Seen.positions``; state: u8, 0 Evicted, 1 Full, 2 int8,
-    3 int4, 4 int2; tier: u8, 0 Near, 1 Far; group: i32, tokens of one number of a row get pages of their own, -1: as it is.
+    3 int4, 4 int2; tier: u8, 0 Near, 1 Far; group: i32, tokens of one number of a row get pages of
+    their own, -1: as it is.
     """
 
     state: Tensor | None = None

@@ -20,7 +20,7 @@ def icecache(
     spread_weight: float = 1.0,
     segment: int = 4096,
     segment_min: int = 1024,
-    interval: int = 64,
+    interval: int = 128,
     chunk: int = 2048,
 ) -> Policy:
     """Nothing is lost: what has left the tail is clustered into pages and archived; a step reads those that its query needs.

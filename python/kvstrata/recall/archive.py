@@ -8,11 +8,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from kvstrata.policy.base import FAR, FULL, STATES, Plan, Seen
+from kvstrata.policy.base import FAR, FULL, GROUPED, PROVISIONAL_GROUP, STATES, UNGROUPED, Plan, Seen
 from kvstrata.recall.packers import KMeans
 
 GRAIN = 256
 """Tokens: a segment is a multiple of it, so that pages are whole."""
+REST = 1 << 20
+"""The number of a row's segment of tokens that are put together for the time being, above those of all others."""
 
 
 class Packer(Protocol):
@@ -23,11 +25,11 @@ class Packer(Protocol):
 
 @dataclass(frozen=True)
 class Archive:
-    """Clusters a row's sealed tokens by segments into new pages, and archives those.
+    """Archives what has left the tail, clustered into pages: at each plan what came since the last one, for the time being, and
+    by larger segments for good once there are enough tokens.
 
     packer: which tokens share a page; state: "full", or the quantized format that archived tokens take; segment: most tokens
-    clustered together, segment_min: fewest, both multiples of 256. What waits for its segment stays Near, in the order of
-    position: fewer than segment_min + 256 tokens and an interval. ValueError for parameters.
+    clustered together, segment_min: fewest, both multiples of 256. ValueError for parameters.
 
     Source: IceCache (arXiv 2604.10539). Deviations: it inserts token by token into a tree and rewrites pages; here a segment is
     clustered once and its pages never change.
@@ -55,30 +57,28 @@ class Archive:
         return FULL if self.state == "full" else STATES[self.state]
 
     def plan(self, seen: Seen) -> Plan:
-        segment = self.segments(self.waiting(seen))
-        if segment is None:
-            return Plan()
-        group = self.packer.group(seen, segment)
+        waiting = self.waiting(seen)
+        segment = self.segments(waiting)
+        assert seen.tier is not None and seen.grouped is not None
+        fresh = waiting & (seen.grouped == UNGROUPED) & (segment < 0)
+        group = self.packer.group(seen, torch.where(fresh, REST, segment))
         taken = group >= 0
-        assert seen.tier is not None
         return Plan(
             state=torch.where(taken, self.native_state, seen.state).to(torch.uint8),
             tier=torch.where(taken, FAR, seen.tier).to(torch.uint8),
-            group=group,
+            group=torch.where(fresh, group + PROVISIONAL_GROUP, group),
         )
 
     def waiting(self, seen: Seen) -> Tensor:
-        """bool [R, N]: sealed tokens that no plan has put together yet."""
+        """bool [R, N]: sealed tokens that no plan has put together for good."""
         assert seen.grouped is not None
-        return seen.stored & ~seen.protected & ~seen.grouped
+        return seen.stored & ~seen.protected & (seen.grouped != GROUPED)
 
-    def segments(self, waiting: Tensor) -> Tensor | None:
-        """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. None where
-        no row has a segment. Segments are as equal as multiples of 256 can be, larger first."""
+    def segments(self, waiting: Tensor) -> Tensor:
+        """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. Segments are as
+        equal as multiples of 256 can be, larger first."""
         grains = torch.div(waiting.sum(1), GRAIN, rounding_mode="floor")
         grains = torch.where(grains * GRAIN >= self.segment_min, grains, 0)
-        if not bool(grains.any()):
-            return None
         count = -torch.div(-grains, self.segment // GRAIN, rounding_mode="floor")
         each = torch.div(grains, count.clamp_min(1), rounding_mode="floor")
         larger = grains - each * count  # segments of one grain more

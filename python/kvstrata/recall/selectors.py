@@ -8,6 +8,9 @@ from typing import Literal
 from kvstrata.config import SLOTS
 
 
+MAX_NEAR_PAGES = (1 << 15) - 1
+
+
 @dataclass(frozen=True)
 class PageMeans:
     """The pages of highest estimated attention mass, by their mean keys.
@@ -54,6 +57,7 @@ class PageMeans:
         """As the store takes it: pages, Near pages, weight, aggregate. ValueError where Near pages are fewer than are read."""
         pages = self.pages(sinks, window)
         near = 2 * pages if self.near_pages is None else self.near_pages
-        if near < pages:
-            raise ValueError(f"PageMeans: near_pages is {near}, expected at least the {pages} pages that a step reads")
+        if not pages <= near <= MAX_NEAR_PAGES:
+            expected = f"at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
+            raise ValueError(f"PageMeans: near_pages is {near}, expected {expected}")
         return pages, near, self.spread_weight, ("sum", "max").index(self.aggregate)
