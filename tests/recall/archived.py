@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Policy, Sequence, Shape
+from kvstrata.limit import TURN_ABOVE
 from kvstrata.policy import icecache
+from kvstrata.policy.base import FAR, GROUPED, PROVISIONAL, UNGROUPED
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 2, torch.float32)
 TOPICS = 24
@@ -27,6 +29,60 @@ ALL = 1 << 12
 """Pages: more than any row of these tests has, so that all is read."""
 EXACT = 1e-5
 """Relative error of f32 attention over all tokens, as merged from parts."""
+
+
+def sealed(length: int, window: int = 16, sinks: int = 32) -> int:
+    """Tokens of a row of so many that have left the tail, sinks excepted: whole pages."""
+    return max(0, (length - window) // 16 * 16 - sinks)
+
+
+@dataclass
+class Rule:
+    """What the plans of :func:`small` leave in a row of one layer: tokens that are together for good and for the time being.
+
+    layer: among ``layers`` that are planned; least: of a segment.
+    """
+
+    layer: int = 0
+    layers: int = 2
+    least: int = 256
+    interval: int = 16
+    chunk: int = 512
+    length: int = 0
+    good: int = 0
+    provisional: int = 0
+
+    def plan(self, length: int) -> None:
+        """What has left the tail of so many tokens is archived; from a segment on in multiples of 256 for good."""
+        waiting = sealed(length) - self.good
+        if waiting >= self.least:
+            self.good += waiting // 256 * 256
+        self.provisional = sealed(length) - self.good
+
+    def feed(self, n: int) -> None:
+        """A step of n tokens: prompts and turns are planned at the end of each chunk, decoded tokens at the end of an
+        interval, which each layer begins a little earlier than the one before it."""
+        before, self.length = self.length, self.length + n
+        if n > TURN_ABOVE:
+            for end in range(before + self.chunk, self.length, self.chunk):
+                self.plan(end)
+            self.plan(self.length)
+        shift = self.layer * self.interval // self.layers
+        if (before + shift) // self.interval != (self.length + shift) // self.interval:
+            self.plan(self.length)
+
+    @property
+    def archived(self) -> int:
+        return self.good + self.provisional
+
+
+def ruled(lengths: list[int], **settings: int) -> list[Rule]:
+    """Of each of two layers, after steps of so many tokens."""
+    rules = [Rule(layer, **settings) for layer in range(2)]
+    for rule in rules:
+        for n in lengths:
+            rule.feed(n)
+    return rules
 
 
 @dataclass
@@ -125,6 +181,31 @@ class Fed:
                     if exact:
                         assert torch.equal(stored_k[h, order], k[:, h])
                         assert torch.equal(stored_v[h, order], v[:, h])
+
+    def looked(self, seq: Sequence, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """positions, tier and grouped of a layer's tokens [H, N], in table order."""
+        store, heads = self.cache._store, self.cache.shape.layers[layer].kv_heads
+        columns = store.columns(layer, [seq.id])
+        positions = torch.empty(heads, columns, dtype=torch.int32)
+        tier, grouped = (torch.empty(heads, columns, dtype=torch.uint8) for _ in range(2))
+        where = (positions.data_ptr(), 0, 0, 0, tier.data_ptr(), grouped.data_ptr())
+        store.look(layer, [seq.id], *where, columns)
+        return positions, tier, grouped
+
+    def check_rule(self, seq: Sequence, layer: int, rule: Rule) -> None:
+        """A layer's rows hold what the rule says where it says: the oldest tokens in the Far tier, as many of them together
+        for good; sinks first, and the tail last and in order. Nothing was dropped, and Far pages are whole."""
+        n, store = self.cache.logical_length(seq), self.cache._store
+        fresh = sealed(n) - rule.archived
+        assert store.waiting(layer, [seq.id]) == (fresh + rule.provisional, fresh)
+        positions, tiers, groupings = self.looked(seq, layer)
+        for h, (position, tier, grouped) in enumerate(zip(positions, tiers, groupings, strict=True)):
+            assert position[:32].tolist() == list(range(32)) and position[-16:].tolist() == list(range(n - 16, n))
+            assert position[tier == FAR].sort().values.tolist() == list(range(32, 32 + rule.archived))
+            assert torch.equal(tier == FAR, grouped != UNGROUPED)
+            assert [int((grouped == g).sum()) for g in (GROUPED, PROVISIONAL)] == [rule.good, rule.provisional]
+            pages, alive, _, _ = store.row(seq.id, layer, h)
+            assert all(a == 0xFFFF for page, a in zip(pages, alive, strict=True) if store.pool(page >> 28)["far"])
 
     def check_pools(self) -> None:
         """Used pages are those that tables name and the ring, and as many Near copies as the rows may have."""

@@ -6,13 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from archived import SHAPE, Fed, fed, small
+from archived import SHAPE, Fed, Rule, fed, small
 from torch import Tensor
 
-from kvstrata import LayerSpec, Sequence, Shape
+from kvstrata import LayerSpec, Shape, ops
 from kvstrata.config import Unsupported
 from kvstrata.policy import icecache
-from kvstrata.policy.base import FAR, FULL, INT8, NEAR, Policy, Seen
+from kvstrata.policy.base import (
+    FAR,
+    FULL,
+    GROUPED,
+    INT8,
+    NEAR,
+    PROVISIONAL,
+    PROVISIONAL_GROUP,
+    UNGROUPED,
+    Policy,
+    Seen,
+)
 from kvstrata.recall import Archive, KMeans, PageMeans, Position
 
 # --- segments ------------------------------------------------------------------------------------------------------------
@@ -52,45 +63,62 @@ def test_segments(segment: int, least: int) -> None:
         for row, n in zip(waiting, some, strict=True):
             row[torch.randperm(len(row), generator=generator)[:n]] = True
         found = archive.segments(waiting)
-        if found is None:
-            assert all(n // 256 * 256 < least for n in some)
-            continue
         assert found.dtype == torch.int32 and found.shape == waiting.shape
         for row, taken in zip(waiting, found, strict=True):
             check_row(archive, row, taken)
 
 
-def seen(positions: Tensor, tail: int, grouped: Tensor | None = None) -> Seen:
-    """Rows whose last ``tail`` columns are open, all Near and Full."""
+def seen(positions: Tensor, tail: int, grouped: Tensor | None = None, state: int = FULL) -> Seen:
+    """Rows whose last ``tail`` columns are open; all is Near and Full, but what was put together Far and of a state."""
     n = positions.shape[1]
+    grouped = torch.zeros(positions.shape, dtype=torch.uint8) if grouped is None else grouped
+    far = grouped != UNGROUPED
     return Seen(
         0,
         positions.to(torch.int32),
         torch.full((len(positions),), n),
         torch.arange(n).expand(positions.shape) >= n - tail,
-        (positions >= 0).to(torch.uint8),
+        torch.where(far, state, (positions >= 0).long()).to(torch.uint8),
         sinks=32,
-        tier=torch.zeros(positions.shape, dtype=torch.uint8),
-        grouped=torch.zeros(positions.shape, dtype=torch.bool) if grouped is None else grouped,
+        tier=torch.where(far, FAR, NEAR).to(torch.uint8),
+        grouped=grouped,
     )
 
 
 @pytest.mark.parametrize(("state", "native"), [("full", FULL), ("int8", INT8)])
-def test_the_plan(state: str, native: int) -> None:
-    """Sinks, tail, what waits and what is together already stay as they are; the others get a state, a tier and a page."""
-    positions = torch.arange(700).repeat(2, 1)
-    grouped = torch.zeros(2, 700, dtype=torch.bool)
-    grouped[1, 100:400] = True
-    plan = Archive(Position(), state, 256, 256).plan(seen(positions, 30, grouped))
+@pytest.mark.parametrize("least", [256, 512, 1024])
+def test_the_plan(state: str, native: int, least: int) -> None:
+    """Sinks, tail and what is together for good stay as they are. Of the others, multiples of 256 get pages for good, the
+    oldest first, where they are enough; of the rest, newcomers get pages for the time being, and others stay in theirs. All of
+    them are Far, in one state."""
+    positions, grouped = torch.arange(700).repeat(2, 1), torch.zeros(2, 700, dtype=torch.uint8)
+    grouped[1, 32:100], grouped[1, 100:400] = PROVISIONAL, GROUPED
+    before = seen(positions, 30, grouped, native)
+    plan = Archive(Position(), state, 1024, least).plan(before)
     assert plan.state is not None and plan.tier is not None and plan.group is not None
-    taken = torch.zeros(2, 700, dtype=torch.bool)
-    taken[0, 32 : 32 + 512] = True
-    taken[1, [*range(32, 100), *range(400, 400 + 256 - 68)]] = True
-    assert torch.equal(plan.group >= 0, taken)
-    assert torch.equal(plan.tier, torch.where(taken, FAR, NEAR).to(torch.uint8))
-    assert torch.equal(plan.state, torch.where(taken, native, FULL).to(torch.uint8))
-    nothing = Archive(Position(), state, 1024, 1024).plan(seen(positions, 30))
-    assert (nothing.state, nothing.tier, nothing.group) == (None, None, None)
+    waits = [list(range(32, 670)), [*range(32, 100), *range(400, 670)]]
+    group, moved = torch.full((2, 700), -1, dtype=torch.int32), torch.zeros(2, 700, dtype=torch.bool)
+    for r, columns in enumerate(waits):
+        good = len(columns) // 256 * 256 if len(columns) // 256 * 256 >= least else 0
+        taken = [c for i, c in enumerate(columns) if i < good or grouped[r, c] == UNGROUPED]
+        for i, c in enumerate(taken):
+            group[r, c] = i // 16 + (0 if i < good else PROVISIONAL_GROUP)
+        moved[r, taken] = True
+    assert torch.equal(plan.group, group)
+    assert before.tier is not None
+    assert torch.equal(plan.tier, torch.where(moved, FAR, before.tier.long()).to(torch.uint8))
+    assert torch.equal(plan.state, torch.where(moved, native, before.state.long()).to(torch.uint8))
+
+
+def test_a_plan_without_newcomers() -> None:
+    """What is together for the time being, and not enough for a segment, stays."""
+    grouped = torch.full((2, 700), PROVISIONAL, dtype=torch.uint8)
+    grouped[:, :32] = grouped[:, -30:] = UNGROUPED
+    before = seen(torch.arange(700).repeat(2, 1), 30, grouped)
+    plan = Archive(Position(), "full", 1024, 1024).plan(before)
+    assert plan.group is not None and plan.tier is not None and plan.state is not None and before.tier is not None
+    assert (plan.group == -1).all()
+    assert torch.equal(plan.tier, before.tier) and torch.equal(plan.state, before.state)
 
 
 def test_position_packs_what_follows_each_other() -> None:
@@ -112,25 +140,6 @@ def counts(pair: Fed) -> list[int]:
     return [pair.cache.report().counts[what] for what in ("archived", "plans")]
 
 
-def untouched(pair: Fed, seq: Sequence) -> None:
-    """Sinks lie in the first pages and the newest tokens in the tail, both in the order of position; Far pages are whole and of
-    one row's clustered tokens, and what waits is less than a segment and an interval."""
-    policy = pair.cache.policy
-    assert policy.window is not None
-    n = pair.cache.logical_length(seq)
-    for layer, spec in enumerate(pair.cache.shape.layers):
-        _, _, positions = pair.cache.materialize(layer, seq)
-        assert torch.equal(positions[:, :32], torch.arange(32, dtype=torch.int32).expand(spec.kv_heads, -1))
-        tail = positions[:, -policy.window :]
-        assert torch.equal(tail, torch.arange(n - policy.window, n, dtype=torch.int32).expand(spec.kv_heads, -1))
-        for h in range(spec.kv_heads):
-            pages, alive, _, sealed = pair.cache._store.row(seq.id, layer, h)
-            far = [pair.cache._store.pool(page >> 28)["far"] for page in pages]
-            assert not any(far[:2]) and not any(far[sealed:])
-            assert all(a == 0xFFFF for a, is_far in zip(alive, far, strict=True) if is_far)
-        assert pair.cache._store.waiting(layer, [seq.id]) < 256 + 256 + policy.interval
-
-
 @pytest.mark.parametrize("packer", [KMeans(), Position()])
 @pytest.mark.parametrize(("segment", "least"), [(256, 256), (1024, 512)])
 def test_no_token_is_lost_or_changed(packer: KMeans | Position, segment: int, least: int) -> None:
@@ -138,18 +147,29 @@ def test_no_token_is_lost_or_changed(packer: KMeans | Position, segment: int, le
     policy = replace(small(), planner=Archive(packer, segment=segment, segment_min=least))
     pair = fed(policy, shape=Shape([LayerSpec(1, 2, 32), LayerSpec(2, 2, 32)], torch.bfloat16))
     seqs = pair.new(2)
-    pair.feed(seqs, [400, 90])
+    rules = [[Rule(layer, least=least) for layer in range(2)] for _ in seqs]
+
+    def feed(*lengths: int) -> None:
+        pair.feed(seqs, list(lengths))
+        for n, both in zip(lengths, rules, strict=True):
+            for rule in both:
+                rule.feed(n)
+
+    feed(400, 90)
     for i in range(2000):
-        pair.feed(seqs, [1, 1])
+        feed(1, 1)
         if i % 250 == 249:
-            pair.feed(seqs, [5, 130])
+            feed(5, 130)
             pair.check_contents()
             pair.check_pools()
-            if least == 256:
-                untouched(pair, seqs[0])
+            for seq, both in zip(seqs, rules, strict=True):
+                for layer, rule in enumerate(both):
+                    pair.check_rule(seq, layer, rule)
     archived, plans = counts(pair)
-    assert archived == pair.cache.report().far_tokens > 0.75 * 3 * (2430 + 3120)
-    assert plans > 12
+    assert (
+        archived == pair.cache.report().far_tokens == sum((1, 2)[r.layer] * r.archived for both in rules for r in both)
+    )
+    assert plans > 2 * 2000 // 16
     pair.check_empty()
 
 
@@ -170,39 +190,57 @@ def test_pages_by_meaning() -> None:
     assert apart[0] < 0.8 * apart[1]
 
 
-def test_a_clustered_page_is_as_the_op_groups_its_segment() -> None:
-    """Each segment alone, oldest first: the groups of kvstrata.ops.cluster are the pages."""
-    from kvstrata import ops
+def clustered(k: Tensor, positions: list[int]) -> list[list[int]]:
+    """The groups of kvstrata.ops.cluster, as pages of positions; k [N, D]."""
+    page_of, pages = ops.cluster(k[None, positions].contiguous())
+    assert pages.tolist() == [len(positions) // 16]
+    return [sorted(positions[int(t)] for t in (page_of[0] == j).nonzero()) for j in range(len(positions) // 16)]
 
-    pair = fed(small(segment=256))
+
+def test_a_clustered_page_is_as_the_op_groups_its_segment() -> None:
+    """Each segment alone, the oldest first, then the rest alone for the time being: the groups of kvstrata.ops.cluster are the
+    pages. A later plan clusters what was in such pages, page after page, and newcomers after it."""
+    pair = fed(small(segment=256, chunk=1024))
     (seq,) = pair.new()
-    pair.feed([seq], [32 + 512 + 16])
-    k, _ = pair.tokens(seq, 1)
+    pair.feed([seq], [32 + 512 + 80 + 16])
+    keys, _ = pair.tokens(seq, 1)
+    first = [
+        [clustered(keys[:, h], list(range(a, b))) for a, b in ((32, 288), (288, 544), (544, 624))] for h in range(2)
+    ]
     _, _, positions = pair.cache.materialize(1, seq)
     for h in range(2):
-        found = positions[h, 32:-16].view(32, 16).tolist()
-        for s in range(2):
-            first = 32 + 256 * s
-            page_of, pages = ops.cluster(k[None, first : first + 256, h].contiguous())
-            assert pages.tolist() == [16]
-            groups = [(first + (page_of[0] == j).nonzero().flatten()).tolist() for j in range(16)]
-            assert found[16 * s : 16 * (s + 1)] == groups
+        assert positions[h, 32:-16].view(37, 16).tolist() == sum(first[h], [])
+    pair.feed([seq], [160 + 48 + 16])
+    keys, _ = pair.tokens(seq, 1)
+    _, _, positions = pair.cache.materialize(1, seq)
+    for h, (one, two, rest) in enumerate(first):
+        segment = [*sum(rest, []), *range(624, 624 + 176)]
+        more = clustered(keys[:, h], segment), clustered(keys[:, h], list(range(800, 848)))
+        assert positions[h, 32:-16].view(51, 16).tolist() == [*one, *two, *more[0], *more[1]]
 
 
 @pytest.mark.parametrize("layers", [1, 3, 16, 20, 33])
 def test_plans_are_spread_over_steps(layers: int) -> None:
-    """Decoding plans no more than ceil(layers / interval) of them in a step, and each layer once an interval."""
+    """Decoding plans no more than ceil(layers / interval) of them in a step, and each layer once an interval, from the first
+    page on that leaves the tail."""
     pair = fed(small(), shape=Shape([LayerSpec(1, 1, 32)] * layers, torch.float32))
     (seq,) = pair.new()
     pair.feed([seq], [16])
     steps = []
-    for _ in range(700):
+    for _ in range(330):
         before = counts(pair)[1]
         pair.feed([seq], [1])
         steps.append(counts(pair)[1] - before)
     assert max(steps) == -(-layers // 16)
-    assert sum(steps) == 2 * layers, "two segments of each"
+    shifts = [layer * 16 // layers for layer in range(layers)]
+    assert sum(steps) == sum((346 + shift) // 16 - (63 + shift) // 16 for shift in shifts)
     pair.check_contents()
+    for layer in range(layers):
+        rule = Rule(layer, layers)
+        for n in [16] + [1] * 330:
+            rule.feed(n)
+        assert rule.good == 256
+        pair.check_rule(seq, layer, rule)
 
 
 def test_dense_layers_and_sliding_windows_are_left_alone() -> None:
@@ -212,7 +250,11 @@ def test_dense_layers_and_sliding_windows_are_left_alone() -> None:
     pair.feed([seq], [900])
     for _ in range(30):
         pair.feed([seq], [1])
-    assert pair.cache.report().far_tokens == 2 * 768
+    rule = Rule(layers=1)
+    for n in [900] + [1] * 30:
+        rule.feed(n)
+    assert pair.cache.report().far_tokens == 2 * rule.archived
+    pair.check_rule(seq, 1, rule)
     k, v = pair.tokens(seq, 0)
     stored_k, stored_v, positions = pair.cache.materialize(0, seq)
     assert positions[0].tolist() == list(range(930)), "a dense layer stays in order"
@@ -247,6 +289,10 @@ def test_parameters_that_are_refused(settings: dict, message: str) -> None:  # t
         ({"budget": 78}, "budget is 78 tokens, expected at least 79"),
         ({"budget": 0}, "budget is 0, expected at least 1 token"),
         ({"near_pages": 11}, "near_pages is 11, expected at least the 12 pages that a step reads"),
+        (
+            {"near_pages": 32768},
+            "near_pages is 32768, expected at least the 12 pages that a step reads and at most 32767",
+        ),
         ({"aggregate": "mean"}, "aggregate is 'mean', expected 'sum' or 'max'"),
         ({"spread_weight": -0.5}, "spread_weight is -0.5, expected a finite number >= 0"),
         ({"spread_weight": float("nan")}, "spread_weight is nan, expected a finite number"),

@@ -13,7 +13,7 @@ from kvstrata.config import BudgetExceeded
 from kvstrata.recall import Far
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 4, torch.bfloat16)
-LIMIT = 3 << 20
+LIMIT = 2 << 20
 
 
 class Watched:
@@ -55,7 +55,7 @@ def test_the_limit_holds_at_every_call() -> None:
     pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
     watched, refused = Watched(pair), 0
     seqs = pair.new(2)
-    for i in range(120):
+    for i in range(70):
         try:
             pair.feed(seqs, [[1, 1], [700, 1], [1, 90], [17, 16]][i % 4])
         except BudgetExceeded as error:
@@ -141,7 +141,7 @@ def peak(tokens: int, piece: int) -> tuple[int, int]:
 def test_a_longer_prompt_takes_only_its_books(whole: bool) -> None:
     """The Near peak of twice the tokens is higher by at most 1.1 times the added summaries and maps: in turns of 512, or at
     once."""
-    n = 4096
+    n = 2048
     (short, short_books), (long, long_books) = (peak(m, m if whole else 512) for m in (n, 2 * n))
     added = n * SHAPE.token_bytes()
     assert 0 < long_books - short_books < 0.1 * added

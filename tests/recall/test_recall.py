@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from archived import ALL, EXACT, SHAPE, Fed, error, exact, fed, small, worst
+from archived import ALL, EXACT, SHAPE, Fed, error, exact, fed, ruled, small, worst
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Policy, Shape
@@ -296,12 +296,17 @@ def test_two_runs_generate_the_same(state: str) -> None:
 def test_archived_int8_is_near_full() -> None:
     """All read: within int8's error of exact attention, not exact."""
     pair = fed(small(ALL, state="int8"))
-    seqs = pair.new(2)
+    seqs, steps = pair.new(2), [1, 1, 5, 40, 1]
     pair.feed(seqs, [800, 600])
-    errors = [worst(pair, seqs, [n, n]) for n in (1, 1, 5, 40, 1)]
+    errors = [worst(pair, seqs, [n, n]) for n in steps]
     assert EXACT < max(errors) < 5e-2
     states = pair.cache.report().states
-    assert states["int8"] == pair.cache.report().far_tokens == 4 * (768 + 512)
+    rules = [ruled([first, *steps]) for first in (800, 600)]
+    assert states["int8"] == pair.cache.report().far_tokens == 2 * sum(r.archived for both in rules for r in both)
+    for seq, both in zip(seqs, rules, strict=True):
+        for layer, rule in enumerate(both):
+            pair.check_rule(seq, layer, rule)
+            assert rule.good > 0 and rule.provisional > 0
     pair.check_contents(exact=False)
     pair.check_pools()
     pair.check_empty()

@@ -75,8 +75,8 @@ class Archive:
         return seen.stored & ~seen.protected & (seen.grouped != GROUPED)
 
     def segments(self, waiting: Tensor) -> Tensor:
-        """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. Segments are as
-        equal as multiples of 256 can be, larger first."""
+        """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. Segments
+        are as equal as multiples of 256 can be, larger first."""
         grains = torch.div(waiting.sum(1), GRAIN, rounding_mode="floor")
         grains = torch.where(grains * GRAIN >= self.segment_min, grains, 0)
         count = -torch.div(-grains, self.segment // GRAIN, rounding_mode="floor")

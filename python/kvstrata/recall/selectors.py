@@ -7,7 +7,6 @@ from typing import Literal
 
 from kvstrata.config import SLOTS
 
-
 MAX_NEAR_PAGES = (1 << 15) - 1
 
 
