@@ -2,7 +2,7 @@
 
 Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages taken, nothing written), ``plan.after_check``
 (a row's plan was checked, nothing moved), ``plan.after_write`` (its new pages are
-written, the table still holds the old ones).
+written, the table still holds the old ones), ``far.write`` and ``far.read`` (before a page goes to the Far tier or comes back).
 """
 
 from __future__ import annotations
