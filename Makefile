@@ -103,7 +103,7 @@ test: lint $(STAMPS)/wheel-strict $(STAMPS)/oldest asan
 # The native-heavy tests again under AddressSanitizer and UndefinedBehaviorSanitizer. The package is laid out beside the
 # build, with the instrumented module in it. Leaks are not looked for: the interpreter itself frees little at exit.
 ASAN := build/asan-ubsan
-ASAN_TESTS := $(wildcard tests/ops tests/pages tests/store tests/recall/test_random.py tests/recall/test_selection.py)
+ASAN_TESTS := $(wildcard tests/ops tests/pages tests/store)
 asan: $(STAMPS)/dev
 	mkdir -p $(LOGS)
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset asan-ubsan -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
