@@ -282,6 +282,8 @@ class Cache:
         summarized then; and for one that does not go with its sinks and window."""
         if self.policy.selector is None:
             raise ValueError(f"set_selector: policy {self.policy.name!r} selects nothing, expected one with a selector")
+        if self._step is not None:
+            raise RuntimeError("set_selector: a step is open, its pages are reserved for the present selector")
         self._store.set_recall(selector.native(self.policy.sinks, self.policy.window or 0))
         self._store.set_mass_floor(selector.mass_floor)
         self.policy = replace(self.policy, selector=selector)

@@ -66,7 +66,7 @@ class Archive:
         return Plan(
             state=torch.where(taken, self.native_state, seen.state).to(torch.uint8),
             tier=torch.where(taken, FAR, seen.tier).to(torch.uint8),
-            group=torch.where(fresh, group + PROVISIONAL_GROUP, group),
+            group=torch.where(fresh & taken, group + PROVISIONAL_GROUP, group),
         )
 
     def waiting(self, seen: Seen) -> Tensor:
