@@ -98,7 +98,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
 }
 
 int Store::pool_of(int layer, State state, Tier tier) const {
-    if (state > State::int2 || state == State::evicted) return -1;
+    if (state > State::int2 || state == State::evicted || tier > Tier::far) return -1;
     return pool_of_[(layer * kTiers + static_cast<int>(tier)) * kStates + static_cast<int>(state)];
 }
 

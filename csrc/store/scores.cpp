@@ -64,6 +64,8 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
         for (int t = 0; t < n; ++t) at[t] = static_cast<int32_t>(end - n + t);
         for (int h = 0; h < shape.kv_heads; ++h) {
             const pages::Row& row = sequence.rows[first_row_[layer] + h];
+            const bool away = std::any_of(row.page.begin(), row.page.end(), [this](PageId page) { return far(page); });
+            if (away) throw Unsupported(message(verb, ": layer ", layer, " has tokens in the Far tier, expected none"));
             s.rows.push_back(&row);
             s.most = std::max(s.most, row.entries());
             s.windows.push_back({s.q.back().data() + (h * group * count + count - n) * vector, shape.head_dim,
