@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "common/layout.h"
 #include "cpu/isa.h"
+#include "cpu/merge.h"
 #include "cpu/parallel.h"
 #include "ops/backends.h"
 
@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kLine = 16;                   // centroids side by side
 constexpr int kRanks = 4, kLateRounds = 8;  // rounds of bids by rank, and for what has room
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 struct Bid {
     float priority;

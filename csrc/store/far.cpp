@@ -65,12 +65,6 @@ void FarSlabs::read(PageId page, void* to) const {
     }
 }
 
-void FarSlabs::copy(PageId to, PageId from) {
-    std::vector<char> bytes(page_bytes_);
-    read(from, bytes.data());
-    write(to, bytes.data());
-}
-
 int64_t FarSlabs::metadata_bytes() const {
     int64_t bytes = static_cast<int64_t>(slabs_.capacity() * sizeof(Slab));
     for (const Slab& s : slabs_) bytes += static_cast<int64_t>(s.sums.capacity() * sizeof(uint64_t));

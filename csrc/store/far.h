@@ -20,7 +20,6 @@ class FarSlabs {
 
     void write(PageId page, const void* from);  // std::runtime_error: the machine's
     void read(PageId page, void* to) const;     // likewise, and where the bytes are not those that were written
-    void copy(PageId to, PageId from);
     int64_t metadata_bytes() const;
 
   private:

@@ -137,32 +137,35 @@ void Store::give_back(int pool, int slab) {
     if (info_[pool].tier == Tier::far) far_[pool].give_back(slab);
 }
 
+// The Near pool of the same pages as a Far one.
+int Store::near_of(int far_pool) const {
+    const PoolInfo& far = info_[far_pool];
+    const auto near = std::find_if(info_.begin(), info_.end(), [&](const PoolInfo& i) {
+        return i.tier == Tier::near && i.format == far.format && i.head_dim == far.head_dim;
+    });
+    return static_cast<int>(near - info_.begin());  // a Far pool is made beside it
+}
+
 std::vector<int64_t> Store::ring_pages() const {
     std::vector<int64_t> pages(pools_.size(), 0);
-    for (size_t p = 0; p < pools_.size(); ++p) {
-        if (info_[p].tier == Tier::near) continue;
-        for (size_t n = 0; n < pools_.size(); ++n) {
-            const bool same = info_[n].format == info_[p].format && info_[n].head_dim == info_[p].head_dim;
-            if (same && info_[n].tier == Tier::near) pages[n] += options_.ring;
-        }
+    for (int p = 0; p < n_pools(); ++p) {
+        if (info_[p].tier == Tier::far) pages[near_of(p)] += options_.ring;
     }
     return pages;
 }
 
 // Takes the Near pages in which Far pages are put together and read through; they must be free.
 void Store::hold_ring() {
-    for (size_t p = 0; p < pools_.size(); ++p) {
+    for (int p = 0; p < n_pools(); ++p) {
         if (info_[p].tier == Tier::near || !rings_[p].empty()) continue;
-        for (size_t n = 0; n < pools_.size(); ++n) {
-            const bool same = info_[n].format == info_[p].format && info_[n].head_dim == info_[p].head_dim;
-            if (!same || info_[n].tier == Tier::far) continue;
-            for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[n].take());
-        }
+        for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[near_of(p)].take());
     }
 }
 
 bool Store::empty_out(int pool, int slab) {
     check(pool >= 0 && pool < n_pools(), "empty_out: pool is ", pool, ", expected 0..", n_pools() - 1);
+    check(info_[pool].tier == Tier::near, "empty_out: pool ", pool,
+          " is of the Far tier, expected one of the Near tier");
     pages::Pool& p = pools_[pool];
     check(slab >= 0 && slab < static_cast<int>(p.slabs().size()), "empty_out: slab ", slab, " is not lent");
     const pages::Slab& s = p.slabs()[slab];
@@ -176,11 +179,7 @@ bool Store::empty_out(int pool, int slab) {
         auto [at, first] = moved.try_emplace(page, kNoPage);
         if (first) {
             at->second = p.take();
-            if (info_[pool].tier == Tier::far) {
-                far_[pool].copy(at->second, page);
-            } else {
-                std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
-            }
+            std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
             std::memcpy(p.positions(at->second), p.positions(page), kPositionBytes);
         } else {
             p.share(at->second);

@@ -115,13 +115,8 @@ void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
     if (entries.empty()) return;
     std::vector<pages::Miss>& misses = parts_.misses;
     misses.clear();
-    const Kind kind = kinds_[page_pool(row.page[entries[0]])];
-    int near = 0;
-    while (info_[near].tier == Tier::far || kinds_[near] != Kind{kind.state, Tier::near} ||
-           info_[near].head_dim != info_[page_pool(row.page[entries[0]])].head_dim) {
-        ++near;
-    }
-    pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, pools_[near], misses);
+    pages::Pool& near = pools_[near_of(page_pool(row.page[entries[0]]))];
+    pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, near, misses);
     hits_ += static_cast<int64_t>(entries.size() - misses.size());
     misses_count_ += static_cast<int64_t>(misses.size());
     for (size_t i = 0; i < misses.size(); ++i) {
@@ -208,7 +203,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
     }
     attend_part(layer, call, 0, [this](int r, auto add) {
         const pages::Row& row = *parts_.rows[r];
-        for (int e = 0; e < first_indexed(row); ++e) add(e);
+        for (int e = 0, first = first_indexed(row); e < first; ++e) add(e);
         for (int e = row.sealed; e < row.entries(); ++e) add(e);
     });
     select_pages(layer, call.scale);

@@ -280,6 +280,7 @@ class Store {
     int first_indexed(const pages::Row& row) const;
     bool far(PageId page) const { return kinds_[page_pool(page)].tier == Tier::far; }
     const std::vector<PageId>& ring_of(int far_pool) const { return rings_[far_pool]; }
+    int near_of(int far_pool) const;
     void write_far(PageId page, PageId from);
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,

@@ -350,18 +350,12 @@ class Plans:
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the
         order of the tables as they change. No tier where the cache has no Far tier."""
-        found: dict[str, Tensor | None] = {"state": seen.state if plan.state is None else plan.state}
-        found["tier"] = plan.tier if self._cache._slabs.has_far else None
-        found["group"] = plan.group
-        for name, dtype in (("state", torch.uint8), ("tier", torch.uint8), ("group", torch.int32)):
-            column = found[name]
-            if column is not None and (column.dtype != dtype or column.shape != seen.positions.shape):
-                raise ValueError(
-                    f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(seen.positions.shape)}"
-                )
-            found[name] = None if column is None else column.contiguous()
-        assert found["state"] is not None
-        return Plan(self._capped(seen, found["state"]), found["tier"], found["group"])
+        shape = seen.positions.shape
+        state = _column("state", seen.state if plan.state is None else plan.state, torch.uint8, shape)
+        tier = _column("tier", plan.tier, torch.uint8, shape) if self._cache._slabs.has_far else None
+        group = _column("group", plan.group, torch.int32, shape)
+        assert state is not None
+        return Plan(self._capped(seen, state), tier, group)
 
     def _capped(self, seen: Seen, state: Tensor) -> Tensor:
         """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
@@ -387,6 +381,15 @@ class Plans:
                     more = self._store.apply_plan(layer, seq, head, *columns, most)
         finally:
             self._cache._slabs.settle()
+
+
+def _column(name: str, column: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+    """A column of a plan, contiguous. ValueError for another dtype or shape."""
+    if column is None:
+        return None
+    if column.dtype != dtype or column.shape != shape:
+        raise ValueError(f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(shape)}")
+    return column.contiguous()
 
 
 def _address(column: Tensor | None) -> int:

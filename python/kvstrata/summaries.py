@@ -114,12 +114,8 @@ def score_pages(
     ValueError also where a logit is not a number: a page that cannot be ranked would never be read.
     """
     op = "score_pages"
-    view(op, "q", q), view(op, "visible", visible)
-    count = thread_count(op, threads)
-    entries = visible.shape[-1] if visible.dim() else 0
-    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
     x = torch.empty(rows, group, entries)
-    workspace = torch.empty(_C.select_workspace_bytes(rows, group, dim, entries, count), dtype=torch.uint8)
     _C.score_pages(
         view(op, "q", q),
         view(op, "blocks", blocks),
@@ -158,15 +154,11 @@ def select(
     op = "select"
     if aggregate not in _AGGREGATE:
         raise ValueError(f"{op}: aggregate is {aggregate!r}, expected one of {', '.join(_AGGREGATE)}")
-    view(op, "q", q), view(op, "visible", visible)
-    count = thread_count(op, threads)
-    entries = visible.shape[-1] if visible.dim() else 0
-    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
     most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else k
     widest = int(most.max()) if most.numel() else 0
     chosen = torch.empty(rows, max(widest, 0), dtype=torch.int32)
     counts, rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, group)
-    workspace = torch.empty(_C.select_workspace_bytes(rows, group, dim, entries, count), dtype=torch.uint8)
     _C.select(
         view(op, "q", q),
         view(op, "blocks", blocks),
@@ -183,3 +175,13 @@ def select(
         count,
     )
     return chosen, counts, rest
+
+
+def _scan(op: str, q: Tensor, visible: Tensor, threads: int | None) -> tuple[int, int, int, int, int, Tensor]:
+    """R, G, D, M, threads and workspace of a scan of summaries; any for q or visible of another rank, which the op refuses."""
+    view(op, "q", q), view(op, "visible", visible)
+    count = thread_count(op, threads)
+    entries = visible.shape[-1] if visible.dim() else 0
+    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    bytes_needed = _C.select_workspace_bytes(rows, group, dim, entries, count)
+    return rows, group, dim, entries, count, torch.empty(bytes_needed, dtype=torch.uint8)

@@ -16,7 +16,7 @@ class Budget:
     """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`.
 
     schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
-    does not); far: "auto", a Far tier exactly when the policy archives, which none does yet, or None, no Far tier;
+    does not); far: "auto" or None; the Far tier is an argument of the cache;
     disk: None; per: "cache", one limit for all sequences, or "sequence", one for each; count: of :meth:`tokens`; at: the
     length in tokens that a share is of (None: each plan's logical length). Values that this release cannot honour are
     Unsupported, with the reason.

@@ -61,7 +61,7 @@ class Reader(Protocol):
 
     def cluster(self, segment: Tensor, iters: int) -> Tensor:
         """i32 [R, N]: tokens of one number of a row resemble each other, at most 16 of them, -1: none. segment i32 [R, N]:
-        tokens that are clustered together, -1: none; they lie Near (:func:`kvstrata.ops.cluster`)."""
+        tokens that are clustered together, -1: none (:func:`kvstrata.ops.cluster`)."""
 
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
         """f32 [R, G, 3]: ARKV's entropy, variance and kurtosis of the attention of the last ``queries`` queries."""

@@ -17,6 +17,7 @@ from kvstrata import ops
 from kvstrata.cli.bench.common import (
     SLOTS,
     Call,
+    Times,
     begin,
     buffers,
     digest,
@@ -79,10 +80,8 @@ def scan(args: argparse.Namespace, tokens: int, kind: str, read_gbps: float) -> 
     calls: list[Call] = [ours, lambda i: torch_scan(q, mean[i % means], args.most)]
     times, theirs = measure(calls, args.reps)
     entries, _, rest = ops.select(q, blocks[0], visible, args.most, lse_base=base)
-    row = _row(args, kind, tokens, size, times.p50, read_gbps, digest(entries, rest))
-    return row | times.row() | {"baseline": {"name": "torch f32 scan and topk", "ms_p50": theirs.p50}} | {
-        "speedup": theirs.p50 / times.p50
-    }  # fmt: skip
+    found = digest(entries, rest)
+    return _row(args, kind, tokens, size, times, read_gbps, found, ("torch f32 scan and topk", theirs))
 
 
 def whole(args: argparse.Namespace, tokens: int, read_gbps: float) -> dict[str, Any]:
@@ -109,16 +108,22 @@ def whole(args: argparse.Namespace, tokens: int, read_gbps: float) -> dict[str, 
 
     times, theirs = measure([ours, everything], args.reps)
     read = args.kv_rows * (-(-pages // SLOTS) * ops.summary_bytes(args.dim) + (args.most + STEADY) * page)
-    row = _row(args, "select, attend", tokens, read, times.p50, read_gbps, digest(*ours(0)))
-    return row | times.row() | {"baseline": {"name": "attend to all pages", "ms_p50": theirs.p50}} | {
-        "speedup": theirs.p50 / times.p50
-    }  # fmt: skip
+    found = digest(*ours(0))
+    return _row(args, "select, attend", tokens, read, times, read_gbps, found, ("attend to all pages", theirs))
 
 
 def _row(
-    args: argparse.Namespace, kind: str, tokens: int, size: int, ms: float, read_gbps: float, found: str
+    args: argparse.Namespace,
+    kind: str,
+    tokens: int,
+    size: int,
+    times: Times,
+    read_gbps: float,
+    found: str,
+    baseline: tuple[str, Times],
 ) -> dict[str, Any]:
-    gbps = size / ms / 1e6
+    """What a row says of a call that reads so many bytes, beside a baseline; found: its digest."""
+    gbps, (name, theirs) = size / times.p50 / 1e6, baseline
     return {
         "kind": kind,
         "kv_rows": args.kv_rows,
@@ -132,4 +137,7 @@ def _row(
         "gbps": gbps,
         "share_read": gbps / read_gbps,
         "digest": found,
+        **times.row(),
+        "baseline": {"name": name, "ms_p50": theirs.p50},
+        "speedup": theirs.p50 / times.p50,
     }
