@@ -123,6 +123,7 @@ void bind_store(py::module_& m) {
                             int n) { return s.lend_far(pool, file, offset, reinterpret_cast<int32_t*>(positions), n); })
         .def("ring_pages", &Store::ring_pages)
         .def("hold_ring", &Store::hold_ring)
+        .def("shrink_near", &Store::shrink_near)
         .def("set_recall", [](Store& s, const RecallTuple& r) { s.set_recall(recall(r)); })
         .def("set_mass_floor", &Store::set_mass_floor)
         .def("captured",

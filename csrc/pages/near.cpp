@@ -1,5 +1,6 @@
 #include "pages/near.h"
 
+#include <algorithm>
 #include <cassert>
 
 namespace kvstrata::pages {
@@ -26,6 +27,21 @@ void NearCopies::release(Pools& pools) {
     for (const NearSlot& s : slots) pool_of(pools, s.page).release(s.page);
     slots.clear();
     slot_of.clear();
+}
+
+void NearCopies::shrink(int most, Pools& pools) {
+    while (static_cast<int>(slots.size()) > most) {
+        const auto sooner = [](const NearSlot& a, const NearSlot& b) {
+            return (a.entry < 0) != (b.entry < 0) ? a.entry < 0 : a.stamp < b.stamp;
+        };
+        const auto least = std::min_element(slots.begin(), slots.end(), sooner);
+        pool_of(pools, least->page).release(least->page);
+        if (least->entry >= 0) slot_of[least->entry] = -1;
+        *least = slots.back();
+        slots.pop_back();
+        if (least != slots.end() && least->entry >= 0)
+            slot_of[least->entry] = static_cast<int16_t>(least - slots.begin());
+    }
 }
 
 namespace {

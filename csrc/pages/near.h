@@ -35,10 +35,11 @@ struct NearCopies {
         return static_cast<int64_t>(slots.capacity() * sizeof(NearSlot) + slot_of.capacity() * sizeof(int16_t));
     }
 
-    void resize(int entries);     // with the row
-    void move(int from, int to);  // an entry; what stood at `to` had left
-    void leave(int entry);        // the entry leaves the row
-    void release(Pools& pools);   // all of them
+    void resize(int entries);             // with the row
+    void move(int from, int to);          // an entry; what stood at `to` had left
+    void leave(int entry);                // the entry leaves the row
+    void release(Pools& pools);           // all of them
+    void shrink(int most, Pools& pools);  // to so many slots: free ones go first, then the oldest
 };
 
 // Pages that admitting so many Far entries may take.

@@ -77,7 +77,7 @@ PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan,
     check(cost.size() == pools_.size(), "plan_piece: cost has ", cost.size(), " elements, expected ", pools_.size());
     PlanPiece piece;
     const auto fits = [&](int most) {
-        const Repack r = repack(row, plan, most, pools_, kinds_.data());
+        const Repack r = repack(row, plan, most, recalls(layer) ? first_indexed(row) : 0, pools_, kinds_.data());
         piece = {std::min(most, r.changing), r.changing, std::vector<int64_t>(pools_.size(), 0)};
         for (int tier = 0; tier < kTiers; ++tier) {
             for (int s = 1; s < kStates; ++s) {
@@ -192,7 +192,7 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
     Sequence& s = find(seq, "apply_plan");
     pages::Row& row = row_of(s, layer, head);
     if (plan.tier || plan.group) most = row.sealed;
-    const Repack r = repack(row, plan, most, pools_, kinds_.data());
+    const Repack r = repack(row, plan, most, recalls(layer) ? first_indexed(row) : 0, pools_, kinds_.data());
     if (!r.changes) return false;
     fault::hit("plan.after_check");
     if (recalls(layer)) summarize_sealed(s, layer, head);

@@ -115,18 +115,27 @@ void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
     if (entries.empty()) return;
     std::vector<pages::Miss>& misses = parts_.misses;
     misses.clear();
+    misses.reserve(entries.size());  // so that each entry that is given a slot is named here
     pages::Pool& near = pools_[near_of(page_pool(row.page[entries[0]]))];
-    pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, near, misses);
+    size_t read = 0;
+    try {
+        pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, near, misses);
+        for (; read < misses.size(); ++read) read_far(row.page[misses[read].entry], misses[read].to);
+    } catch (...) {
+        for (; read < misses.size(); ++read) row.near.leave(misses[read].entry);
+        throw;
+    }
     hits_ += static_cast<int64_t>(entries.size() - misses.size());
     misses_count_ += static_cast<int64_t>(misses.size());
-    for (size_t i = 0; i < misses.size(); ++i) {
-        try {
-            read_far(row.page[misses[i].entry], misses[i].to);
-        } catch (...) {
-            for (; i < misses.size(); ++i) row.near.leave(misses[i].entry);
-            throw;
-        }
+}
+
+bool Store::shrink_near() {
+    if (options_.recall.near_pages <= options_.recall.pages) return false;
+    options_.recall.near_pages = options_.recall.pages;
+    for (auto& [id, s] : sequences_) {
+        for (pages::Row& row : s->rows) row.near.shrink(options_.recall.pages, pools_);
     }
+    return true;
 }
 
 // --- attention in parts ----------------------------------------------------------------------------------------------------------

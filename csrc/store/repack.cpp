@@ -8,8 +8,8 @@ namespace {
 
 class Packing {
   public:
-    Packing(const pages::Row& row, const RowPlan& plan, pages::Pools& pools, const Kind* kinds)
-        : row_(row), plan_(plan), pools_(pools), kinds_(kinds) {}
+    Packing(const pages::Row& row, const RowPlan& plan, int fixed, pages::Pools& pools, const Kind* kinds)
+        : row_(row), plan_(plan), fixed_(fixed), pools_(pools), kinds_(kinds) {}
 
     Repack run(int most) {
         r_.keep = row_.alive;
@@ -20,7 +20,7 @@ class Packing {
             if (joins(e)) collect(e);
         }
         for (int e = 0; e < row_.entries(); ++e) {
-            if (e >= row_.sealed || kind(e).tier == Tier::far) narrow(e);
+            if (narrows(e)) narrow(e);
         }
         for (auto& tier : r_.to) {
             for (auto& survivors : tier) std::stable_sort(survivors.begin(), survivors.end(), before);
@@ -31,6 +31,7 @@ class Packing {
 
   private:
     Kind kind(int e) const { return kinds_[page_pool(row_.page[e])]; }
+    bool narrows(int e) const { return e >= row_.sealed || e < fixed_ || kind(e).tier == Tier::far; }
     Kind wanted(int i, Kind now) const {
         return {static_cast<State>(plan_.state[i]), plan_.tier ? static_cast<Tier>(plan_.tier[i]) : now.tier};
     }
@@ -47,7 +48,7 @@ class Packing {
     bool holds(int e) const {
         const Kind now = kind(e);
         for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
-            if (now.tier == Tier::far && plan_.state[i] == 0) continue;  // it only loses its slot
+            if (narrows(e) && plan_.state[i] == 0) continue;  // it only loses its slot
             if (wanted(i, now) != now || group(i) >= 0) return false;
         }
         return true;
@@ -72,8 +73,8 @@ class Packing {
 
     // A part-filled page whose tokens stay what they are goes along with others of its kind that are packed.
     bool joins(int e) const {
-        if (r_.gone(e) || row_.alive[e] == kAllSlots || row_.want[e] & (pages::kGrouped | pages::kProvisional) ||
-            !holds(e))
+        if (e < fixed_ || r_.gone(e) || row_.alive[e] == kAllSlots ||
+            row_.want[e] & (pages::kGrouped | pages::kProvisional) || !holds(e))
             return false;
         const Kind now = kind(e);
         return now.tier == Tier::near && packs_[static_cast<int>(now.state)];
@@ -97,7 +98,7 @@ class Packing {
         r_.changes = true;
     }
 
-    // Evicted tokens of the tail, and of Far pages, leave their slots.
+    // Evicted tokens of the tail, of Far pages and of the first ones leave their slots.
     void narrow(int e) {
         int i = r_.first[e];
         for (uint16_t m = r_.gone(e) ? uint16_t{0} : row_.alive[e]; m; m &= m - 1, ++i) {
@@ -123,6 +124,7 @@ class Packing {
 
     const pages::Row& row_;
     const RowPlan& plan_;
+    const int fixed_;
     pages::Pools& pools_;
     const Kind* const kinds_;
     bool packs_[kStates] = {};  // ungrouped Near tokens
@@ -131,8 +133,8 @@ class Packing {
 
 }  // namespace
 
-Repack repack(const pages::Row& row, const RowPlan& plan, int most, pages::Pools& pools, const Kind* kinds) {
-    return Packing(row, plan, pools, kinds).run(most);
+Repack repack(const pages::Row& row, const RowPlan& plan, int most, int fixed, pages::Pools& pools, const Kind* kinds) {
+    return Packing(row, plan, fixed, pools, kinds).run(most);
 }
 
 std::vector<uint8_t> reordered(const pages::Row& row, const RowPlan& plan, const Repack& r) {

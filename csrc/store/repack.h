@@ -3,7 +3,8 @@
 // Survivors of touched pages are packed by (tier, format, group, position). A page is touched if one of its tokens changes
 // state, tier or page; or if it is part-filled and ungrouped and others of its kind are packed anyway: so a row never holds
 // two part-filled ungrouped sealed pages of one format after a plan that moves anything. Evicted tokens of a Far page only
-// lose their slots: its other tokens stay where they are.
+// lose their slots: its other tokens stay where they are. So do those of `fixed` first entries: sinks that are read whatever is
+// selected, by their place.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +60,7 @@ struct Repack {
 };
 
 // A piece of at most `most` rewritten entries: of more, those of fewest survivors. kinds [pools]: of their pages.
-Repack repack(const pages::Row& row, const RowPlan& plan, int most, pages::Pools& pools, const Kind* kinds);
+Repack repack(const pages::Row& row, const RowPlan& plan, int most, int fixed, pages::Pools& pools, const Kind* kinds);
 
 // The new states in the order in which the row's table stands once the piece is done.
 std::vector<uint8_t> reordered(const pages::Row& row, const RowPlan& plan, const Repack& piece);

@@ -91,10 +91,11 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
           ", expected to start at ", done_[layer]);
     const int pool_id = layer_pool_[layer];
     pages::Pool& pool = pools_[pool_id];
-    const int64_t need = needed(layer, layer + 1, from, to)[pool_id];
-    if (need > pool.free()) {
-        throw std::logic_error(message("append: layer ", layer, " needs ", need, " pages, ", pool.free(),
-                                       " are free; the step did not reserve them"));
+    const std::vector<int64_t> need = needed(layer, layer + 1, from, to);
+    for (int p = 0; p < n_pools(); ++p) {
+        if (need[p] <= pools_[p].free()) continue;
+        throw std::logic_error(message("append: layer ", layer, " needs ", need[p], " pages of pool ", p, ", ",
+                                       pools_[p].free(), " are free; the step did not reserve them"));
     }
     const LayerShape& shape = layers_[layer];
     append_rows_.clear();

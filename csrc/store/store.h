@@ -222,6 +222,7 @@ class Store {
 
     // Recall (recall.cpp)
     void set_recall(const Recall& recall) { options_.recall = recall; }
+    bool shrink_near();  // Near copies to the K of a step, from now on; whether they were more
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far

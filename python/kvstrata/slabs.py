@@ -68,8 +68,15 @@ class Slabs:
 
         BudgetExceeded with nothing changed if the limit does not allow them.
         """
-        if any(self._store.missing(first_layer, last_layer, first, last)):
-            self.reserve_pages(self._store.needed(first_layer, last_layer, first, last))
+        step = (first_layer, last_layer, first, last)
+        if not any(self._store.missing(*step)):
+            return
+        try:
+            self.reserve_pages(self._store.needed(*step))
+        except BudgetExceeded:
+            if not self._store.shrink_near():
+                raise
+            self.reserve_pages(self._store.needed(*step))
 
     def reserve_pages(self, needed: list[int]) -> None:
         """Makes sure of so many free pages in each pool. BudgetExceeded with nothing changed."""
@@ -96,7 +103,12 @@ class Slabs:
             self.trim(keep=needed)
             spare = self._spare(costs)
             entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
-        self.reserve_pages(needed)
+        try:
+            self.reserve_pages(needed)
+        except BudgetExceeded:
+            if not self._store.shrink_near():
+                raise
+            self.reserve_pages(needed)
         return entries
 
     def piece(self) -> int:

@@ -78,6 +78,21 @@ def within(pair: Fed) -> None:
     assert report.allocator_bytes == pair.cache._slabs.held
 
 
+def test_near_copies_give_way() -> None:
+    """A limit that holds the pages which a step reads, and not all the copies that were asked for."""
+    pair = fed(small(pages=16, chunk=256, near_pages=400), SHAPE, budget=f"{LIMIT >> 10}KiB")
+    (seq,) = pair.new()
+    for _ in range(8):
+        pair.feed([seq], [256])
+    for _ in range(600):
+        pair.feed([seq], [1])
+        within(pair)
+    recall, store = pair.cache.report().recall, pair.cache._store
+    assert recall is not None and recall.hits > 0 and recall.misses > 0
+    assert not store.shrink_near(), "it was made smaller on the way"
+    pair.check_contents()
+
+
 def test_forks_keep_to_the_limit() -> None:
     """Their tables and indices are new bytes: where there is no room for them, the fork is refused, and nothing has begun."""
     pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")

@@ -137,6 +137,26 @@ def test_random_steps(near: int) -> None:
     assert store.pool(0)["used"] - ring - ROWS * 3 == ROWS * near, "as many copies as slots, beside sinks and tail"
 
 
+def test_a_cache_that_shrinks() -> None:
+    """To what a step reads: the pages that were used last stay, and the slots go on as before."""
+    named = Named.of(3 * K)
+    seq, store = named.begun(), named.cache._store
+    pages = [list[int]() for _ in range(ROWS)]
+    for _ in range(40):
+        pages = named.drawn(list(range(PAGES)), pages)
+        named.read([seq], pages)
+    held = store.pool(0)["used"]
+    assert store.shrink_near() and not store.shrink_near()
+    assert held - store.pool(0)["used"] == ROWS * 2 * K
+    before = store.fetched()
+    named.check(named.read([seq], pages), pages)
+    assert store.fetched() == (before[0] + ROWS * K, before[1]), "the last step's pages were kept"
+    for _ in range(40):
+        pages = named.drawn(list(range(PAGES)), pages)
+        named.check(named.read([seq], pages), pages)
+    assert held - store.pool(0)["used"] == ROWS * 2 * K, "and it stays small"
+
+
 @pytest.mark.parametrize("near", [K, 2 * K, 3 * K])
 def test_forks_and_crops(near: int) -> None:
     """A fork begins with no copy; pages that a crop removes leave their slots, narrowed ones keep them."""

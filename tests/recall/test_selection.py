@@ -160,6 +160,21 @@ def test_what_is_dropped_is_not_read() -> None:
     clear([r for _ in range(10) for r in judged(pair, seqs, born=born)])
 
 
+def test_what_is_left_of_a_sink_page_is_always_read() -> None:
+    pair = fed()
+    (seq,) = pair.new()
+    pair.feed([seq], [700])
+    for layer in range(2):
+        positions = pair.cache.materialize(layer, seq)[2]
+        pair.cache.drop(layer, seq, ~torch.isin(positions, torch.tensor([3, 20])))
+        for h in range(2):
+            assert pair.cache._store.row(seq.id, layer, h)[1][:2] == [0xFFFF & ~(1 << 3), 0xFFFF & ~(1 << 4)]
+            assert positions[h, :32].tolist() == list(range(32)), "they were first in the table before"
+    for _ in range(10):
+        judged(pair, [seq])
+    assert pair.cache._store.waiting(0, [seq.id])[1] < 16, "sinks wait for no plan"
+
+
 SINKS_DROPPED = """
 import torch
 from archived import fed
