@@ -165,11 +165,12 @@ void bind_store(py::module_& m) {
         .def("columns", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.columns(layer, seqs); })
         .def("look",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address positions, Address open, Address state,
-                Address scores, Address tier, Address grouped, int64_t columns) {
+                Address scores, Address tier, Address grouped, Address entry, int64_t columns) {
                  s.look(layer, seqs,
                         {reinterpret_cast<int32_t*>(positions), reinterpret_cast<uint8_t*>(open),
                          reinterpret_cast<uint8_t*>(state), reinterpret_cast<float*>(scores),
-                         reinterpret_cast<uint8_t*>(tier), reinterpret_cast<uint8_t*>(grouped)},
+                         reinterpret_cast<uint8_t*>(tier), reinterpret_cast<uint8_t*>(grouped),
+                         reinterpret_cast<int32_t*>(entry)},
                         columns);
              })
         .def("tally",
@@ -231,6 +232,11 @@ void bind_store(py::module_& m) {
                 Address out) {
                  s.measure(layer, seqs, queries, static_cast<ops::Stats>(which), {scale, softcap},
                            reinterpret_cast<float*>(out));
+             })
+        .def("score_pages",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, int queries, float scale, float softcap,
+                Address out, int64_t columns) {
+                 s.score_pages(layer, seqs, queries, {scale, softcap}, reinterpret_cast<float*>(out), columns);
              })
         .def("score_keys",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, int kind, Address out, int64_t columns) {

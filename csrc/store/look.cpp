@@ -35,6 +35,7 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
     if (out.scores) std::fill_n(out.scores, all, 0.0f);
     if (out.tier) std::fill_n(out.tier, all, uint8_t{0});
     if (out.grouped) std::fill_n(out.grouped, all, uint8_t{0});
+    if (out.entry) std::fill_n(out.entry, all, -1);
     for (size_t b = 0; b < seqs.size(); ++b) {
         for (int h = 0; h < heads; ++h) {
             const pages::Row& row = row_of(find(seqs[b], "look"), layer, h);
@@ -47,6 +48,7 @@ void Store::look(int layer, std::span<const SeqId> seqs, const Look& out, int64_
                 if (out.state) std::fill_n(out.state + at, n, static_cast<uint8_t>(state_of(row.page[e])));
                 if (out.tier) std::fill_n(out.tier + at, n, static_cast<uint8_t>(kinds_[page_pool(row.page[e])].tier));
                 if (out.grouped) std::fill_n(out.grouped + at, n, grouping(row.want[e]));
+                if (out.entry) std::fill_n(out.entry + at, n, e);
                 int i = 0;
                 for (uint16_t m = row.alive[e]; out.scores && row.noted && m; m &= m - 1, ++i) {
                     out.scores[at + i] =

@@ -3,6 +3,7 @@
 // Ops work on slots, [M, 16] of each row; policies on stored tokens in table order, [N]. Here one becomes the other.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <memory>
 
 #include "common/check.h"
@@ -27,6 +28,15 @@ void expand(const pages::Row& row, const float* line, float* slots) {
     }
 }
 
+// Adds softmax(x) * by to out, [n].
+void add_shares(const float* x, int n, float by, float* out) {
+    const float most = n ? *std::max_element(x, x + n) : 0.0f;
+    if (n == 0 || std::isinf(most)) return;
+    double total = 0.0;
+    for (int e = 0; e < n; ++e) total += std::exp(x[e] - most);
+    for (int e = 0; e < n; ++e) out[e] += by * std::exp(x[e] - most) / static_cast<float>(total);
+}
+
 using Memory = std::unique_ptr<unsigned char[]>;  // not a vector: it would be zeroed first
 void* aligned(Memory& memory, int64_t bytes) {
     memory = std::make_unique_for_overwrite<unsigned char[]>(static_cast<size_t>(bytes) + 64);
@@ -44,7 +54,8 @@ struct Store::Scored {
     int most = 0;                               // entries of the longest row
 };
 
-Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb) {
+// reads: their keys are to be read, none of which may be Far.
+Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb, bool reads) {
     check_layer(layer, verb);
     const LayerShape& shape = layers_[layer];
     const int64_t group = shape.q_heads / shape.kv_heads;
@@ -65,7 +76,8 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
         for (int h = 0; h < shape.kv_heads; ++h) {
             const pages::Row& row = sequence.rows[first_row_[layer] + h];
             const bool away = std::any_of(row.page.begin(), row.page.end(), [this](PageId page) { return far(page); });
-            if (away) throw Unsupported(message(verb, ": layer ", layer, " has tokens in the Far tier, expected none"));
+            if (away && reads)
+                throw Unsupported(message(verb, ": layer ", layer, " has tokens in the Far tier, expected none"));
             s.rows.push_back(&row);
             s.most = std::max(s.most, row.entries());
             s.windows.push_back({s.q.back().data() + (h * group * count + count - n) * vector, shape.head_dim,
@@ -146,6 +158,65 @@ void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kin
     p.workspace = aligned(memory, ops::score_keys_workspace_bytes(p));
     ops::score_keys(p);
     for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &slots[r * line], out + r * columns, columns);
+}
+
+void Store::score_pages(int layer, std::span<const SeqId> seqs, int queries, const Arithmetic& arithmetic, float* out,
+                        int64_t columns) {
+    check(recalls(layer), "score_pages: layer ", layer, " has no summaries, expected one that is selected from");
+    const Scored s = scored(layer, seqs, queries, "score_pages", false);
+    std::vector<float> mass(s.rows.size() * s.most, 0.0f);
+    for (int t = 0; t < queries; ++t) add_votes(layer, seqs, s, t, arithmetic, mass.data());
+    for (size_t r = 0; r < s.rows.size(); ++r) {
+        float* to = out + static_cast<int64_t>(r) * columns;
+        for (int e = 0; e < s.rows[r]->entries(); ++e) {
+            const int slots = std::popcount(s.rows[r]->alive[e]);
+            to = std::fill_n(to, slots, mass[r * s.most + e] / static_cast<float>(slots));
+        }
+        std::fill(to, out + static_cast<int64_t>(r + 1) * columns, 0.0f);
+    }
+}
+
+// Query t of every row that has so many: a selection that selects nothing. mass [R, M].
+void Store::add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, int t, const Arithmetic& arithmetic,
+                      float* mass) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads;
+    std::vector<float> x(s.rows.size() * group * s.most);
+    std::vector<ops::SelectRow> rows;
+    std::vector<size_t> of;
+    for (size_t r = 0; r < s.rows.size(); ++r) {
+        const ops::WindowRow& w = s.windows[r];
+        if (t >= w.queries) continue;
+        const Index& index = sequence(seqs[r / shape.kv_heads]).indices[first_row_[layer] + r % shape.kv_heads];
+        ops::SelectRow& row = rows.emplace_back();
+        row.q = static_cast<const unsigned char*>(w.q) + t * w.q_stride_t * dtype_bytes(options_.dtype);
+        row.q_stride_g = w.q_stride_g;
+        row.blocks = index.blocks();
+        row.visible = s.rows[r]->visible.data();
+        row.first = first_indexed(*s.rows[r]);
+        row.entries = index.count();
+        row.x = &x[r * group * s.most];
+        of.push_back(r);
+    }
+    if (rows.empty()) return;
+    ops::SelectParams p{rows.data(),
+                        static_cast<int32_t>(rows.size()),
+                        group,
+                        shape.head_dim,
+                        options_.dtype,
+                        arithmetic.scale,
+                        options_.recall.weight,
+                        ops::Aggregate::sum,
+                        nullptr,
+                        threads_};
+    Memory memory;
+    p.workspace = aligned(memory, ops::select_workspace_bytes(p));
+    ops::score_pages(p);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        const int n = rows[i].entries;
+        const float by = 1.0f / static_cast<float>(group * s.windows[of[i]].queries);
+        for (int g = 0; g < group; ++g) add_shares(rows[i].x + int64_t{g} * n, n, by, mass + of[i] * s.most);
+    }
 }
 
 // score f32 [R, G, N] -> out f32 [R, N].

@@ -108,6 +108,7 @@ struct Look {
     float* scores;
     uint8_t* tier;     // Tier
     uint8_t* grouped;  // its page was put together by a plan's groups: 1 for the time being, 2 for good
+    int32_t* entry;    // of its page in the table
 };
 
 // What the rows of a layer hold: slots by State, and page-table entries.
@@ -244,6 +245,10 @@ class Store {
     void measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
                  float* out);
     void score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns);
+    // By summaries alone, Far pages too: each token's part of the share of attention that its page is estimated to receive,
+    // the mean over queries and query heads; of sealed tokens that are neither sinks nor in the tail.
+    void score_pages(int layer, std::span<const SeqId> seqs, int queries, const Arithmetic& arithmetic, float* out,
+                     int64_t columns);
     void pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int group, int64_t columns, int kernel,
                      ops::PoolKind kind, ops::PoolDivide divide, float* out);  // score [R, group, N] -> [R, N]
 
@@ -261,7 +266,9 @@ class Store {
 
     struct Scored;
     struct Writing;
-    Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb);
+    Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb, bool reads = true);
+    void add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, int t, const Arithmetic& arithmetic,
+                   float* mass);
     void fill(ops::WindowParams& p, const Scored& s, int layer, const Arithmetic& a, const PoolView* pools) const;
     Sequence& find(SeqId seq, const char* verb);
     void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice

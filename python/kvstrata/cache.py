@@ -315,7 +315,7 @@ class Cache:
         if keep.shape[1] < columns:
             raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
         state = torch.empty(heads, columns, dtype=torch.uint8)
-        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, 0, 0, columns)
+        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, 0, 0, 0, columns)
         state *= keep[:, :columns]
         self._store.check_plan(layer, [seq.id], state.data_ptr(), 0, 0, columns, False)
         self._plans.apply(layer, [seq.id], Plan(state), list(range(heads)))

@@ -191,7 +191,8 @@ class Plans:
         archives = self._cache.policy.archives
         tier = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
         grouped = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
-        more = (0, 0) if tier is None or grouped is None else (tier.data_ptr(), grouped.data_ptr())
+        entry = torch.empty(rows, columns, dtype=torch.int32) if archives else None
+        more = (_address(c) for c in (tier, grouped, entry))
         where = (positions.data_ptr(), tail.data_ptr(), state.data_ptr(), 0, *more)
         self._store.look(layer, ids, *where, columns)
         arithmetic = self.arithmetic.get(layer, (spec.head_dim**-0.5, 0.0))
@@ -205,6 +206,7 @@ class Plans:
             read=Rows(self._store, self._cache.shape, layer, ids, columns, arithmetic),
             tier=tier,
             grouped=grouped,
+            entry=entry,
         )
 
     def _scored(self, seen: Seen, ids: list[int]) -> Seen:

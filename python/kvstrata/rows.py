@@ -47,7 +47,7 @@ class Rows:
 
     def mass(self) -> Tensor:
         scores = torch.empty(self._rows, self._columns)
-        self._store.look(self._layer, self._ids, 0, 0, 0, scores.data_ptr(), 0, 0, self._columns)
+        self._store.look(self._layer, self._ids, 0, 0, 0, scores.data_ptr(), 0, 0, 0, self._columns)
         return scores
 
     def queries(self) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,12 @@ class Rows:
     def key_scores(self, kind: Literal["norm", "diversity"]) -> Tensor:
         out = torch.empty(self._rows, self._columns)
         self._store.score_keys(self._layer, self._ids, KEYS[kind], out.data_ptr(), self._columns)
+        return out
+
+    def page_mass(self, queries: int) -> Tensor:
+        out = torch.empty(self._rows, self._columns)
+        how = (queries, *self._arithmetic, out.data_ptr(), self._columns)
+        self._store.score_pages(self._layer, self._ids, *how)
         return out
 
     def cluster(self, segment: Tensor, iters: int) -> Tensor:

@@ -188,7 +188,7 @@ class Fed:
         columns = store.columns(layer, [seq.id])
         positions = torch.empty(heads, columns, dtype=torch.int32)
         tier, grouped = (torch.empty(heads, columns, dtype=torch.uint8) for _ in range(2))
-        where = (positions.data_ptr(), 0, 0, 0, tier.data_ptr(), grouped.data_ptr())
+        where = (positions.data_ptr(), 0, 0, 0, tier.data_ptr(), grouped.data_ptr(), 0)
         store.look(layer, [seq.id], *where, columns)
         return positions, tier, grouped
 

@@ -82,28 +82,50 @@ def seen(positions: Tensor, tail: int, grouped: Tensor | None = None, state: int
         sinks=32,
         tier=torch.where(far, FAR, NEAR).to(torch.uint8),
         grouped=grouped,
+        entry=torch.div(positions, 16, rounding_mode="floor").to(torch.int32),
     )
+
+
+def powers(n: int) -> list[int]:
+    """n as powers of two, the largest first."""
+    return [1 << b for b in reversed(range(n.bit_length())) if n >> b & 1]
+
+
+@pytest.mark.parametrize("before", [*range(17), 31])
+@pytest.mark.parametrize("more", [1, 2, 3, 4, 9])
+def test_what_waits_is_put_together_as_a_counter_carries(before: int, more: int) -> None:
+    """64 tokens a unit, in groups of powers of two: those that a larger count has too stay, the others join what is new."""
+    n, old = 32 + 64 * (before + more), 32 + 64 * before
+    grouped = torch.zeros(1, n + 16, dtype=torch.uint8)
+    grouped[0, 32:old] = PROVISIONAL
+    sight = seen(torch.arange(n + 16)[None], 16, grouped)
+    archive = Archive(Position(), segment=4096, segment_min=4096)
+    stay = 0
+    for a, b in zip(powers(before), powers(before + more), strict=False):
+        if a != b:
+            break
+        stay += a
+    found = archive.fresh(sight, archive.waiting(sight))
+    assert found.nonzero()[:, 1].tolist() == list(range(32 + 64 * stay, n))
 
 
 @pytest.mark.parametrize(("state", "native"), [("full", FULL), ("int8", INT8)])
 @pytest.mark.parametrize("least", [256, 512, 1024])
 def test_the_plan(state: str, native: int, least: int) -> None:
     """Sinks, tail and what is together for good stay as they are. Of the others, multiples of 256 get pages for good, the
-    oldest first, where they are enough; of the rest, newcomers get pages for the time being, and others stay in theirs. All of
-    them are Far, in one state."""
+    oldest first, where they are enough; the rest get pages for the time being. All of them are Far, in one state."""
     positions, grouped = torch.arange(700).repeat(2, 1), torch.zeros(2, 700, dtype=torch.uint8)
-    grouped[1, 32:100], grouped[1, 100:400] = PROVISIONAL, GROUPED
+    grouped[1, 32:96], grouped[1, 96:400] = PROVISIONAL, GROUPED
     before = seen(positions, 30, grouped, native)
     plan = Archive(Position(), state, 1024, least).plan(before)
     assert plan.state is not None and plan.tier is not None and plan.group is not None
-    waits = [list(range(32, 670)), [*range(32, 100), *range(400, 670)]]
+    waits = [list(range(32, 670)), [*range(32, 96), *range(400, 670)]]
     group, moved = torch.full((2, 700), -1, dtype=torch.int32), torch.zeros(2, 700, dtype=torch.bool)
     for r, columns in enumerate(waits):
         good = len(columns) // 256 * 256 if len(columns) // 256 * 256 >= least else 0
-        taken = [c for i, c in enumerate(columns) if i < good or grouped[r, c] == UNGROUPED]
-        for i, c in enumerate(taken):
+        for i, c in enumerate(columns):  # the counter carries all the way
             group[r, c] = i // 16 + (0 if i < good else PROVISIONAL_GROUP)
-        moved[r, taken] = True
+        moved[r, columns] = True
     assert torch.equal(plan.group, group)
     assert before.tier is not None
     assert torch.equal(plan.tier, torch.where(moved, FAR, before.tier.long()).to(torch.uint8))

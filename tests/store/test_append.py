@@ -80,7 +80,7 @@ def test_a_failed_append_leaves_older_scores() -> None:
 
     def scores() -> torch.Tensor:
         found = torch.empty(2, cache._store.columns(0, [seqs[0].id]))
-        cache._store.look(0, [seqs[0].id], 0, 0, 0, found.data_ptr(), 0, 0, found.shape[1])
+        cache._store.look(0, [seqs[0].id], 0, 0, 0, found.data_ptr(), 0, 0, 0, found.shape[1])
         return found
 
     before = scores()

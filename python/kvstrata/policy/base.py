@@ -59,6 +59,10 @@ class Reader(Protocol):
     def queries(self) -> tuple[Tensor, Tensor]:
         """f32 [R, G, W, D], the last W queries, oldest first, and how many of them there are: i64 [R]; those are the last."""
 
+    def page_mass(self, queries: int) -> Tensor:
+        """f32 [R, N]: each token's part of the share of attention that its page receives from the last ``queries`` queries, as
+        summaries estimate it: of Far pages too, 0 for sinks and tail. Only under a policy that selects."""
+
     def cluster(self, segment: Tensor, iters: int) -> Tensor:
         """i32 [R, N]: tokens of one number of a row resemble each other, at most 16 of them, -1: none. segment i32 [R, N]:
         tokens that are clustered together, -1: none (:func:`kvstrata.ops.cluster`)."""
@@ -73,13 +77,15 @@ class Allowance:
 
     bytes: i64 [R]; page_bytes: bytes of one page by state, metadata included; full_share: f32 [R], the share r of a row's
     pages that stay Full where not all fit (None: the planner's own); formats: u8 [R, N], the state of each token where the
-    allocator decides token by token (None: the planner does).
+    allocator decides token by token (None: the planner does); spare: bytes of new pages that may stand beside those which they
+    replace.
     """
 
     bytes: Tensor
     page_bytes: Mapping[int, int]
     full_share: Tensor | None = None
     formats: Tensor | None = None
+    spare: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +96,9 @@ class Seen:
     lengths: i64 [R], real tokens seen by the row's sequence; open: bool [R, N], tokens of the open tail;
     state: u8 [R, N], what each token is stored as now, 0 beyond a row's last; sinks: first tokens that are protected;
     score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
-    read: asks for more; tier: u8 [R, N], NEAR or FAR, and grouped: u8 [R, N], UNGROUPED, PROVISIONAL or GROUPED: both for
-    planners that archive. A scorer finds no score and no allowance yet.
+    read: asks for more; tier: u8 [R, N], NEAR or FAR, grouped: u8 [R, N], UNGROUPED, PROVISIONAL or GROUPED, and entry:
+    i32 [R, N], the place of its page in the row's table: all three for planners that archive. A scorer finds no score and no
+    allowance yet.
     """
 
     layer: int
@@ -105,6 +112,7 @@ class Seen:
     read: Reader | None = None
     tier: Tensor | None = None
     grouped: Tensor | None = None
+    entry: Tensor | None = None
 
     @property
     def protected(self) -> Tensor:

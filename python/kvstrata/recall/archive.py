@@ -13,6 +13,8 @@ from kvstrata.recall.packers import KMeans
 
 GRAIN = 256
 """Tokens: a segment is a multiple of it, so that pages are whole."""
+UNIT = 64
+"""Tokens by which is counted what is put together for the time being."""
 REST = 1 << 20
 """The number of a row's segment of tokens that are put together for the time being, above those of all others."""
 
@@ -59,8 +61,8 @@ class Archive:
     def plan(self, seen: Seen) -> Plan:
         waiting = self.waiting(seen)
         segment = self.segments(waiting)
-        assert seen.tier is not None and seen.grouped is not None
-        fresh = waiting & (seen.grouped == UNGROUPED) & (segment < 0)
+        assert seen.tier is not None
+        fresh = self.fresh(seen, waiting & (segment < 0))
         group = self.packer.group(seen, torch.where(fresh, REST, segment))
         taken = group >= 0
         return Plan(
@@ -73,6 +75,21 @@ class Archive:
         """bool [R, N]: sealed tokens that no plan has put together for good."""
         assert seen.grouped is not None
         return seen.stored & ~seen.protected & (seen.grouped != GROUPED)
+
+    def fresh(self, seen: Seen, left: Tensor) -> Tensor:
+        """bool [R, N]: of the tokens that wait on, those that are put together for the time being: what is new, and of the older
+        ones as many as a binary counter of UNIT tokens would carry, so that each token is put together a logarithm of times and
+        most of them among many. Whole pages."""
+        assert seen.grouped is not None and seen.entry is not None
+        new = left & (seen.grouped == UNGROUPED)
+        count = torch.div(left.sum(1), UNIT, rounding_mode="floor")
+        before = torch.div((left & ~new).sum(1), UNIT, rounding_mode="floor")
+        carry = (1 + (count ^ before)).double().log2().ceil().long()  # bits of the counter that have changed
+        start = ((count >> carry) << carry) * UNIT
+        begins = torch.nn.functional.pad(seen.entry[:, 1:] != seen.entry[:, :-1], (1, 0), value=True)
+        rank = left.cumsum(1) - 1
+        first = torch.where(begins, rank, -1).cummax(1).values  # of the token's page
+        return left & (new | (first >= start[:, None])) & new.any(1, keepdim=True)
 
     def segments(self, waiting: Tensor) -> Tensor:
         """i32 [R, N]: the segment of each waiting token, the oldest first in table order; -1: none, or it waits on. Segments
