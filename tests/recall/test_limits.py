@@ -8,7 +8,7 @@ import pytest
 import torch
 from archived import Fed, fed, small
 
-from kvstrata import LayerSpec, Shape
+from kvstrata import Budget, LayerSpec, Shape
 from kvstrata.config import BudgetExceeded
 from kvstrata.recall import Far
 
@@ -94,6 +94,23 @@ def test_forks_keep_to_the_limit() -> None:
         within(pair)
     else:
         raise AssertionError("some fork is one too many")
+
+
+def test_a_limit_of_each_sequence() -> None:
+    """A batch may hold as many times the bytes, and needs them here; one sequence less, and the limit is lower."""
+    each = 1 << 20
+    pair = fed(small(chunk=256), SHAPE, budget=Budget.bytes(each, per="sequence"))
+    assert pair.cache.report().limit_bytes == each
+    seqs = pair.new(3)
+    for lengths in ([700, 700, 700], [1, 1, 1], [300, 17, 1], *[[1, 1, 1]] * 40):
+        pair.feed(seqs, lengths)
+        within(pair)
+        assert pair.cache.report().limit_bytes == 3 * each
+    assert pair.cache.report().peak_bytes > 1.5 * each
+    pair.check_contents()
+    pair.free(seqs[1:])
+    report = pair.cache.report()
+    assert report.nbytes <= report.limit_bytes == each
 
 
 def test_a_limit_and_fewer_bits() -> None:
