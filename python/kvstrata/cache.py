@@ -14,7 +14,7 @@ from kvstrata.charges import Charges
 from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Plan, Policy
+from kvstrata.policy import Plan, Policy, resolve
 from kvstrata.policy.base import Selector
 from kvstrata.recall import Far
 from kvstrata.report import Report
@@ -56,10 +56,10 @@ class Cache:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
         self.hold = hold
-        self._limit = Limit(shape, *read_tokens(budget, policy))
-        self.budget = self._limit.budget
+        self.budget = Budget.parse(budget)
+        self._limit = Limit(shape, *read_tokens(self.budget, resolve(policy)))
         self.policy = self._limit.fit([0])
-        tier = resolve_far(far, self.policy)
+        tier = resolve_far(far, self.budget, self.policy)
         self._store = make_store(shape, self.policy, hold, tier)
         self._charges = Charges(self, ledger)
         self._slabs = Slabs(
