@@ -8,7 +8,7 @@ import pytest
 import torch
 from archived import Fed, fed, small
 
-from kvstrata import Budget, LayerSpec, Shape
+from kvstrata import Budget, Cache, LayerSpec, Shape
 from kvstrata.config import BudgetExceeded
 from kvstrata.recall import Far
 
@@ -141,6 +141,25 @@ def test_too_small_a_limit_for_the_ring(far: Any) -> None:
     """Refused with the numbers when the cache is made, or its first tokens come."""
     with pytest.raises((BudgetExceeded, ValueError), match=r"budget: .*131072 bytes"):
         fed(small(), SHAPE, budget="128KiB", far=far)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 96)])
+def test_the_least_limit_for_the_ring(dims: tuple[int, int], each: bool) -> None:
+    """A refusal says what needs the bytes, and how many would do: with one less it is refused again."""
+    shape = Shape([LayerSpec(1, 2, dim) for dim in dims], torch.float32)
+
+    def made(limit: int) -> Cache:
+        return Cache(shape, Budget.bytes(limit, per="sequence" if each else "cache"), small(chunk=64))
+
+    with pytest.raises(
+        BudgetExceeded, match=r"limit is 300000 .*, for the ring of \d+ pages of a Far tier; exp"
+    ) as error:
+        made(300_000)
+    least = int(str(error.value).split("expected at least ")[1].split()[0])
+    assert made(least).nbytes() <= least
+    with pytest.raises(BudgetExceeded, match=f"expected at least {least} bytes"):
+        made(least - 1)
 
 
 def peak(tokens: int, piece: int) -> tuple[int, int]:
