@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvstrata import holdings
+from kvstrata.bounds import Bounds
 from kvstrata.budget import Budget, Ledger, Scope
 from kvstrata.charges import Charges
 from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Plan, Policy
+from kvstrata.policy import Plan, Policy, resolve
 from kvstrata.policy.base import Selector
 from kvstrata.recall import Far
 from kvstrata.report import Report
@@ -55,12 +56,10 @@ class Cache:
             raise ValueError(f"Cache: hold is {hold}, expected >= 0")
         self.shape = shape
         self.hold = hold
-        self._limit = Limit(shape, *read_tokens(budget, policy))
-        self.budget = self._limit.budget
+        self.budget = Budget.parse(budget)
+        self._limit = Limit(shape, *read_tokens(self.budget, resolve(policy)))
         self.policy = self._limit.fit([0])
-        self._fitted: object = None  # what the policy was last fitted to
-        self._admitted = 0  # sequences for which it was last found that the limit leaves them something
-        tier = resolve_far(far, self.policy)
+        tier = resolve_far(far, self.budget, self.policy)
         self._store = make_store(shape, self.policy, hold, tier)
         self._charges = Charges(self, ledger)
         self._slabs = Slabs(
@@ -69,8 +68,9 @@ class Cache:
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
+        self._bounds = Bounds(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
-        self._slabs.open_far()
+        self._bounds.open()
 
     @property
     def scope(self) -> Scope | None:
@@ -87,11 +87,11 @@ class Cache:
         """Ends the sequences; pages that nobody else holds are free at once."""
         self._store.free([s.id for s in seqs])
         self._end(seqs)
-        self._settle()
+        self._bounds.settle()
 
     def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
-        self._share([*self._live, *[seq.id] * n])
+        self._bounds.share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
         self._follow(ids, [seq.id] * n)
         found = self._begun(ids)
@@ -101,12 +101,12 @@ class Cache:
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
         gone = {s.id for s in seqs}
-        self._share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
+        self._bounds.share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
         ids = self._store.select([s.id for s in seqs], list(index))
         self._follow(ids, [seqs[i].id for i in index])
         self._end(seqs)
         self._live += ids
-        self._settle()
+        self._bounds.settle()
         return [Sequence(i) for i in ids]
 
     def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
@@ -181,30 +181,12 @@ class Cache:
         self._live += ids
         found = [Sequence(i) for i in ids]
         try:
-            self._settle()
+            self._bounds.settle()
             self._slabs.check()
         except BudgetExceeded:
             self.free(found)
             raise
         return found
-
-    def _settle(self) -> None:
-        """After the sequences are others: what each may hold is theirs, and their tables are within it."""
-        if self._limit.each:
-            self._bind(self._limit.now(self.policy, [self._store.length(i) for i in self._live]))
-        self._slabs.settle()
-
-    def _share(self, ids: list[int]) -> None:
-        """Before the limit is shared by ``ids``, more sequences than now: what has begun is planned for its smaller share, as
-        pages that forks hold together are free only once all of them have let them go. BudgetExceeded with nothing changed
-        where the share would be too small."""
-        lengths, before = [self._store.length(i) for i in ids], [self._store.length(i) for i in self._live]
-        if self.policy.allocator is None or len(ids) <= len(before) or not any(lengths):
-            return
-        self._limit.admit(self.policy, lengths)
-        limit = self._limit.now(self.policy, lengths)
-        if limit * len(before) < self._limit.now(self.policy, before) * len(ids):
-            self._plans.ahead(self._live, limit, len(ids))
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
@@ -243,39 +225,6 @@ class Cache:
     def _leave(self, step: Step) -> None:
         assert self._step is step
         self._step = None
-
-    def _admit(self, seqs: list[Sequence], lengths: list[int]) -> None:
-        """Checks of the whole step that need its sizes. lengths: tokens that each of ``seqs`` will have after it."""
-        if self.budget is None:
-            return
-        if self.policy.archives and (limit := self._limit.fixed()) is not None:
-            self._bind(limit)
-        elif self.policy.allocator is not None or self.budget.unit == "bytes":
-            self._fit({s.id: n for s, n in zip(seqs, lengths, strict=True)})
-            if self._limit.each and self.policy.planner is None:
-                self._limit.admit_whole(lengths)
-        elif self.policy.planner is None and self.budget.unit == "tokens" and max(lengths) > self.budget.value:
-            raise BudgetExceeded(f"budget: limit is {self.budget.value} tokens per row, the step needs {max(lengths)}")
-
-    def _fit(self, after: dict[int, int]) -> None:
-        """A budget is shared by all sequences: with their number known, and none begun, the policy is fitted anew; the limit
-        of a share follows their lengths."""
-        assert self.budget is not None
-        lengths = [after.get(i, self._store.length(i)) for i in self._live]
-        begun = any(self._store.length(i) for i in self._live)
-        to = (len(lengths), max(lengths) if self.budget.unit == "share" else 0)
-        if self._fitted != to and not begun:
-            policy = self._limit.fit(lengths)
-            assert policy.window is not None
-            if policy != self.policy:
-                self._store.refit(policy.window, policy.queries)
-                self.policy = policy
-            self._fitted = to
-        if self.policy.allocator is not None:
-            self._bind(self._limit.now(self.policy, lengths))
-            if begun and self._admitted != len(lengths):  # what each needs is fixed: more of them may be too many
-                self._limit.admit(self.policy, lengths)
-                self._admitted = len(lengths)
 
     def set_selector(self, selector: Selector) -> None:
         """Another selector for the live cache, from the next step on. ValueError where the policy has none, as no page is
@@ -338,7 +287,7 @@ class Cache:
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
         try:
-            if not self._falls():
+            if not self._bounds.falls():
                 self._plans.after(before)
         except BudgetExceeded:
             if self.scope is None:
@@ -346,21 +295,6 @@ class Cache:
             self._plans.counts["plans put off"] += 1  # others took what is left; limits bind until it is made up
         if longest > self.policy.interval:
             self.trim()
-
-    def _falls(self) -> bool:
-        """Follows the schedule: a limit that falls is planned for, then binds. Whether all was planned."""
-        if self._limit.schedule is None:
-            return False
-        limit = self._limit.now(self.policy, [self._store.length(i) for i in self._live])
-        falls = self._slabs.limit is None or limit < self._slabs.limit
-        if falls:
-            self._plans.ahead(self._live, limit, len(self._live))
-            self.trim()
-        self._bind(limit)
-        return falls
-
-    def _bind(self, limit: int) -> None:
-        self._slabs.bind(limit, self.policy, self.shape, max(1, len(self._live)))
 
     # --- memory -----------------------------------------------------------------------------------------------------------
 

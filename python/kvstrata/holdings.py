@@ -40,7 +40,7 @@ def report(cache: Cache) -> Report:
     assert cache.policy.window is not None
     return Report(
         policy=cache.policy.name,
-        budget=None if cache.budget is None else str(cache.budget),
+        budget=_asked(cache),
         window=cache.policy.window,
         sinks=cache.policy.sinks,
         logical_tokens=logical,
@@ -59,6 +59,14 @@ def report(cache: Cache) -> Report:
         far_tokens=sum(n for _, _, n in tallies),
         recall=_recall(cache),
     )
+
+
+def _asked(cache: Cache) -> str | None:
+    """The budget as it was asked for; of tokens that a step reads, as the present selector reads them."""
+    budget, selector = cache.budget, cache.policy.selector
+    if budget is None or selector is None or budget.unit != "tokens":
+        return None if budget is None else str(budget)
+    return f"{int(getattr(selector, 'budget', budget.value))}tok read per row and step"
 
 
 def _recall(cache: Cache) -> Recall | None:

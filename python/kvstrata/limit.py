@@ -9,7 +9,7 @@ from kvstrata.budget import Budget, Schedule
 from kvstrata.budget.protect import limit_bytes, page_bytes, pages
 from kvstrata.budget.room import fit, limit_now, room
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
-from kvstrata.policy import Policy, resolve
+from kvstrata.policy import Policy
 from kvstrata.policy.base import Selector
 
 TURN_ABOVE = 16
@@ -24,10 +24,10 @@ class Limit:
     are the tokens of steps that bring a sequence at most TURN_ABOVE; forks inherit them, a crop takes them back.
     """
 
-    def __init__(self, shape: Shape, budget: Budget | str | int | None, policy: Policy | str | None) -> None:
-        self.budget = Budget.parse(budget)
+    def __init__(self, shape: Shape, budget: Budget | None, policy: Policy) -> None:
+        self.budget = budget
         self._shape = shape
-        self._asked = resolve(policy)
+        self._asked = policy
         self._decoded: dict[int, int] = {}
         """By sequence."""
 

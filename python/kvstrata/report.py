@@ -30,10 +30,11 @@ class Recall:
 class Report:
     """A snapshot. Bytes are what the allocator gave, not a formula; ``nbytes`` is the sum of ``bytes_by_kind``.
 
-    logical_tokens: real tokens seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed
-    alike; stored: tokens per layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens
-    would hold; lost_slots: free slots in part-filled pages; far_bytes: of the Far tier's files, on top of nbytes; far_tokens:
-    slots there, of those that are stored; recall: None without a selector.
+    budget: as it was asked for, or "256tok read per row and step" under a policy that selects; logical_tokens: real tokens
+    seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed alike; stored: tokens per
+    layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens would hold; lost_slots:
+    free slots in part-filled pages; far_bytes: of the Far tier's files, on top of nbytes; far_tokens: slots there, of those
+    that are stored; recall: None without a selector.
     """
 
     policy: str

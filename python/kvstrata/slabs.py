@@ -9,7 +9,7 @@ import weakref
 import torch
 
 from kvstrata._C import Store
-from kvstrata.budget.protect import ENTRY_BYTES
+from kvstrata.budget.protect import ENTRY_BYTES, least_limit
 from kvstrata.budget.room import PIECE, Books, books
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
@@ -59,7 +59,7 @@ class Slabs:
         weakref.finalize(self, _close, self._files)
         self.limit = limit
         self.books = Books()
-        self._bound_by: object = None
+        self._bound_by: tuple[int, Policy, Shape, int] | None = None
         self.held = 0
         self.peak = 0
 
@@ -255,11 +255,32 @@ class Slabs:
         return sum(size for _, size in self._files.values())
 
     def open_far(self) -> None:
-        """Takes the Near pages through which Far pages go, if there is a Far tier. BudgetExceeded where there is no room."""
+        """Takes the Near pages through which Far pages go, if there is a Far tier. BudgetExceeded where there is no room, with
+        the least limit that has it."""
         if self.has_far:
-            self.reserve_pages(self._store.ring_pages())
+            ring = self._store.ring_pages()
+            try:
+                self.reserve_pages(ring)
+            except BudgetExceeded as error:
+                least = "" if self.limit != self._bound() else f"; expected at least {self._least_for(ring)} bytes"
+                raise BudgetExceeded(f"{error}, for the ring of {sum(ring)} pages of a Far tier{least}") from error
             self._store.hold_ring()
         self.settle()
+
+    def _least_for(self, needed: list[int]) -> int:
+        """The least limit under which a cache that holds nothing may take so many pages of each pool."""
+        now = self.limit, self.books, self._expected
+        assert now[0] is not None and self._bound_by is not None
+        _, policy, shape, batch = self._bound_by
+
+        def fits(limit: int) -> bool:
+            self.limit, self.books, self._expected = limit, books(policy, shape, limit, batch), limit
+            return self._left(limit) >= self._missing(needed)
+
+        try:
+            return least_limit(fits, now[0])
+        finally:
+            self.limit, self.books, self._expected = now
 
     def _far_grain(self, pool: int) -> int:
         """Pages of a Far slab beyond what is asked: an eighth of what the tier holds so far."""
@@ -323,8 +344,8 @@ class Slabs:
 
     def bind(self, limit: int, policy: Policy, shape: Shape, batch: int) -> None:
         """The limit of a cache of ``batch`` sequences from now on; what their books may take of it is no slab's."""
-        if (limit, batch, policy) != self._bound_by:
-            self._bound_by = limit, batch, policy
+        if (limit, policy, shape, batch) != self._bound_by:
+            self._bound_by = limit, policy, shape, batch
             self.books = books(policy, shape, limit, batch)
         self.limit = limit
 

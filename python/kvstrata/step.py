@@ -62,7 +62,7 @@ class Step:
         try:
             counts = [last - first for first, last in zip(self._starts, self._starts[1:], strict=False)]
             self._ends = [self._store.length(i) + n for i, n in zip(self._ids, counts, strict=True)]
-            self._cache._admit(self._seqs, self._ends)
+            self._cache._bounds.admit(self._ids, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
             self._counts = dict(zip(self._ids, counts, strict=True))
             drops = self._cache.policy.planner is not None

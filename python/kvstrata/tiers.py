@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
+from typing import Literal
 
 from kvstrata import holdings
 from kvstrata._C import Store
 from kvstrata.budget import Budget
 from kvstrata.budget.room import keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
-from kvstrata.policy import Policy, resolve
+from kvstrata.policy import Policy
 from kvstrata.policy.base import FULL
 from kvstrata.recall import Far
 
@@ -17,25 +19,53 @@ RING = 64
 """Near pages of each format in which Far pages are put together, and read through by steps of several tokens."""
 
 
-def read_tokens(budget: Budget | str | int | None, policy: Policy | str | None) -> tuple[Budget | None, Policy]:
-    """A budget in tokens says what a policy that selects reads in a step; it holds everything, so no limit is left."""
-    asked, found = Budget.parse(budget), resolve(policy)
-    if asked is None or asked.unit != "tokens" or found.selector is None:
-        return asked, found
-    return None, replace(found, selector=found.selector.reading(int(asked.value)))
+def read_tokens(budget: Budget | None, policy: Policy) -> tuple[Budget | None, Policy]:
+    """What is left of a budget as a limit, and the policy. One in tokens says what a policy that selects reads in a step; it
+    holds everything, so no limit is left. Unsupported where the budget counts what is stored, or falls."""
+    if budget is None or budget.unit != "tokens" or policy.selector is None:
+        return budget, policy
+    stores = f"policy {policy.name!r} stores every token, the budget is what a step reads"
+    if budget.count:
+        raise Unsupported(f"budget: count: {stores}; expected count=False")
+    if budget.schedule is not None and not budget.schedule.constant:
+        raise Unsupported(f"budget: schedule: {stores}, which does not fall; expected None or a constant one")
+    return None, replace(policy, selector=policy.selector.reading(int(budget.value)))
 
 
-def resolve_far(far: Far | str | int | None, policy: Policy) -> Far | None:
-    """The Far tier that a cache gets: "auto" is one without a limit exactly when the policy archives. ValueError for a size
-    that is none; Unsupported for a tier that the policy would not use."""
-    if far is None:
-        return None
-    if far == "auto":
+def resolve_far(far: Far | str | int | None, budget: Budget | None, policy: Policy) -> Far | None:
+    """The Far tier that a cache gets, of its own argument or of its budget's: "auto" is one without a limit exactly when the
+    policy archives. ValueError for a size that is none, and for two tiers that differ; Unsupported for a tier that the policy
+    would not use."""
+    given, asked = _tier(far), "auto" if budget is None else _tier(budget.far)
+    if given == "auto":
+        found = asked
+    elif asked == "auto" or _limits(given) == _limits(asked):
+        found = given
+    else:
+        assert budget is not None
+        raise ValueError(
+            f"Cache: far is {far!r}, that of the budget is {budget.far!r}, expected one of them, or both equal"
+        )
+    if found == "auto":
         return Far() if policy.archives else None
-    tier = far if isinstance(far, Far) else Far(far)
-    if not policy.archives:
-        raise Unsupported(f"Cache: far is {far!r}, policy {policy.name!r} archives nothing; expected 'auto' or None")
-    return tier
+    if found is not None and not policy.archives:
+        said = far if given != "auto" else budget and budget.far
+        raise Unsupported(f"Cache: far is {said!r}, policy {policy.name!r} archives nothing; expected 'auto' or None")
+    return found
+
+
+def _tier(far: Far | float | str | None) -> Far | Literal["auto"] | None:
+    """A tier from its spellings."""
+    if far is None or isinstance(far, Far):
+        return far
+    if far == "auto":
+        return "auto"
+    return Far() if far == inf else Far(far)  # type: ignore[arg-type]
+
+
+def _limits(tier: Far | str | None) -> object:
+    """Whether there is a tier, and its bytes."""
+    return tier is not None, tier.bytes if isinstance(tier, Far) else None
 
 
 def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Store:

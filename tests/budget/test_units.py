@@ -40,8 +40,6 @@ FALLING = Schedule("rex", interval=64, horizon=640, end=1000)
     ("make", "message"),
     [
         (lambda: Budget.share(0.5, schedule=FALLING), "schedule: a share grows with the sequences, expected at=N"),
-        (lambda: Budget.bytes("2GiB", far="16GiB"), "far is '16GiB', there is no Far tier yet"),
-        (lambda: Budget.bytes("2GiB", far=float("inf")), "far is inf"),
         (lambda: Budget.bytes("2GiB", disk="1TiB"), "there is no disk tier yet"),
         (lambda: Budget.bytes("2GiB", per="sequence", schedule=FALLING), "one for all sequences yet"),
     ],
@@ -56,6 +54,9 @@ def test_what_is_not_honoured_is_refused_with_its_reason(make: object, message: 
     [
         (lambda: Budget.bytes("2GiB", near=0), "near is 0"),
         (lambda: Budget.bytes("2GiB", near="2 gigs"), "'2 gigs' is not understood"),
+        (lambda: Budget.bytes("2GiB", far=0), "budget: far is 0, expected None, an int >= 1 or a string"),
+        (lambda: Budget.bytes("2GiB", far=0.5), "budget: far is 0.5"),
+        (lambda: Budget.bytes("2GiB", far="2 gigs"), "'2 gigs' is not understood"),
         (lambda: Budget.bytes("2GiB", per="layer"), "per is 'layer'"),
         (lambda: Budget.share(0.5, at=0), "at is 0"),
         (lambda: Budget("tokens", 5, at=5), "at belongs to a share"),

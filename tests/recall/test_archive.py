@@ -295,6 +295,7 @@ def test_dense_layers_and_sliding_windows_are_left_alone() -> None:
         ({"segment": 0}, "segment is 0, expected a positive multiple of 256"),
         ({"segment_min": -256}, "segment_min is -256, expected a positive multiple of 256"),
         ({"segment_min": 257}, "segment_min is 257, expected a positive multiple of 256"),
+        ({"segment": 65536 + 256}, "segment is 65792, expected at most 65536"),
         ({"segment": 512, "segment_min": 768}, "segment_min is 768, expected at most segment=512"),
     ],
 )
@@ -327,6 +328,14 @@ def test_selectors_that_are_refused(settings: dict, message: str) -> None:  # ty
         icecache(**settings)
 
 
+def test_the_largest_parameters_that_are_not_refused() -> None:
+    """A segment as long as the op can cluster, and Near copies by default as many as can be numbered."""
+    assert Archive(segment=65536, segment_min=65536).segment == 65536
+    assert PageMeans(79 + 16 * 20000).native(32, 16)[:2] == (20001, 32767)
+    with pytest.raises(ValueError, match="near_pages is 32767, expected at least the 32768 pages"):
+        PageMeans(63 + 16 * 32768).native(32, 16)
+
+
 def test_more_that_is_refused() -> None:
     with pytest.raises(ValueError, match="iters is 0, expected at least 1"):
         KMeans(0)
@@ -334,6 +343,10 @@ def test_more_that_is_refused() -> None:
         PageMeans(mass_floor=1.5)
     with pytest.raises(Unsupported, match="a scorer or an allocator with a selector or an archive is not built yet"):
         replace(Policy("mine", scorer=object()), selector=PageMeans(), sinks=32, window=16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"formats is \(\), expected it to have 'int8', in which its planner archives"):
+        Policy("mine", Archive(state="int8"), selector=PageMeans(), sinks=32, window=16)
+    with pytest.raises(ValueError, match=r"formats is \('int4',\), expected it to have 'int8'"):
+        Policy("mine", Archive(state="int8"), formats=("int4",))
     with pytest.raises(Unsupported, match="head_dim 24, summaries of pages need a multiple of 16 in 32..512"):
         fed(shape=Shape([LayerSpec(1, 1, 24)], torch.float32))
     with pytest.raises(ValueError, match="dense has layer 2, expected 0..1"):

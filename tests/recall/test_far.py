@@ -74,9 +74,9 @@ def test_a_plan_that_finds_the_tier_full_changes_nothing() -> None:
 
 @pytest.mark.parametrize("limit", [0, -5, "0KiB"])
 def test_limits_below_a_byte(limit: int | str) -> None:
-    with pytest.raises(ValueError, match=r"Far: limit is .*, expected None or at least 1 byte"):
+    with pytest.raises(ValueError, match=r"Far: limit is .*, expected None, an int >= 1 or a string"):
         Far(limit)
-    with pytest.raises(ValueError, match="expected None or at least 1 byte"):
+    with pytest.raises(ValueError, match="expected None, an int >= 1 or a string"):
         Cache(SHAPE, policy=small(), far=limit)
 
 

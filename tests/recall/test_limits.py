@@ -8,7 +8,7 @@ import pytest
 import torch
 from archived import Fed, fed, small
 
-from kvstrata import LayerSpec, Shape
+from kvstrata import Budget, Cache, LayerSpec, Shape
 from kvstrata.config import BudgetExceeded
 from kvstrata.recall import Far
 
@@ -111,6 +111,23 @@ def test_forks_keep_to_the_limit() -> None:
         raise AssertionError("some fork is one too many")
 
 
+def test_a_limit_of_each_sequence() -> None:
+    """A batch may hold as many times the bytes, and needs them here; one sequence less, and the limit is lower."""
+    each = 1 << 20
+    pair = fed(small(chunk=256), SHAPE, budget=Budget.bytes(each, per="sequence"))
+    assert pair.cache.report().limit_bytes == each
+    seqs = pair.new(3)
+    for lengths in ([700, 700, 700], [1, 1, 1], [300, 17, 1], *[[1, 1, 1]] * 40):
+        pair.feed(seqs, lengths)
+        within(pair)
+        assert pair.cache.report().limit_bytes == 3 * each
+    assert pair.cache.report().peak_bytes > 1.5 * each
+    pair.check_contents()
+    pair.free(seqs[1:])
+    report = pair.cache.report()
+    assert report.nbytes <= report.limit_bytes == each
+
+
 def test_a_limit_and_fewer_bits() -> None:
     """Archived tokens may be int8 under a limit in bytes as without one."""
     pair = fed(small(state="int8", chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
@@ -139,6 +156,25 @@ def test_too_small_a_limit_for_the_ring(far: Any) -> None:
     """Refused with the numbers when the cache is made, or its first tokens come."""
     with pytest.raises((BudgetExceeded, ValueError), match=r"budget: .*131072 bytes"):
         fed(small(), SHAPE, budget="128KiB", far=far)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (64, 96)])
+def test_the_least_limit_for_the_ring(dims: tuple[int, int], each: bool) -> None:
+    """A refusal says what needs the bytes, and how many would do: with one less it is refused again."""
+    shape = Shape([LayerSpec(1, 2, dim) for dim in dims], torch.float32)
+
+    def made(limit: int) -> Cache:
+        return Cache(shape, Budget.bytes(limit, per="sequence" if each else "cache"), small(chunk=64))
+
+    with pytest.raises(
+        BudgetExceeded, match=r"limit is 300000 .*, for the ring of \d+ pages of a Far tier; exp"
+    ) as error:
+        made(300_000)
+    least = int(str(error.value).split("expected at least ")[1].split()[0])
+    assert made(least).nbytes() <= least
+    with pytest.raises(BudgetExceeded, match=f"expected at least {least} bytes"):
+        made(least - 1)
 
 
 def peak(tokens: int, piece: int) -> tuple[int, int]:

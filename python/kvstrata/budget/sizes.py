@@ -18,11 +18,11 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def size(name: str, value: int | str | None) -> int | None:
-    """Bytes from an int >= 0, a string, or None (no limit). ValueError names the argument."""
+def size(name: str, value: int | str | None, least: int = 0) -> int | None:
+    """Bytes from an int, a string, or None (no limit). ValueError below ``least``, which names the argument."""
     if value is None:
         return None
     n = parse_bytes(value) if isinstance(value, str) else value
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"{name} is {value!r}, expected None, an int >= 0 or a string such as '2GiB'")
+    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+        raise ValueError(f"{name} is {value!r}, expected None, an int >= {least} or a string such as '2GiB'")
     return n

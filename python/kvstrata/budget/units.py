@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from kvstrata.budget.schedule import Schedule
-from kvstrata.budget.sizes import SPELLINGS, parse_bytes
+from kvstrata.budget.sizes import SPELLINGS, parse_bytes, size
 from kvstrata.config import Unsupported
 
 
@@ -16,16 +17,16 @@ class Budget:
     """What a cache may hold near the compute: make one with :meth:`bytes`, :meth:`tokens`, :meth:`share` or :meth:`parse`.
 
     schedule: how the limit falls with decoded tokens, from the budget's bytes to its ``end`` (None, or a constant one: it
-    does not); far: "auto" or None; the Far tier is an argument of the cache;
-    disk: None; per: "cache", one limit for all sequences, or "sequence", one for each; count: of :meth:`tokens`; at: the
-    length in tokens that a share is of (None: each plan's logical length). Values that this release cannot honour are
-    Unsupported, with the reason.
+    does not); far: the Far tier of a cache that archives: "auto" or inf, one without a limit, its size ("64GiB" or bytes), or
+    None, no tier; disk: None; per: "cache", one limit for all sequences, or "sequence", one for each; count: of
+    :meth:`tokens`; at: the length in tokens that a share is of (None: each plan's logical length). Values that this release
+    cannot honour are Unsupported, with the reason.
     """
 
     unit: Literal["bytes", "tokens", "share"]
     value: float
     schedule: Schedule | None = None
-    far: int | str | None = "auto"
+    far: int | float | str | None = "auto"
     disk: int | str | None = None
     per: str = "cache"
     count: bool = False
@@ -34,8 +35,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.schedule is not None and not self.schedule.constant and self.unit == "share" and self.at is None:
             raise Unsupported("budget: schedule: a share grows with the sequences, expected at=N with a schedule")
-        if self.far not in ("auto", None):
-            raise Unsupported(f"budget: far is {self.far!r}, there is no Far tier yet; expected 'auto' or None")
+        if self.far not in ("auto", inf):
+            size("budget: far", self.far, least=1)  # type: ignore[arg-type]
         if self.disk is not None:
             raise Unsupported(f"budget: disk is {self.disk!r}, there is no disk tier yet; expected None")
         if self.per not in ("cache", "sequence"):
@@ -56,14 +57,15 @@ class Budget:
         value: int | str,
         *,
         near: int | str | None = None,
-        far: int | str | None = "auto",
+        far: int | float | str | None = "auto",
         disk: int | str | None = None,
         schedule: Schedule | None = None,
         per: str = "cache",
     ) -> Budget:
         """At most this many bytes, metadata included; "2GiB" is 2^31, "2GB" is 2 * 10^9.
 
-        near: a limit of the Near tier alone; as all pages are Near, the smaller of the two binds. per: "sequence" is a limit
+        near: a limit of the Near tier alone, as is ``value``: the smaller of the two binds. far: of the Far tier, on top, for a
+        policy that archives: "auto" or inf, one without a limit, its size, or None, no tier. per: "sequence" is a limit
         for each sequence, forks too: the cache may hold as many times the bytes, no sequence more for the others being small.
         Pages that forks share count in each of them.
         """

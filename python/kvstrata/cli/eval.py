@@ -16,6 +16,7 @@ from typing import Any
 
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
+from kvstrata.quality import MODES
 
 MODEL = "bench/quality/model"
 
@@ -32,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--n", metavar="N", type=positive, default=200, help="examples per cell; default: %(default)s")
     parser.add_argument("--seed", metavar="N", type=int, default=0)
-    parser.add_argument("--mode", choices=("query-agnostic", "query-aware", "stepwise"), default="query-agnostic")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0])
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes; threads are shared out")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("results/eval"), help="default: %(default)s")

@@ -245,6 +245,11 @@ class Policy:
             raise Unsupported(
                 f"policy {self.name}: a scorer or an allocator with a selector or an archive is not built yet"
             )
+        state = getattr(self.planner, "state", "full") if self.archives else "full"
+        if state != "full" and state not in self.formats:
+            raise ValueError(
+                f"policy {self.name}: formats is {self.formats}, expected it to have {state!r}, in which its planner archives"
+            )
         if self.selector is not None:
             self.selector.native(self.sinks, self.window)
 

@@ -17,13 +17,12 @@ import torch
 
 from kvstrata.hf.load import load
 from kvstrata.hf.patch import patch
-from kvstrata.quality import jsonl, manifest, outside
+from kvstrata.quality import MODES, jsonl, manifest, outside
 from kvstrata.quality.contenders import Contender, line_up, missing
 from kvstrata.quality.measure import Record, Subject, measure
 from kvstrata.quality.tasks import EVAL_SEEDS, TASKS, Example, World
 from kvstrata.quality.text import lines
 
-MODES = ("query-agnostic", "query-aware", "stepwise")
 RECORDS, MANIFEST = "records.jsonl", "manifest.json"
 Key = tuple[str, int, int, str, str]
 """(task, length, index, contender, budget or "")."""

@@ -15,6 +15,8 @@ GRAIN = 256
 """Tokens: a segment is a multiple of it, so that pages are whole."""
 UNIT = 64
 """Tokens by which is counted what is put together for the time being."""
+MAX_SEGMENT = 1 << 16
+"""Tokens that are clustered together at the most (``csrc/ops/cluster.h``)."""
 REST = 1 << 20
 """The number of a row's segment of tokens that are put together for the time being, above those of all others."""
 
@@ -31,7 +33,11 @@ class Archive:
     by larger segments for good once there are enough tokens.
 
     packer: which tokens share a page; state: "full", or the quantized format that archived tokens take; segment: most tokens
-    clustered together, segment_min: fewest, both multiples of 256. ValueError for parameters.
+    clustered together, at most 65,536, segment_min: fewest, both multiples of 256. ValueError for parameters.
+
+    While tokens are put together, memory beside the cache's is taken that no limit counts and that is free again afterwards:
+    for each thread the keys of a segment as f32 and what clustering it takes, for n tokens about n * (9 * D + n / 4) bytes,
+    of 4,096 at D = 128 some 9 MB; and the keys of a row's other segments, where a plan finds several.
 
     Source: IceCache (arXiv 2604.10539). Deviations: it inserts token by token into a tree and rewrites pages; here a segment is
     clustered once and its pages never change.
@@ -50,6 +56,8 @@ class Archive:
             value = getattr(self, name)
             if value < GRAIN or value % GRAIN:
                 raise ValueError(f"Archive: {name} is {value}, expected a positive multiple of {GRAIN}")
+        if self.segment > MAX_SEGMENT:
+            raise ValueError(f"Archive: segment is {self.segment}, expected at most {MAX_SEGMENT}")
         if self.segment_min > self.segment:
             raise ValueError(f"Archive: segment_min is {self.segment_min}, expected at most segment={self.segment}")
 

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstrata.budget.sizes import parse_bytes
+from kvstrata.budget.sizes import size
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,14 @@ class Far:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        most = self.bytes
-        if most is not None and most < 1:
-            raise ValueError(f"Far: limit is {self.limit!r}, expected None or at least 1 byte")
+        size("Far: limit", self.limit, least=1)
         if self.path is not None and not Path(self.path).is_dir():
             raise ValueError(f"Far: path is {self.path!r}, expected an existing folder")
 
     @property
     def bytes(self) -> int | None:
         """The limit in bytes."""
-        return parse_bytes(self.limit) if isinstance(self.limit, str) else self.limit
+        return size("Far: limit", self.limit, least=1)
 
     def open(self, size: int) -> int:
         """A file of ``size`` bytes whose space is there: its descriptor. RuntimeError with the machine's reason."""

@@ -16,9 +16,9 @@ class PageMeans:
 
     budget: tokens that a row reads in a step of one token, sinks and tail included; aggregate: the votes of a KV head's query
     heads, "sum" or "max"; spread_weight: w >= 0 of the second-order term (:func:`kvstrata.ops.score_pages`); near_pages: Near
-    copies of Far pages that a row keeps (None: twice what a step reads); mass_floor: 0..1, steps that are estimated to read
-    less of a head's attention mass are counted. ValueError for parameters. Source: IceCache (arXiv 2604.10539), with the scan
-    of all means that its public fork has instead of the tree.
+    copies of Far pages that a row keeps (None: twice what a step reads, at most 32,767); mass_floor: 0..1, steps that are
+    estimated to read less of a head's attention mass are counted. ValueError for parameters. Source: IceCache (arXiv
+    2604.10539), with the scan of all means that its public fork has instead of the tree.
     """
 
     budget: int = 256
@@ -55,7 +55,7 @@ class PageMeans:
     def native(self, sinks: int, window: int) -> tuple[int, int, float, int]:
         """As the store takes it: pages, Near pages, weight, aggregate. ValueError where Near pages are fewer than are read."""
         pages = self.pages(sinks, window)
-        near = 2 * pages if self.near_pages is None else self.near_pages
+        near = min(2 * pages, MAX_NEAR_PAGES) if self.near_pages is None else self.near_pages
         if not pages <= near <= MAX_NEAR_PAGES:
             expected = f"at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
             raise ValueError(f"PageMeans: near_pages is {near}, expected {expected}")

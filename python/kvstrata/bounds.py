@@ -1,0 +1,107 @@
+"""What binds a cache: its limit for the sequences that it has now, and its policy as it fits them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvstrata.config import BudgetExceeded
+
+if TYPE_CHECKING:
+    from kvstrata.cache import Cache
+
+
+class Bounds:
+    """Keeps the limit of one cache's slabs, and its policy, to the sequences that share them."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._fitted: object = None  # what the policy was last fitted to
+        self._admitted = 0  # sequences for which it was last found that the limit leaves them something
+
+    def open(self) -> None:
+        """Before the first sequence: what archives takes memory at once, under the limit of one."""
+        cache = self._cache
+        if cache.policy.archives and cache._limit.budget is not None:
+            self._bind(cache._limit.now(cache.policy, [0]))
+        cache._slabs.open_far()
+
+    def admit(self, ids: list[int], lengths: list[int]) -> None:
+        """Checks of the whole step that need its sizes. lengths: tokens that each of ``ids`` will have after it."""
+        cache = self._cache
+        budget, policy = cache._limit.budget, cache.policy
+        if budget is None:
+            return
+        if policy.allocator is not None or budget.unit == "bytes":
+            self._fit(dict(zip(ids, lengths, strict=True)))
+            if cache._limit.each and policy.planner is None:
+                cache._limit.admit_whole(lengths)
+        elif policy.planner is None and budget.unit == "tokens" and max(lengths) > budget.value:
+            raise BudgetExceeded(f"budget: limit is {budget.value} tokens per row, the step needs {max(lengths)}")
+
+    def _fit(self, after: dict[int, int]) -> None:
+        """A budget is shared by all sequences: with their number known, and none begun, the policy is fitted anew; the limit
+        of a share follows their lengths."""
+        cache = self._cache
+        budget = cache._limit.budget
+        assert budget is not None
+        lengths = [after.get(i, n) for i, n in zip(cache._live, self._lengths(), strict=True)]
+        begun = any(self._lengths())
+        to = (len(lengths), max(lengths) if budget.unit == "share" else 0)
+        if self._fitted != to and not begun:
+            policy = cache._limit.fit(lengths)
+            assert policy.window is not None
+            if policy != cache.policy:
+                cache._store.refit(policy.window, policy.queries)
+                cache.policy = policy
+            self._fitted = to
+        if self._follows:
+            self._bind(cache._limit.now(cache.policy, lengths))
+        if cache.policy.allocator is not None and begun and self._admitted != len(lengths):
+            cache._limit.admit(cache.policy, lengths)  # what each needs is fixed: more of them may be too many
+            self._admitted = len(lengths)
+
+    def settle(self) -> None:
+        """After the sequences are others: what each may hold is theirs, and their tables are within it."""
+        cache = self._cache
+        if cache._limit.each:
+            self._bind(cache._limit.now(cache.policy, self._lengths() or [0]))
+        cache._slabs.settle()
+
+    def share(self, ids: list[int]) -> None:
+        """Before the limit is shared by ``ids``, more sequences than now: what has begun is planned for its smaller share, as
+        pages that forks hold together are free only once all of them have let them go. BudgetExceeded with nothing changed
+        where the share would be too small."""
+        cache = self._cache
+        lengths, before = [cache._store.length(i) for i in ids], self._lengths()
+        if cache.policy.allocator is None or len(ids) <= len(before) or not any(lengths):
+            return
+        cache._limit.admit(cache.policy, lengths)
+        limit = cache._limit.now(cache.policy, lengths)
+        if limit * len(before) < cache._limit.now(cache.policy, before) * len(ids):
+            cache._plans.ahead(cache._live, limit, len(ids))
+
+    def falls(self) -> bool:
+        """Follows the schedule: a limit that falls is planned for, then binds. Whether all was planned."""
+        cache = self._cache
+        if cache._limit.schedule is None:
+            return False
+        limit = cache._limit.now(cache.policy, self._lengths())
+        falls = cache._slabs.limit is None or limit < cache._slabs.limit
+        if falls:
+            cache._plans.ahead(cache._live, limit, len(cache._live))
+            cache.trim()
+        self._bind(limit)
+        return falls
+
+    @property
+    def _follows(self) -> bool:
+        """Whether slabs keep to what the budget means for the present sequences, with a place for their books."""
+        return self._cache.policy.allocator is not None or self._cache.policy.archives
+
+    def _bind(self, limit: int) -> None:
+        cache = self._cache
+        cache._slabs.bind(limit, cache.policy, cache.shape, max(1, len(cache._live)))
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each live sequence."""
+        return [self._cache._store.length(i) for i in self._cache._live]
