@@ -35,6 +35,7 @@ from kvstrata.policy import (
     icecache,
     keydiff,
     kivi,
+    strata,
     streaming,
 )
 from kvstrata.policy.arkv import FULL_SHARE, KERNEL
@@ -104,6 +105,9 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "icecache max": ("so, the largest vote of a group's heads", icecache(aggregate="max")),
     "icecache int8": ("so, archived as int8", icecache(state="int8")),
     "icecache int4": ("so, archived as int4", icecache(state="int4")),
+    "strata": ("nothing lost: Full, or quantized and archived; so many tokens read in a step", strata()),
+    "strata 384": ("so, 384 tokens read", strata(384)),
+    "strata int4": ("so, archived as int4", strata(state="int4")),
     "full": ("everything read", full()),
     "streaming": ("sinks and window", streaming()),
 }  # fmt: skip

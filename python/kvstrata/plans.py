@@ -10,12 +10,13 @@ from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.entropy import EntropyShare
-from kvstrata.budget.room import keeps_scores, page_costs
+from kvstrata.budget.room import far_books, keeps_scores, page_costs
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, Unsupported
-from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
+from kvstrata.policy.base import FAR, FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
+from kvstrata.sight import address, see
 from kvstrata.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -66,17 +67,21 @@ class Plans:
     def run(self, ids: list[int], layers: list[int] | None = None) -> None:
         """All layers, or some where each is planned for itself: scores first, then each sequence's share of the limit divided
         over them, then each layer's plan."""
-        layers = self.layers if layers is None else layers
-        if self._cache.policy.archives:
+        layers, archives = self.layers if layers is None else layers, self._cache.policy.archives
+        if archives and self._cache.policy.allocator is None:
             layers = [i for i in layers if self._is_waiting(i, ids)]
         ends = [self._store.length(i) for i in ids]
         found = [seen for layer in layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
             return
         found = [self._scored(seen, ids) for seen in found]
-        if self._cache.policy.allocator is not None:
+        if self._cache.policy.allocator is not None and not archives:
             found = self._allocated(found, ids)
         for seen in found:
+            if (
+                self._cache.policy.allocator is not None and archives
+            ):  # one after another: the spare bytes are what is left
+                seen = replace(seen, allowance=self._equal_share(seen, ids))
             self._apply(seen, ids)
         self.note(ids)
 
@@ -181,33 +186,7 @@ class Plans:
     # --- what is seen -----------------------------------------------------------------------------------------------------
 
     def _see(self, layer: int, ids: list[int], ends: list[int]) -> Seen | None:
-        spec = self._cache.shape.layers[layer]
-        columns = self._store.columns(layer, ids)
-        if spec.window is not None or columns == 0:
-            return None
-        rows = len(ids) * spec.kv_heads
-        positions = torch.empty(rows, columns, dtype=torch.int32)
-        tail, state = torch.empty(rows, columns, dtype=torch.bool), torch.empty(rows, columns, dtype=torch.uint8)
-        archives = self._cache.policy.archives
-        tier = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
-        grouped = torch.empty(rows, columns, dtype=torch.uint8) if archives else None
-        entry = torch.empty(rows, columns, dtype=torch.int32) if archives else None
-        more = (_address(c) for c in (tier, grouped, entry))
-        where = (positions.data_ptr(), tail.data_ptr(), state.data_ptr(), 0, *more)
-        self._store.look(layer, ids, *where, columns)
-        arithmetic = self.arithmetic.get(layer, (spec.head_dim**-0.5, 0.0))
-        return Seen(
-            layer,
-            positions,
-            torch.tensor(ends).repeat_interleave(spec.kv_heads),
-            tail,
-            state,
-            self._cache.policy.sinks,
-            read=Rows(self._store, self._cache.shape, layer, ids, columns, arithmetic),
-            tier=tier,
-            grouped=grouped,
-            entry=entry,
-        )
+        return see(self._cache, layer, ids, ends, self.arithmetic.get(layer))
 
     def _scored(self, seen: Seen, ids: list[int]) -> Seen:
         policy = self._cache.policy
@@ -264,7 +243,10 @@ class Plans:
         cache = self._cache
         rows = sum(cache.shape.layers[i].kv_heads for i in self.layers)
         each = torch.full((seen.positions.shape[0],), self._share() // rows, dtype=torch.int64)
-        return Allowance(each, page_costs(cache.shape, seen.layer, cache.policy), self._last_share(seen.layer, ids))
+        if seen.tier is not None:  # books of Far pages are Near
+            each -= far_books(cache.shape, seen.layer, cache.policy) * -(-((seen.tier == FAR).sum(1)) // SLOTS)
+        costs = page_costs(cache.shape, seen.layer, cache.policy)
+        return Allowance(each, costs, self._last_share(seen.layer, ids), spare=cache._slabs.spare())
 
     def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
         """The share of a layer's rows that stays Full by the statistics of the last plan, f32 [R]; None: the planner's own."""
@@ -336,7 +318,7 @@ class Plans:
             return
         plan = self._columns(seen, plan)
         assert plan.state is not None
-        where = (_address(plan.tier), _address(plan.group), plan.state.shape[1])
+        where = (address(plan.tier), address(plan.group), plan.state.shape[1])
         self._store.check_plan(seen.layer, ids, plan.state.data_ptr(), *where, True)
         changed = (plan.state != seen.state) & seen.stored
         self.counts["evicted"] += int((changed & (plan.state == 0)).sum())
@@ -392,7 +374,3 @@ def _column(name: str, column: Tensor | None, dtype: torch.dtype, shape: torch.S
     if column.dtype != dtype or column.shape != shape:
         raise ValueError(f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(shape)}")
     return column.contiguous()
-
-
-def _address(column: Tensor | None) -> int:
-    return 0 if column is None else column.data_ptr()

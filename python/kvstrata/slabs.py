@@ -128,6 +128,10 @@ class Slabs:
             return _POSITION_BYTES + 8
         return self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
 
+    def spare(self) -> int:
+        """Bytes of pages that a plan may have lent before it frees any."""
+        return max(0, self._spare(self._costs()))
+
     def _spare(self, costs: list[int]) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
         bound = self._bound()

@@ -9,14 +9,11 @@ from typing import Literal
 from kvstrata import holdings
 from kvstrata._C import Store
 from kvstrata.budget import Budget
-from kvstrata.budget.room import keeps_scores
+from kvstrata.budget.room import RING, keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
 from kvstrata.policy import Policy
 from kvstrata.policy.base import FULL
 from kvstrata.recall import Far
-
-RING = 64
-"""Near pages of each format in which Far pages are put together, and read through by steps of several tokens."""
 
 
 def read_tokens(budget: Budget | None, policy: Policy) -> tuple[Budget | None, Policy]:
@@ -29,7 +26,10 @@ def read_tokens(budget: Budget | None, policy: Policy) -> tuple[Budget | None, P
         raise Unsupported(f"budget: count: {stores}; expected count=False")
     if budget.schedule is not None and not budget.schedule.constant:
         raise Unsupported(f"budget: schedule: {stores}, which does not fall; expected None or a constant one")
-    return None, replace(policy, selector=policy.selector.reading(int(budget.value)))
+    policy = replace(policy, selector=policy.selector.reading(int(budget.value)))
+    if policy.archives:
+        policy = replace(policy, scorer=None, allocator=None)  # all of it goes Far: nothing is to be divided
+    return None, policy
 
 
 def resolve_far(far: Far | str | int | None, budget: Budget | None, policy: Policy) -> Far | None:

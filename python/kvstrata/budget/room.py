@@ -23,23 +23,35 @@ SLACK = 32
 
 _SCORES = 68
 """Bytes of a page's scores, with their part of the room to grow."""
-_SUMMARY, _NEAR_SLOT = 24, 16
-"""Bytes of a page's summary beside its mean, with its part of a block's head and of room to grow; of a Near copy's place."""
+_SUMMARY, _NEAR_SLOT, _CHECKSUM = 24, 16, 8
+"""Bytes of a page's summary beside its mean, with its part of a block's head and of room to grow; of a Near copy's place; of a
+Far page's checksum."""
 _SLAB, _SLABS = 128, PIECE + 16
 """Bytes that the books of a slab take; slabs of a cache that is full, with those that are made and emptied by a plan."""
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
 
+RING = 64
+"""Near pages of each format in which Far pages are put together, and read through by steps of several tokens."""
 LEAST_QUERIES = 8
 REFERENCE = 2048
 
 
 def page_costs(shape: Shape, layer: int, policy: Policy) -> Mapping[int, int]:
     """Bytes of one page of a layer by state: payload, positions, table entry, scores where the policy keeps them."""
-    beside = PAGE_BOOKS + (_SCORES if keeps_scores(policy) else 0)
     dim = shape.layers[layer].head_dim
+    beside = PAGE_BOOKS + (_SCORES if keeps_scores(policy) else 0) + _summary_bytes(policy, dim)
     full = pools.page_bytes(FORMATS[DTYPES[shape.dtype]], dim)
     return {FULL: full + beside} | {STATES[f]: pools.page_bytes(f, dim) + beside for f in policy.formats}
+
+
+def far_books(shape: Shape, layer: int, policy: Policy) -> int:
+    """Near bytes that a Far page of a layer takes: its positions, entry, summary and checksum."""
+    return PAGE_BOOKS + _CHECKSUM + _summary_bytes(policy, shape.layers[layer].head_dim)
+
+
+def _summary_bytes(policy: Policy, head_dim: int) -> int:
+    return 0 if policy.selector is None else head_dim + _SUMMARY
 
 
 def keeps_scores(policy: Policy) -> bool:
@@ -82,13 +94,26 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
     widest = max(s.kv_heads * costs[i][FULL] for i, s in shape.kinds)
     unplanned = max(widest * (policy.chunk // SLOTS + 1), whole * (policy.interval // SLOTS))
     smallest = min(min(cost.values()) for cost in costs.values())
-    beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest))
+    beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest)) + _recalled(policy, shape, batch)
     content = limit - limit // SLACK - batch * (whole * held + sliding + unplanned) - beside
     if falls is not None:
         content -= _of_more(policy, shape, limit, batch, *falls)
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
     piece = max(limit // PIECE, 2 * max(sum(cost.values()) for cost in costs.values()))
     return Room(limit, batch, content - min(piece, content // (rows + 1)))
+
+
+def _recalled(policy: Policy, shape: Shape, batch: int) -> int:
+    """What a Far tier has Near: a ring of each head dimension, and of each row the copies of what a step reads."""
+    if not policy.archives or policy.selector is None:
+        return 0
+    copies, _, *_ = policy.selector.native(policy.sinks, policy.window or SLOTS)
+    state = getattr(policy.planner, "native_state", FULL)
+    indexed = [(i, s) for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
+    ring = {s.head_dim: RING * page_costs(shape, i, policy)[state] for i, s in indexed}
+    return sum(ring.values()) + batch * copies * sum(
+        s.kv_heads * page_costs(shape, i, policy)[state] for i, s in indexed
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +217,9 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
     limit = limit_bytes(budget, shape, lengths)
     if budget.unit == "share" and budget.at is None:
         least = room(policy, shape, limit, len(lengths)).least() * SLACK // (SLACK - 1)
+        if policy.archives:
+            each = sum(s.kv_heads * far_books(shape, i, policy) for i, s in enumerate(shape.layers))
+            least += sum(pages(n) for n in lengths) * each
         limit = max(limit, least + len(lengths) * shape.rows * max(page_costs(shape, 0, policy).values()))
     return limit
 
@@ -211,6 +239,8 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         tail = _tail_bytes(policy, shape, batch) if shared else 0
         content = room(policy, shape, limit, batch, falls).content
         smaller = _smaller(policy)
+        if policy.archives and content >= limit // 8:  # what is not held Near is not lost
+            break
         enough = 5 if smaller is not None and smaller.queries == 0 < policy.queries else 6
         if smaller is None or content >= enough * (limit - tail) // 8:
             break

@@ -17,6 +17,7 @@ from kvstrata.policy.keynorm import KeyNorm, keynorm
 from kvstrata.policy.kivi import QuantizeAll, kivi
 from kvstrata.policy.pyramidkv import pyramidkv
 from kvstrata.policy.snapkv import WindowVote, snapkv
+from kvstrata.policy.strata import strata
 from kvstrata.policy.streaming import SinksAndTail, streaming
 from kvstrata.policy.three_states import ThreeStates
 
@@ -32,6 +33,7 @@ NAMED: dict[str, Callable[[], Policy]] = {
     "keydiff": keydiff,
     "arkv": arkv,
     "icecache": icecache,
+    "strata": strata,
 }
 """Policies that a name stands for, each with its defaults."""
 
@@ -77,5 +79,6 @@ __all__ = [
     "pyramidkv",
     "resolve",
     "snapkv",
+    "strata",
     "streaming",
 ]

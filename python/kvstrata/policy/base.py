@@ -236,14 +236,23 @@ class Policy:
         return max(int(getattr(role, "queries", 0)) for role in (self.scorer, self.allocator))
 
     def _check_recall(self) -> None:
-        """What selects and archives reads neither scores nor an allowance yet, and has its sinks in pages of their own."""
+        """What selects and archives has its sinks in pages of their own. It is scored by summaries, as Far pages are not read
+        for that, and its rows have equal shares, as each layer is planned for itself."""
         if self.sinks % 16 or self.window is None:
             raise ValueError(
                 f"policy {self.name}: sinks is {self.sinks}, window {self.window}, expected multiples of 16"
             )
-        if self.scorer is not None or self.allocator is not None:
+        if self.scorer is not None and not getattr(self.scorer, "by_summaries", False):
             raise Unsupported(
-                f"policy {self.name}: a scorer or an allocator with a selector or an archive is not built yet"
+                f"policy {self.name}: scores of {type(self.scorer).__name__} with a selector or an archive are not built yet,"
+                " expected PageMass or none"
+            )
+        if self.scorer is not None and self.selector is None:
+            raise ValueError(f"policy {self.name}: {type(self.scorer).__name__} reads summaries, expected a selector")
+        if self.allocator is not None and self.allocator.needs:
+            raise Unsupported(
+                f"policy {self.name}: {type(self.allocator).__name__} with a selector or an archive is not built yet,"
+                " expected Uniform or none"
             )
         state = getattr(self.planner, "state", "full") if self.archives else "full"
         if state != "full" and state not in self.formats:

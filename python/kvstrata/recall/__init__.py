@@ -2,7 +2,8 @@
 
 from kvstrata.recall.archive import Archive
 from kvstrata.recall.far import Far
+from kvstrata.recall.ladder import Ladder, PageMass
 from kvstrata.recall.packers import KMeans, Position
 from kvstrata.recall.selectors import PageMeans
 
-__all__ = ["Archive", "Far", "KMeans", "PageMeans", "Position"]
+__all__ = ["Archive", "Far", "KMeans", "Ladder", "PageMass", "PageMeans", "Position"]

@@ -85,9 +85,9 @@ class Archive:
         return seen.stored & ~seen.protected & (seen.grouped != GROUPED)
 
     def fresh(self, seen: Seen, left: Tensor) -> Tensor:
-        """bool [R, N]: of the tokens that wait on, those that are put together for the time being: what is new, and of the older
-        ones as many as a binary counter of UNIT tokens would carry, so that each token is put together a logarithm of times and
-        most of them among many. Whole pages."""
+        """bool [R, N]: of the tokens that wait on, those that are put together for the time being: what is new, and of the
+        older ones as many as a binary counter of UNIT tokens would carry, so that each token is put together a logarithm of
+        times and most of them among many. Whole pages."""
         assert seen.grouped is not None and seen.entry is not None
         new = left & (seen.grouped == UNGROUPED)
         count = torch.div(left.sum(1), UNIT, rounding_mode="floor")

@@ -38,8 +38,8 @@ class PageMass:
 @dataclass(frozen=True)
 class Ladder(Archive):
     """As :class:`Archive`, but a page goes Far only where the Near tier has no room for it: of each row, the pages of highest
-    attention mass per byte stay Full and Near, as many as its allowance pays; the others are quantized and archived. A page that
-    went down is read where it is, or from its Near copy; it does not come back.
+    attention mass per byte stay Full and Near, as many as its allowance pays; the others are quantized and archived. A page
+    that went down is read where it is, or from its Near copy; it does not come back.
 
     New pages that stay Near stand beside those that they replace until a row's plan is done: no more of them than the
     allowance has spare bytes for. No allowance: all goes Far. The parameters are Archive's. Ours.
@@ -82,14 +82,17 @@ def _pages(allowance: Allowance, row: int) -> tuple[int, int]:
 
 def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, most_new: int) -> Tensor:
     """bool [N]: tokens of the at most ``most`` pages of highest mass, at most ``most_new`` of them new, all of whose tokens are
-    movable. Ties: the page whose first token stands first."""
-    numbers, index = page.unique(return_inverse=True)
+    movable. Ties: the page of the lower number."""
+    some = (movable | new).nonzero().flatten()
+    numbers, index = torch.unique(page[some], return_inverse=True)
     n = len(numbers)
-    mass = torch.zeros(n, dtype=torch.float64).index_add_(0, index, score.nan_to_num(0.0, 0.0, 0.0).double())
-    whole = torch.ones(n, dtype=torch.bool).index_fill_(0, index[~movable], False)
-    is_new = torch.zeros(n, dtype=torch.bool).index_fill_(0, index[new], True)
-    order = torch.where(whole, mass, -1.0).sort(descending=True, stable=True).indices
+    mass = torch.zeros(n, dtype=torch.float64).index_add_(0, index, score[some].nan_to_num(0.0, 0.0, 0.0).double())
+    whole = torch.ones(n, dtype=torch.bool).index_fill_(0, index[~movable[some]], False)
+    is_new = torch.zeros(n, dtype=torch.bool).index_fill_(0, index[new[some]], True)
+    order = mass.sort(descending=True, stable=True).indices
     order = order[whole[order]]
     order = order[~is_new[order] | (is_new[order].cumsum(0) <= most_new)][:most]
     keep = torch.zeros(n, dtype=torch.bool).index_fill_(0, order, True)
-    return keep[index] & movable
+    stays = torch.zeros_like(movable)
+    stays[some] = keep[index]
+    return stays
