@@ -1,4 +1,7 @@
-"""summarize beside the same facts in torch operators on dense keys: mean, its 8-bit code, variance and radius of each page."""
+"""summarize beside the same facts in torch operators on dense keys: mean, its 8-bit code, variance and radius of each page.
+
+The baseline is the same for all kinds of summaries.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ def dense(k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (codes + 128).to(torch.uint8), scale, square.mean(-1) / k.shape[2], square.amax(-1).sqrt()
 
 
-def case(args: argparse.Namespace, fmt: str, read_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, fmt: str, kind: ops.SummaryKind, read_gbps: float) -> dict[str, Any]:
     count = args.kv_rows * (args.tokens // SLOTS)
-    size = count * ops.page_bytes(fmt, args.dim) // 2  # keys
-    written = count // SLOTS * ops.summary_bytes(args.dim)
+    size = count * ops.page_bytes(fmt, args.dim) // (1 if kind == "mean_value" else 2)  # keys
+    written = count // SLOTS * ops.summary_bytes(args.dim, kind)
     data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
     times, base = measure(
         [
-            lambda i: ops.summarize(data[i % len(data)].pages, [data[i % len(data)].pool]),
+            lambda i: ops.summarize(data[i % len(data)].pages, [data[i % len(data)].pool], kind=kind),
             lambda i: dense(data[i % len(data)].k),
         ],
         args.reps,
@@ -38,6 +41,7 @@ def case(args: argparse.Namespace, fmt: str, read_gbps: float) -> dict[str, Any]
     gbps = (size + written) / times.p50 / 1e6
     return {
         "kind": "summarize",
+        "summary": kind,
         "format": fmt,
         "kv_rows": args.kv_rows,
         "head_dim": args.dim,
@@ -48,7 +52,7 @@ def case(args: argparse.Namespace, fmt: str, read_gbps: float) -> dict[str, Any]
         **times.row(),
         "gbps": gbps,
         "share_read": gbps / read_gbps,
-        "digest": digest(ops.summarize(data[0].pages, [data[0].pool])),
+        "digest": digest(ops.summarize(data[0].pages, [data[0].pool], kind=kind)),
         "baseline": {"name": "torch operators on dense keys", "ms_p50": base.p50},
         "speedup_vs_torch": base.p50 / times.p50,
     }
@@ -58,7 +62,8 @@ def main() -> None:
     args = parser(__doc__ or "", tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
     begin(args)
     run = run_facts(args)
-    rows = [case(args, fmt, run["read_gbps"]) for fmt in args.format.split(",")]
+    kinds: tuple[ops.SummaryKind, ...] = ("mean", "bounds", "mean_value")
+    rows = [case(args, fmt, kind, run["read_gbps"]) for kind in kinds for fmt in args.format.split(",")]
     show("summarize", run, rows, Output(args.json))
 
 

@@ -46,8 +46,10 @@ void cluster(py::handle keys_, py::handle live_, py::handle page_of_, py::handle
 }
 
 void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::handle blocks_,
-               const py::sequence& pools_, int head_dim, int threads) {
+               const py::sequence& pools_, int head_dim, int kind_, int threads) {
     const char* const op = "summarize";
+    const auto kind = static_cast<SummaryKind>(kind_);
+    const int64_t size = summary_bytes(head_dim, kind);
     const Argument pages(op, "pages", pages_), visible(op, "visible", visible_), centre(op, "centre", centre_),
         blocks(op, "blocks", blocks_);
     pages.expect_rank({"R", "M"});
@@ -55,7 +57,7 @@ void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::h
     pages.expect({DType::i32}, {R, M});
     visible.expect({DType::u16}, {R, M}, "set by pages");
     centre.expect({DType::f32}, {R, {"D", head_dim}}, "set by pools");
-    blocks.expect({DType::u8}, {R, B, {"bytes", summary_bytes(head_dim)}}, "set by pages").expect_contiguous();
+    blocks.expect({DType::u8}, {R, B, {"bytes", size}}, "set by pages").expect_contiguous();
     const Pools pools(op, pools_, true);
     std::vector<ops::SummaryItem> items;
     items.reserve(static_cast<size_t>(R.size * B.size * kSlots));
@@ -66,12 +68,12 @@ void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::h
             const PageId id = e < M.size ? ids[e] : kNoPage;
             const uint16_t mask = e >= M.size ? uint16_t{0} : masks ? masks[e] : kAllSlots;
             if (id != kNoPage && mask) pools.check_id(id, head_dim, {"pages", r, e});
-            unsigned char* const block = blocks.row<unsigned char>(r) + e / kSlots * summary_bytes(head_dim);
+            unsigned char* const block = blocks.row<unsigned char>(r) + e / kSlots * size;
             items.push_back({id, mask, centre.row<float>(r), block, int_of(e % kSlots)});
         }
     }
-    const ops::SummarizeParams p{items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, pools.views(),
-                                 threads};
+    const ops::SummarizeParams p{
+        items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, pools.views(), threads, kind};
     const py::gil_scoped_release release;
     ops::summarize(p);
 }
@@ -180,13 +182,15 @@ void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, 
 }  // namespace
 
 void bind_recall(py::module_& m) {
-    m.def("summary_bytes", &summary_bytes, py::arg("head_dim"));
+    m.def(
+        "summary_bytes", [](int head_dim, int kind) { return summary_bytes(head_dim, static_cast<SummaryKind>(kind)); },
+        py::arg("head_dim"), py::arg("kind"));
     m.def("cluster_workspace_bytes", &cluster_workspace_bytes, py::arg("rows"), py::arg("tokens"), py::arg("head_dim"),
           py::arg("threads"));
     m.def("cluster", &cluster, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
           py::arg("workspace"), py::arg("iters"), py::arg("threads"));
     m.def("summarize", &summarize, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("blocks"),
-          py::arg("pools"), py::arg("head_dim"), py::arg("threads"));
+          py::arg("pools"), py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
     m.def("select_workspace_bytes", &select_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
           py::arg("entries"), py::arg("threads"));
     m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("x"),

@@ -53,9 +53,24 @@ constexpr int64_t page_bytes(Format f, int head_dim) {
 }
 inline constexpr int64_t kPositionBytes = kSlots * static_cast<int64_t>(sizeof(int32_t));
 
-// A block of summaries: 16 pages (lanes) together, means u8 [D / 4][16][4], then f32 [16] each of scale, spread and radius.
-constexpr int64_t summary_bytes(int head_dim) { return kSlots * (static_cast<int64_t>(head_dim) + 12); }
+// A block of summaries: 16 pages (lanes) together. D is a multiple of 16, a block one of 64 bytes.
+//   mean         means u8 [D / 4][16][4], then f32 [16] each of scale, spread and radius
+//   bounds       lo bf16 [D][16], hi bf16 [D][16]
+//   mean_value   as mean, then value means u8 [16][D], their scale f32 [16], and the slots they were made from u32 [16]
+constexpr int64_t summary_bytes(int head_dim, SummaryKind kind = SummaryKind::mean) {
+    const int64_t dim = head_dim, mean = kSlots * (dim + 12);
+    if (kind == SummaryKind::bounds) return kSlots * 4 * dim;
+    return kind == SummaryKind::mean ? mean : mean + kSlots * (dim + 8);
+}
 inline constexpr uint8_t kZeroCode = 128;  // of a mean: what 0 is stored as
+
+// Offsets inside a block: hi of bounds; of mean_value the value means, their scales and their slots.
+constexpr int64_t upper_offset(int head_dim) { return kSlots * 2 * static_cast<int64_t>(head_dim); }
+constexpr int64_t values_offset(int head_dim) { return summary_bytes(head_dim); }
+constexpr int64_t value_scales_offset(int head_dim) {
+    return values_offset(head_dim) + kSlots * static_cast<int64_t>(head_dim);
+}
+constexpr int64_t value_slots_offset(int head_dim) { return value_scales_offset(head_dim) + 4 * kSlots; }
 
 // Offsets inside a page: V, and the scales of K and of V.
 constexpr int64_t v_offset(Format f, int head_dim) { return half_bytes(f, head_dim); }

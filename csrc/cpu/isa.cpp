@@ -73,6 +73,7 @@ void fill(Isa level, Kernels* table) {
         name::fill_attend(table);           \
         name::fill_attend_pairs(table);     \
         name::fill_attend_quantized(table); \
+        name::fill_bounds(table);           \
         name::fill_clusters(table);         \
         name::fill_elements(table);         \
         name::fill_encode(table);           \
@@ -84,6 +85,7 @@ void fill(Isa level, Kernels* table) {
         name::fill_scores(table);           \
         name::fill_slots(table);            \
         name::fill_summaries(table);        \
+        name::fill_values(table);           \
         name::fill_window(table);           \
         name::fill_window_pairs(table);     \
         name::fill_window_quantized(table); \

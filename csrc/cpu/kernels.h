@@ -141,6 +141,14 @@ struct Kernels {
     // sums [dim, 16] += weight * k for the slots of a mask; out [dim] = their sums over the slots, dim padded.
     void (*sum_keys)(const float* k, const float* weight, uint16_t slots, int32_t dim, float* sums);
     void (*fold_keys)(const float* sums, int32_t dim, float* out);
+    // rows [16, dim] of keys k [dim, 16 slots], dim a multiple of 16.
+    void (*turn_keys)(const float* k, int32_t dim, float* rows);
+    // lo = min(lo, x), hi = max(hi, x), n a multiple of 16; whether all of x is finite.
+    bool (*stretch)(float* lo, float* hi, const float* x, int32_t n);
+    // sums [dim] += the values of the slots of a mask, one after the other; those of quantized pages in the rotated domain.
+    // v and `scales` bf16 [dim / group, 16] are the page's. Indexed by Format.
+    void (*sum_values[6])(const unsigned char* v, const uint16_t* scales, int32_t dim, int32_t group, uint16_t slots,
+                          float* sums);
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 
@@ -182,6 +190,7 @@ struct Kernels {
     void fill_attend(Kernels* table);           \
     void fill_attend_pairs(Kernels* table);     \
     void fill_attend_quantized(Kernels* table); \
+    void fill_bounds(Kernels* table);           \
     void fill_clusters(Kernels* table);         \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \
@@ -193,6 +202,7 @@ struct Kernels {
     void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \
     void fill_summaries(Kernels* table);        \
+    void fill_values(Kernels* table);           \
     void fill_window(Kernels* table);           \
     void fill_window_pairs(Kernels* table);     \
     void fill_window_quantized(Kernels* table); \

@@ -15,71 +15,134 @@ namespace {
 
 constexpr int kUnitItems = 16;  // of one unit of work
 
+// x [dim] becomes what its codes say, scale * c, or 0 and a scale of NaN where it is not finite. put(d, code); the scale.
+template <class Put>
+float encode(float* x, int dim, Put put) {
+    float most = 0.0f, total = 0.0f;
+    for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(x[d])), total += std::abs(x[d]);
+    const bool finite = std::isfinite(total);
+    const float scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    const float by = scale > 0.0f ? 1.0f / scale : 0.0f;
+    for (int d = 0; d < dim; ++d) {
+        const float c = finite ? std::clamp(std::nearbyint(x[d] * by), -127.0f, 127.0f) : 0.0f;
+        put(d, static_cast<uint8_t>(static_cast<int>(c) + kZeroCode));
+        x[d] = scale * c;
+    }
+    return scale;
+}
+
+// The bf16 at or below x, or at or above it: towards zero is to cut bits off.
+uint16_t outwards(float x, bool up) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), cut = bits >> 16;
+    const bool away = (bits & 0xFFFF) != 0 && (bits >> 31 != 0) != up;
+    return static_cast<uint16_t>(away ? cut + 1 : cut);
+}
+constexpr uint16_t kNanBf16 = 0x7FC0;
+
 // One worker's summary of a page: its keys are widened once, the mean is turned to where it is needed.
 class Summary {
   public:
     explicit Summary(const ops::SummarizeParams& params) : p_(params) {}
 
     void write(const ops::SummaryItem& item) {
+        const bool seen = item.page >= 0 && item.visible;
+        if (seen) full_ = is_full(format_of(item));
+        if (p_.kind == SummaryKind::bounds) return write_bounds(item, seen);
+        write_mean(item, seen);
+        if (p_.kind == SummaryKind::mean_value) write_values(item, seen);
+    }
+
+  private:
+    Format format_of(const ops::SummaryItem& item) const { return p_.pools[page_pool(item.page)].format; }
+    static uint8_t& code(uint8_t* codes, int d) { return codes[d / 4 * 4 * kSlots + d % 4]; }
+
+    void write_mean(const ops::SummaryItem& item, bool seen) {
         const int dim = p_.head_dim;
         uint8_t* const codes = item.block + 4 * item.lane;
         float* const facts =
             reinterpret_cast<float*>(item.block + static_cast<int64_t>(kSlots) * dim) + item.lane;  // every 16th
-        for (int d = 0; d < dim; ++d) code(codes, d) = kZeroCode;
         facts[0] = facts[kSlots] = facts[2 * kSlots] = 0.0f;
-        if (item.page < 0 || !item.visible) return;
-        const bool full = widen(item);
-        const int n = std::popcount(item.visible);
-        find_mean(item.visible, n, full);
-        float most = 0.0f, total = 0.0f;
-        for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(mean_[d])), total += std::abs(mean_[d]);
-        if (!std::isfinite(total)) {
-            facts[0] = std::numeric_limits<float>::quiet_NaN();
+        if (!seen) {
+            for (int d = 0; d < dim; ++d) code(codes, d) = kZeroCode;
             return;
         }
-        const float scale = most / 127.0f, by = scale > 0.0f ? 1.0f / scale : 0.0f;
-        for (int d = 0; d < dim; ++d) {
-            const float c = std::clamp(std::nearbyint(mean_[d] * by), -127.0f, 127.0f);
-            code(codes, d) = static_cast<uint8_t>(static_cast<int>(c) + kZeroCode);
-            mean_[d] = scale * c;
-        }
-        facts[0] = scale;
-        if (full) kernels_.rotate(mean_, dim, true);
+        widen(item, !full_ && item.centre);
+        const int n = std::popcount(item.visible);
+        find_mean(item.visible, n);
+        facts[0] = encode(mean_, dim, [codes](int d, uint8_t c) { code(codes, d) = c; });
+        if (std::isnan(facts[0])) return;
+        if (full_) kernels_.rotate(mean_, dim, true);
         measure(item.visible, n, facts[kSlots], facts[2 * kSlots]);
     }
 
-  private:
-    static uint8_t& code(uint8_t* codes, int d) { return codes[d / 4 * 4 * kSlots + d % 4]; }
+    void write_values(const ops::SummaryItem& item, bool seen) {
+        const int dim = p_.head_dim;
+        uint8_t* const codes = item.block + values_offset(dim) + static_cast<int64_t>(item.lane) * dim;
+        float& scale = reinterpret_cast<float*>(item.block + value_scales_offset(dim))[item.lane];
+        reinterpret_cast<uint32_t*>(item.block + value_slots_offset(dim))[item.lane] = seen ? item.visible : 0;
+        std::fill_n(mean_, dim, 0.0f);
+        if (seen) {
+            const Format format = format_of(item);
+            const unsigned char* const page = page_at(p_.pools, item.page);
+            kernels_.sum_values[static_cast<int>(format)](
+                page + v_offset(format, dim), reinterpret_cast<const uint16_t*>(page + v_scales_offset(format, dim)),
+                dim, full_ ? dim : group_size(format, dim), item.visible, mean_);
+            kernels_.divide(mean_, static_cast<float>(std::popcount(item.visible)), dim);
+            if (full_) kernels_.rotate(mean_, dim, false);
+        }
+        scale = encode(mean_, dim, [codes](int d, uint8_t c) { codes[d] = c; });
+    }
 
-    // The page's keys, those of quantized pages in the rotated domain. Whether it is a full one.
-    bool widen(const ops::SummaryItem& item) {
-        const Format format = p_.pools[page_pool(item.page)].format;
+    // Of the keys as the model has them: those of quantized pages are turned back.
+    void write_bounds(const ops::SummaryItem& item, bool seen) {
+        const int dim = p_.head_dim;
+        uint16_t* const lo = reinterpret_cast<uint16_t*>(item.block) + item.lane;  // every 16th
+        uint16_t* const hi = reinterpret_cast<uint16_t*>(item.block + upper_offset(dim)) + item.lane;
+        bool finite = true;
+        if (seen) {
+            widen(item, false);
+            kernels_.turn_keys(keys_, dim, sums_);
+            std::fill_n(least_, dim, std::numeric_limits<float>::infinity());
+            std::fill_n(mean_, dim, -std::numeric_limits<float>::infinity());
+            for (uint16_t m = item.visible; m; m &= m - 1) {
+                float* const key = sums_ + std::countr_zero(m) * dim;
+                if (!full_) kernels_.rotate(key, dim, true);
+                if (!full_ && item.centre) kernels_.axpy(key, item.centre, 1.0f, dim);
+                finite &= kernels_.stretch(least_, mean_, key, dim);
+            }
+        }
+        for (int d = 0; d < dim; ++d) {
+            lo[d * kSlots] = !finite ? kNanBf16 : seen ? outwards(least_[d], false) : 0;
+            hi[d * kSlots] = !finite ? kNanBf16 : seen ? outwards(mean_[d], true) : 0;
+        }
+    }
+
+    // The page's keys, those of quantized pages in the rotated domain.
+    void widen(const ops::SummaryItem& item, bool centred) {
+        const Format format = format_of(item);
         const unsigned char* const page = page_at(p_.pools, item.page);
-        const bool full = is_full(format);
-        const bool centred = !full && item.centre;
         if (centred && item.centre != turned_) {  // pages of a row follow each other
             std::copy_n(item.centre, p_.head_dim, centre_);
             kernels_.rotate(centre_, p_.head_dim, false);
             turned_ = item.centre;
         }
         const uint16_t* const scales =
-            full ? nullptr : reinterpret_cast<const uint16_t*>(page + k_scales_offset(format, p_.head_dim));
+            full_ ? nullptr : reinterpret_cast<const uint16_t*>(page + k_scales_offset(format, p_.head_dim));
         float squares[kSlots];
         kernels_.widen_keys[static_cast<int>(format)](page, scales, p_.head_dim,
-                                                      full ? 0 : group_size(format, p_.head_dim),
+                                                      full_ ? 0 : group_size(format, p_.head_dim),
                                                       centred ? centre_ : nullptr, keys_, squares);
-        return full;
     }
 
     // The mean of the visible keys, rotated.
-    void find_mean(uint16_t visible, int n, bool full) {
+    void find_mean(uint16_t visible, int n) {
         float ones[kSlots];
         std::fill_n(ones, kSlots, 1.0f);
         std::fill_n(sums_, static_cast<int64_t>(p_.head_dim) * kSlots, 0.0f);
         kernels_.sum_keys(keys_, ones, visible, p_.head_dim, sums_);
         kernels_.fold_keys(sums_, p_.head_dim, mean_);
         kernels_.divide(mean_, static_cast<float>(n), p_.head_dim);
-        if (full) kernels_.rotate(mean_, p_.head_dim, false);
+        if (full_) kernels_.rotate(mean_, p_.head_dim, false);
     }
 
     // From the mean as stored, in the domain of the keys.
@@ -98,9 +161,11 @@ class Summary {
     const ops::SummarizeParams& p_;
     const Kernels& kernels_ = kernels();
     const float* turned_ = nullptr;  // the centre that `centre_` is turned from
+    bool full_ = true;               // the page at hand
     alignas(64) float keys_[kMaxHeadDim * kSlots];
     alignas(64) float sums_[kMaxHeadDim * kSlots];
-    alignas(64) float mean_[kMaxHeadDim];
+    alignas(64) float mean_[kMaxHeadDim];  // or the largest, of bounds
+    alignas(64) float least_[kMaxHeadDim];
     alignas(64) float centre_[kMaxHeadDim];
 };
 

@@ -30,6 +30,11 @@ void check_quantizable(const char* op, int head_dim) {
     }
 }
 
+void check_kind(const char* op, SummaryKind kind) {
+    check(kind <= SummaryKind::mean_value, op, ": kind is ", static_cast<int>(kind),
+          ", expected mean, bounds or mean_value");
+}
+
 // Under KVSTRATA_CHECK: an id that the pools do not hold.
 const PoolView& check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
     const PoolView* pool = id >= 0 && page_pool(id) < kMaxPools ? &pools[page_pool(id)] : nullptr;
@@ -292,6 +297,7 @@ void cluster(const ClusterParams& p) {
 
 void summarize(const SummarizeParams& p) {
     check_quantizable("summarize", p.head_dim);
+    check_kind("summarize", p.kind);
     for (int i = 0; settings().check && i < p.n_items; ++i) {
         if (p.items[i].page >= 0 && p.items[i].visible) check_page("summarize", p.pools, p.items[i].page, i, 0);
     }

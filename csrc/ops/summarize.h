@@ -3,8 +3,14 @@
 //   m = R mean(k)          s = max_c |m_c| / 127       code = clamp(rne(m_c / s), -127, 127) + 128       s = 0: all 128
 //   mu = s * (code - 128)  spread = sum_i |R k_i - mu|^2 / (n D)                 radius = max_i |R k_i - mu|
 //
+// That is kind mean. mean_value adds the value mean R mean(v), coded as m is, with its own scale, and the mask of the slots
+// it was made from. bounds instead, of the keys as the model has them, not rotated:
+//
+//   lo_c = down(min_i k_ic)    hi_c = up(max_i k_ic)    down, up: the bf16 at or below, at or above
+//
 // Sixteen pages to a block, laid out as common/layout.h says. An entry of -1, or without a visible slot: codes 128, the
-// rest 0. NaN or Inf in a visible key: scale NaN, codes 128; they show in no other lane.
+// rest 0. NaN or Inf in a visible key: scale NaN, codes 128, bounds NaN; in a visible value: its scale NaN, codes 128. They
+// show in no other lane.
 #pragma once
 
 #include "ops/pool_view.h"
@@ -25,6 +31,7 @@ struct SummarizeParams {
     int32_t head_dim;       // D, a multiple of 16 in 32..512
     const PoolView* pools;  // [8]
     int32_t threads;
+    SummaryKind kind = SummaryKind::mean;
 };
 
 void summarize(const SummarizeParams& params);

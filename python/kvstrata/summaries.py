@@ -16,11 +16,18 @@ from kvstrata.pools import SLOTS, Pool, maybe_view, native_pools, thread_count, 
 
 Aggregate = Literal["sum", "max"]
 _AGGREGATE: dict[str, int] = {"sum": 0, "max": 1}
+SummaryKind = Literal["mean", "bounds", "mean_value"]
+_KIND: dict[str, int] = {"mean": 0, "bounds": 1, "mean_value": 2}
 
 
-def summary_bytes(head_dim: int) -> int:
-    """Bytes of a block of 16 summaries: means u8 [D/4, 16, 4], then scale, spread and radius f32 [16] each."""
-    return _C.summary_bytes(head_dim)
+def summary_bytes(head_dim: int, kind: SummaryKind = "mean") -> int:
+    """Bytes of a block of 16 summaries.
+
+    mean        means u8 [D/4, 16, 4], then scale, spread and radius f32 [16] each
+    bounds      lo bf16 [D, 16], hi bf16 [D, 16]
+    mean_value  as mean, then value means u8 [16, D], their scale f32 [16], and the slots they were made from u32 [16]
+    """
+    return _C.summary_bytes(head_dim, _kind("summary_bytes", kind))
 
 
 def cluster(
@@ -64,24 +71,29 @@ def summarize(
     *,
     visible: Tensor | None = None,
     centre: Tensor | None = None,
+    kind: SummaryKind = "mean",
     threads: int | None = None,
 ) -> Tensor:
-    """What is known of pages without reading them. Returns blocks u8 [R, ceil(M / 16), summary_bytes(D)].
+    """What is known of pages without reading them. Returns blocks u8 [R, ceil(M / 16), summary_bytes(D, kind)].
 
     pages    i32 [R, M] of any formats, D a multiple of 16 in 32..512; -1: nothing is known
     visible  u16 [R, M] slots that count; default all
     centre   f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
 
-    Of each page: the mean of its rotated keys in 8 bits with one scale, their mean variance per channel around it, and the
-    distance of the farthest (``csrc/ops/summarize.h``).
+    kind     mean: of each page the mean of its rotated keys in 8 bits with one scale, their mean variance per channel around
+             it, and the distance of the farthest. bounds: the least and the largest value of its keys in every channel,
+             not rotated, in bf16 rounded outwards (Quest, arXiv 2406.10774). mean_value: mean, and the mean of its values
+
+    Formulas: ``csrc/ops/summarize.h``.
     """
     op = "summarize"
+    number = _kind(op, kind)
     if not pools:
         raise ValueError(f"{op}: pools has 0 pools, expected at least 1")
     view(op, "pages", pages)
     rows, entries = pages.shape if pages.dim() == 2 else (0, 0)
     dim = pools[0].head_dim
-    blocks = torch.empty(rows, -(-entries // SLOTS), summary_bytes(dim), dtype=torch.uint8)
+    blocks = torch.empty(rows, -(-entries // SLOTS), summary_bytes(dim, kind), dtype=torch.uint8)
     _C.summarize(
         view(op, "pages", pages),
         maybe_view(op, "visible", visible),
@@ -89,6 +101,7 @@ def summarize(
         view(op, "blocks", blocks),
         native_pools(op, pools),
         dim,
+        number,
         thread_count(op, threads),
     )
     return blocks
@@ -175,6 +188,12 @@ def select(
         count,
     )
     return chosen, counts, rest
+
+
+def _kind(op: str, kind: str) -> int:
+    if kind not in _KIND:
+        raise ValueError(f"{op}: kind is {kind!r}, expected one of {', '.join(_KIND)}")
+    return _KIND[kind]
 
 
 def _scan(op: str, q: Tensor, visible: Tensor, threads: int | None) -> tuple[int, int, int, int, int, Tensor]:

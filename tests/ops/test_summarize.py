@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case, make_case
 from tolerances import CODE_TIE, SUMMARY, assert_close
 from torch import Tensor
 from windows import FULL, Window, make_window
@@ -15,7 +16,6 @@ from kvstrata import ops, reference
 NAN, INF = float("nan"), float("inf")
 ALL = (*FULL, *ops.QUANTIZED)
 SIZES = [0, 1, 15, 16, 17, 33]
-MASKS = ["full", "tail1", "ragged"]
 
 
 def summarize(case: Window, **more: Any) -> Tensor:
@@ -50,19 +50,19 @@ def check(case: Window, blocks: Tensor) -> None:
         assert torch.all(part[nothing] == 0)
 
 
-@pytest.mark.parametrize("fmt", ALL)
-@pytest.mark.parametrize("masks", MASKS)
+# Formats differ in how they are read, not in which slots count.
+@pytest.mark.parametrize(("masks", "fmt"), [("full", "bf16"), ("tail1", "int4"), *(("ragged", fmt) for fmt in ALL)])
 @pytest.mark.parametrize("entries", SIZES)
 def test_sizes(isa: str, entries: int, masks: str, fmt: str) -> None:
     case = make_window([entries, entries // 2, entries], formats=(fmt,), masks=masks, holes=0.1, seed=entries)
     check(case, summarize(case))
 
 
-@pytest.mark.parametrize("fmt", ALL)
 @pytest.mark.parametrize("dim", [32, 48, 80, 96, 112, 128, 160, 192, 256, 496, 512])
-def test_head_dims(isa: str, dim: int, fmt: str) -> None:
-    case = make_window([18, 7], formats=(fmt,), dim=dim, masks="ragged", seed=dim)
-    check(case, summarize(case))
+def test_head_dims(isa: str, dim: int) -> None:
+    for fmt in ALL:
+        case = make_window([18, 7], formats=(fmt,), dim=dim, masks="ragged", seed=dim)
+        check(case, summarize(case))
 
 
 def test_a_row_of_all_formats(isa: str) -> None:
@@ -159,6 +159,118 @@ def test_a_bad_key_shows_in_its_own_page(isa: str, bad: float) -> None:
     assert reference.summary_codes(summarize(case), 64)[1].isfinite().all(), "a hidden slot does not enter"
 
 
+# --- Bounds and value means -------------------------------------------------------------------------------------------
+
+
+def of_kind(case: Case, kind: Any, **more: Any) -> Tensor:
+    return ops.summarize(
+        case.pages, case.pools, kind=kind, **{"visible": case.visible, "centre": case.extra.get("centre")} | more
+    )
+
+
+def slots_of(case: Case) -> Tensor:
+    return reference.visible_slots(case.pages, case.visible)
+
+
+def check_bounds(case: Case, blocks: Tensor) -> None:
+    """Full pages: the reference's bits. Others: keys are turned back in f32, where a bound may fall on a neighbour."""
+    entries, dim = case.pages.shape[1], case.q.shape[-1]
+    assert blocks.shape == (case.rows, -(-entries // 16), 64 * dim) and blocks.dtype == torch.uint8
+    got = reference.summary_bounds(blocks, dim)
+    if not set(case.formats) & set(ops.QUANTIZED):
+        assert torch.equal(blocks, reference.summarize(case.k, slots_of(case), "bounds"))
+    seen = slots_of(case).any(-1)
+    for side, exact, part in zip((1, -1), reference.page_bounds(case.k, slots_of(case)), got, strict=True):
+        away = side * (exact[seen] - part[:, :entries][seen])
+        step = exact[seen].abs().clamp_min(2.0**-20) * 2.0**-7  # one step of bf16, outwards
+        assert torch.all((away >= -1e-6 * exact[seen].abs().amax(-1, keepdim=True)) & (away <= step + 1e-5))
+        gone = torch.ones(part.shape[:2], dtype=torch.bool)
+        gone[:, :entries] = ~seen
+        assert torch.all(part[gone] == 0)
+
+
+def check_values(case: Case, blocks: Tensor) -> None:
+    """The mean's part has the bits of kind mean; codes as the reference's but for ties."""
+    entries, dim = case.pages.shape[1], case.q.shape[-1]
+    assert blocks.shape == (case.rows, -(-entries // 16), 32 * dim + 320) and blocks.dtype == torch.uint8
+    assert torch.equal(blocks[..., : 16 * dim + 192], of_kind(case, "mean"))
+    codes, scale, mask = reference.summary_values(blocks, dim)
+    seen = slots_of(case)
+    mean = reference.page_means(case.v, seen)
+    want = mean.abs().amax(-1) / 127
+    assert_close(scale[:, :entries], want, SUMMARY, 1e-3)
+    exact = torch.where(want.unsqueeze(-1) == 0, mean, mean / want.unsqueeze(-1))
+    away = (codes[:, :entries].double() - 128 - torch.round(exact)).abs()
+    assert torch.all((away == 0) | (ties(exact) & (away == 1)))
+    assert torch.equal(mask[:, :entries], (seen.long() << torch.arange(16)).sum(-1))
+    gone = torch.ones(codes.shape[:2], dtype=torch.bool)
+    gone[:, :entries] = ~seen.any(-1)
+    assert torch.all(codes[gone] == 128) and torch.all(scale[gone] == 0) and torch.all(mask[gone] == 0)
+
+
+@pytest.mark.parametrize("fmt", ALL)
+@pytest.mark.parametrize("entries", [1, 15, 16, 33])
+def test_bounds_and_values(isa: str, entries: int, fmt: str) -> None:
+    case = make_case([entries, entries // 2, entries], formats=(fmt,), masks="ragged", holes=0.1, seed=entries)
+    check_bounds(case, of_kind(case, "bounds"))
+    check_values(case, of_kind(case, "mean_value"))
+
+
+@pytest.mark.parametrize("dim", [32, 48, 96, 128, 256, 512])
+def test_bounds_and_values_by_head_dim(isa: str, dim: int) -> None:
+    case = make_case([40, 33], formats=ALL, dim=dim, masks="ragged", seed=dim)
+    blocks = of_kind(case, "bounds"), of_kind(case, "mean_value")
+    check_bounds(case, blocks[0])
+    check_values(case, blocks[1])
+    for threads in (2, 8):
+        assert torch.equal(of_kind(case, "bounds", threads=threads), blocks[0])
+        assert torch.equal(of_kind(case, "mean_value", threads=threads), blocks[1])
+
+
+@pytest.mark.parametrize("slot", [0, 3, 7, 8, 15])
+def test_bounds_and_values_of_one_slot(isa: str, slot: int) -> None:
+    case = make_case([17 * len(ALL)], formats=ALL, seed=slot)
+    case.visible = torch.full(case.pages.shape, 1 << slot, dtype=torch.int64).to(torch.uint16)
+    check_bounds(case, of_kind(case, "bounds"))
+    check_values(case, of_kind(case, "mean_value"))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_bounds_and_values_that_are_no_numbers(isa: str, bad: float) -> None:
+    """They show in their own page, and only where a visible slot holds them."""
+    case = make_case([20], formats=("f32",))
+    bounds, values = of_kind(case, "bounds"), of_kind(case, "mean_value")
+    page = case.pages[0, 4].view(1)
+    k, v = ops.unpack(page, case.pools)
+    k[0, 3, 5], v[0, 3, 9] = bad, bad
+    ops.pack(k, v, page, case.pools)
+    lo, hi = reference.summary_bounds(of_kind(case, "bounds"), 64)
+    codes, scale, _ = reference.summary_values(of_kind(case, "mean_value"), 64)
+    assert lo[0, 4].isnan().all() and hi[0, 4].isnan().all()
+    assert scale[0, 4].isnan() and torch.all(codes[0, 4] == 128)
+    others = torch.arange(32) != 4
+    for part, was in zip((lo, hi), reference.summary_bounds(bounds, 64), strict=True):
+        assert torch.equal(part[0, others], was[0, others])
+    assert torch.equal(codes[0, others], reference.summary_values(values, 64)[0][0, others])
+    hidden = torch.full((1, 20), 0xFFFF)
+    hidden[0, 4] = 0xFFFF & ~(1 << 3)
+    case.visible = hidden.to(torch.uint16)
+    assert reference.summary_bounds(of_kind(case, "bounds"), 64)[0].isfinite().all()
+    assert reference.summary_values(of_kind(case, "mean_value"), 64)[1].isfinite().all()
+
+
+def test_bounds_are_rounded_outwards(isa: str) -> None:
+    """Around one, between two subnormals, and on a bf16 number, which stays."""
+    up, inside = 1 + 2.0**-7, 1 + 2.0**-20
+    pool, page = ops.Pool.allocate("f32", 32, 1), torch.zeros(1, dtype=torch.int32)
+    k = torch.zeros(1, 16, 32)
+    k[..., 0], k[..., 1], k[..., 2], k[..., 3] = inside, -inside, 2.0**-149, 1.5
+    ops.pack(k, k, page, [pool])
+    lo, hi = reference.summary_bounds(ops.summarize(page.view(1, 1), [pool], kind="bounds"), 32)
+    assert lo[0, 0, :5].tolist() == [1.0, -up, 0.0, 1.5, 0.0]
+    assert hi[0, 0, :5].tolist() == [up, -1.0, 2.0**-133, 1.5, 0.0]
+
+
 def masks(*shape: int) -> Tensor:
     return torch.full(shape, 0xFFFF, dtype=torch.int64).to(torch.uint16)
 
@@ -176,6 +288,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"visible": torch.zeros(2, 4, dtype=torch.int32)}, r"summarize: visible has dtype i32, expected u16"),
     ({"centre": torch.zeros(2, 5)}, r"summarize: centre is \[2, 5\], expected \[R=2, D=64\]"),
     ({"centre": torch.zeros(2, 64, dtype=torch.bfloat16)}, r"summarize: centre has dtype bf16, expected f32"),
+    ({"kind": "means"}, r"summarize: kind is 'means', expected one of mean, bounds, mean_value"),
     ({"threads": -1}, r"summarize: threads is -1"),
 ]
 
@@ -197,4 +310,7 @@ def test_head_dims_without_summaries(dim: int) -> None:
 
 def test_no_rows(isa: str) -> None:
     pool = ops.Pool.allocate("bf16", 64, 1)
-    assert ops.summarize(torch.zeros(0, 4, dtype=torch.int32), [pool]).shape == (0, 1, ops.summary_bytes(64))
+    for kind, size in (("mean", 1216), ("bounds", 4096), ("mean_value", 2368)):
+        none = ops.summarize(torch.zeros(0, 4, dtype=torch.int32), [pool], kind=kind)  # type: ignore[arg-type]
+        assert none.shape == (0, 1, size) and ops.summary_bytes(64, kind) == size  # type: ignore[arg-type]
+        assert ops.summarize(torch.zeros(2, 0, dtype=torch.int32), [pool], kind=kind).shape == (2, 0, size)  # type: ignore[arg-type]

@@ -14,3 +14,19 @@
 #else
 #include "cpu/kernels/dot_avx512.h"
 #endif
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+// A line holds, for each slot, a word of 4 * (8 / Bits) dims: dim 4 f + j of them in the field f of byte j; a line of values
+// a word for each dim, of so many slots. The dims (or slots) from At on, each with what it stands for, to visit(dim, value).
+template <int Bits, int At, class Visit>
+KV_INLINE void each_code(I line, Visit visit) {
+    if constexpr (At < 4 * (8 / Bits)) {
+        visit(At, code_value<Bits, 8 * (At % 4) + Bits*(At / 4)>(line));
+        each_code<Bits, At + 1>(line, visit);
+    }
+}
+
+}  // namespace
+}  // namespace kvstrata::cpu::KV_ISA

@@ -60,16 +60,6 @@ void dot_full(const unsigned char* page, const uint16_t*, int32_t dim, int32_t, 
     store(dots, total(sums));
 }
 
-// A line holds, for each slot, a word of 4 * (8 / Bits) dims: dim 4 f + j of them in the field f of byte j. The dims from
-// At on, each with what it stands for, to visit(dim, value).
-template <int Bits, int At, class Visit>
-KV_INLINE void each_code(I line, Visit visit) {
-    if constexpr (At < 4 * (8 / Bits)) {
-        visit(At, code_value<Bits, 8 * (At % 4) + Bits*(At / 4)>(line));
-        each_code<Bits, At + 1>(line, visit);
-    }
-}
-
 template <int Bits>
 void widen_codes(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group, const float* centre,
                  float* k, float* squares) {

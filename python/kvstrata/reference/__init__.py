@@ -28,6 +28,7 @@ from kvstrata.reference.pages import (
 )
 from kvstrata.reference.recall import (
     cluster,
+    page_bounds,
     page_means,
     page_spreads,
     page_votes,
@@ -36,16 +37,18 @@ from kvstrata.reference.recall import (
     select,
     similarities,
     summarize,
+    summary_bounds,
     summary_codes,
     summary_parts,
+    summary_values,
 )
 from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
     "cluster", "compact", "decode", "dequantize", "encode", "fit", "group_size", "logits", "mass", "measure", "merge",
-    "pack", "padded", "page_means", "page_spreads", "page_votes", "pool", "quantize", "query_codes", "ranks",
-    "readable", "rotate", "round_up_bf16", "score_keys", "score_pages", "score_window", "select", "shares",
-    "similarities", "splitmix64", "summarize", "summary_codes", "summary_parts", "unpack", "visible_slots", "widen",
-    "window_read",
+    "pack", "padded", "page_bounds", "page_means", "page_spreads", "page_votes", "pool", "quantize", "query_codes",
+    "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_pages", "score_window", "select", "shares",
+    "similarities", "splitmix64", "summarize", "summary_bounds", "summary_codes", "summary_parts", "summary_values",
+    "unpack", "visible_slots", "widen", "window_read",
 ]  # fmt: skip

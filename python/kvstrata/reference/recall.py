@@ -91,27 +91,92 @@ def page_spreads(k: Tensor, slots: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     return (away**2).sum(2) / (slots.sum(2).clamp_min(1) * k.shape[-1]), away.amax(2)
 
 
-def summarize(k: Tensor, slots: Tensor) -> Tensor:
-    """Blocks u8 [R, ceil(M / 16), 16 D + 192] of k [R, M, 16, D] as stored and the visible slots bool [R, M, 16].
+def summarize(k: Tensor, slots: Tensor, kind: str = "mean", v: Tensor | None = None) -> Tensor:
+    """Blocks u8 [R, ceil(M / 16), bytes] of k, v [R, M, 16, D] as stored and the visible slots bool [R, M, 16].
 
-    A page with a key that is not finite: codes 128, scale, spread and radius NaN.
+    kind mean: 16 D + 192 bytes; bounds: 64 D; mean_value, which needs v: 32 D + 320. A page with a key that is not finite:
+    codes 128, scale, spread and radius NaN, bounds NaN; with a value that is not: their codes 128, scale NaN.
     """
-    rows, entries, _, dim = k.shape
-    mean = page_means(k, slots)
+    if kind == "bounds":
+        return bounds_blocks(k, slots)
+    blocks = mean_blocks(k, slots)
+    if kind == "mean":
+        return blocks
+    assert v is not None
+    return torch.cat([blocks, value_blocks(v, slots)], -1)
+
+
+def mean_codes(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """codes [..., D] in -127..127 of mean [..., D], and their scale f32 [...]; 0 and NaN where it is not finite."""
     bad = ~mean.isfinite().all(-1)
     scale = (mean.abs().amax(-1) / 127).to(torch.float32)
-    step = scale.to(k.dtype).unsqueeze(-1)
+    step = scale.to(mean.dtype).unsqueeze(-1)
     codes = torch.round(mean / step).clamp(-127, 127).masked_fill((step == 0) | bad.unsqueeze(-1), 0.0)
-    spread, radius = page_spreads(k, slots, step * codes)
-    floats = torch.stack([scale, spread.to(torch.float32), radius.to(torch.float32)], -1)  # [R, M, 3]
-    floats.masked_fill_(bad.unsqueeze(-1), float("nan"))
+    return codes, scale.masked_fill(bad, float("nan"))
+
+
+def by_lanes(x: Tensor, empty: float) -> Tensor:
+    """x [R, M, ...] as lanes [R, B, 16, ...], `empty` in those beyond M."""
+    rows, entries, *rest = x.shape
     count = -(-entries // SLOTS)
-    lanes = torch.full((rows, count * SLOTS, dim), 128, dtype=torch.uint8)
-    facts = torch.zeros(rows, count * SLOTS, 3)
-    lanes[:, :entries], facts[:, :entries] = (codes + 128).to(torch.uint8), floats
-    means = lanes.view(rows, count, SLOTS, dim // 4, 4).transpose(2, 3).flatten(2)
-    rest = facts.view(rows, count, SLOTS, 3).transpose(2, 3).flatten(2)
+    lanes = torch.full((rows, count * SLOTS, *rest), empty, dtype=x.dtype)
+    lanes[:, :entries] = x
+    return lanes.view(rows, count, SLOTS, *rest)
+
+
+def mean_blocks(k: Tensor, slots: Tensor) -> Tensor:
+    """Blocks of kind mean, as `summarize` has them."""
+    codes, scale = mean_codes(page_means(k, slots))
+    spread, radius = page_spreads(k, slots, scale.to(k.dtype).unsqueeze(-1) * codes)
+    floats = torch.stack([scale, spread.to(torch.float32), radius.to(torch.float32)], -1)  # [R, M, 3]
+    floats.masked_fill_(scale.isnan().unsqueeze(-1), float("nan"))
+    lanes = by_lanes((codes + 128).to(torch.uint8), 128)
+    means = lanes.view(*lanes.shape[:3], -1, 4).transpose(2, 3).flatten(2)
+    rest = by_lanes(floats, 0.0).transpose(2, 3).flatten(2)
     return torch.cat([means, rest.contiguous().view(torch.uint8)], -1)
+
+
+def value_blocks(v: Tensor, slots: Tensor) -> Tensor:
+    """What blocks of kind mean_value have beyond those of kind mean."""
+    codes, scale = mean_codes(page_means(v, slots))
+    mask = (slots.to(torch.int32) << torch.arange(SLOTS, dtype=torch.int32)).sum(-1).to(torch.int32)
+    facts = torch.stack([by_lanes(scale, 0.0).view(torch.int32), by_lanes(mask, 0)], 2).flatten(2)
+    return torch.cat([by_lanes((codes + 128).to(torch.uint8), 128).flatten(2), facts.view(torch.uint8)], -1)
+
+
+def bounds_blocks(k: Tensor, slots: Tensor) -> Tensor:
+    """Blocks of kind bounds, as `summarize` has them."""
+    lo, hi = (x.to(torch.float32) for x in page_bounds(k, slots))
+    below, above = lo.to(torch.bfloat16), hi.to(torch.bfloat16)
+    below = torch.where(below.float() > lo, torch.nextafter(below, torch.full_like(below, -INF)), below)
+    above = torch.where(above.float() < hi, torch.nextafter(above, torch.full_like(above, INF)), above)
+    seen = torch.where(slots.unsqueeze(-1), k, torch.zeros((), dtype=k.dtype))
+    bad = ~seen.isfinite().all(2).all(-1, keepdim=True)
+    both = torch.stack([below, above], -2).masked_fill(bad.unsqueeze(-1), float("nan"))  # [R, M, 2, D]
+    return by_lanes(both, 0.0).permute(0, 1, 3, 4, 2).flatten(2).contiguous().view(torch.uint8)
+
+
+def page_bounds(k: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """lo, hi [R, M, D] over the visible slots [R, M, 16] of k [R, M, 16, D]; 0 where there are none."""
+    seen, some = slots.unsqueeze(-1), slots.any(-1, keepdim=True)
+    lo = k.masked_fill(~seen, INF).amin(2).masked_fill(~some, 0.0)
+    return lo, k.masked_fill(~seen, -INF).amax(2).masked_fill(~some, 0.0)
+
+
+def summary_bounds(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """lo, hi f32 [R, 16 B, D] of blocks u8 [R, B, 64 D] of kind bounds."""
+    lines = blocks.contiguous().view(torch.bfloat16).view(*blocks.shape[:2], 2, dim, SLOTS).transpose(3, 4)
+    lo, hi = (part.flatten(1, 2).float() for part in lines.unbind(2))
+    return lo, hi
+
+
+def summary_values(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """codes u8 [R, 16 B, D], scale f32 [R, 16 B] and slots i64 [R, 16 B] of the value means of blocks of kind mean_value."""
+    rest = blocks[..., SLOTS * (dim + 12) :]
+    codes = rest[..., : SLOTS * dim].reshape(len(blocks), -1, dim)
+    facts = rest[..., SLOTS * dim :].contiguous()
+    scale, slots = (part.flatten(1) for part in facts.view(torch.int32).view(*blocks.shape[:2], 2, SLOTS).unbind(2))
+    return codes, scale.contiguous().view(torch.float32), slots.long()
 
 
 def summary_codes(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,69 @@
+// Sums over the values of a page, whatever its format.
+#include "cpu/kernels/level.h"
+#if KV_OWN_KERNELS
+#include "common/layout.h"
+#include "cpu/kernels/dot.h"
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+KV_INLINE void add_to(float* sums, V x) { store(sums, add(load(sums), x)); }
+
+void sum_f32(const unsigned char* v, const uint16_t*, int32_t dim, int32_t, uint16_t slots, float* sums) {
+    for (; slots; slots &= static_cast<uint16_t>(slots - 1)) {
+        const float* const x = reinterpret_cast<const float*>(v) + __builtin_ctz(slots) * dim;
+        for (int d = 0; d < dim; d += 16) add_to(sums + d, load(x + d));
+    }
+}
+
+template <Format F>
+void sum_pairs(const unsigned char* v, const uint16_t*, int32_t dim, int32_t, uint16_t slots, float* sums) {
+    for (int pair = 0; pair < kSlots / 2; ++pair, slots >>= 2) {
+        for (int d = 0; (slots & 3) && d < dim; d += 16) {
+            V first, second;
+            if constexpr (F == Format::bf16) {
+                pairs_bf16(v + (pair * dim + d) * 4, first, second);
+            } else {
+                pairs_f16(v + (pair * dim + d) * 4, first, second);
+            }
+            if (slots & 1) add_to(sums + d, first);
+            if (slots & 2) add_to(sums + d, second);
+        }
+    }
+}
+
+template <int Bits>
+void sum_codes(const unsigned char* v, const uint16_t* scales, int32_t dim, int32_t group, uint16_t slots,
+               float* sums) {
+    constexpr int kRun = 4 * (8 / Bits);  // slots to a line
+    for (int d = 0; d < dim; d += 16) {
+        float scale[kSlots];
+        store(scale, load_bf16(scales + d / group * kSlots));
+        V sum = load(sums + d);
+        for (int first = 0; first < kSlots; first += kRun) {
+            const I line = load_line(v + (first / kRun * dim + d) * 4);
+            each_code<Bits, 0>(line, [&](int i, V code) __attribute__((always_inline)) {
+                if (slots >> (first + i) & 1) sum = fma(set1(scale[first + i]), code, sum);
+            });
+        }
+        store(sums + d, sum);
+    }
+}
+
+}  // namespace
+
+void fill_values(Kernels* table) {
+    table->sum_values[0] = sum_f32;
+    table->sum_values[1] = sum_pairs<Format::bf16>;
+    table->sum_values[2] = sum_pairs<Format::f16>;
+    table->sum_values[3] = sum_codes<8>;
+    table->sum_values[4] = sum_codes<4>;
+    table->sum_values[5] = sum_codes<2>;
+}
+
+}  // namespace kvstrata::cpu::KV_ISA
+#else
+namespace kvstrata::cpu::KV_ISA {
+void fill_values(Kernels*) {}
+}  // namespace kvstrata::cpu::KV_ISA
+#endif
