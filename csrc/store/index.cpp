@@ -14,12 +14,15 @@ constexpr std::align_val_t kLine{64};
 
 int64_t& holders(unsigned char* block) { return *reinterpret_cast<int64_t*>(block - kHeader); }
 
-unsigned char* create(int head_dim) {
-    auto* const memory = static_cast<unsigned char*>(::operator new(kHeader + summary_bytes(head_dim), kLine));
+unsigned char* create(int head_dim, SummaryKind kind) {
+    const int64_t bytes = summary_bytes(head_dim, kind);
+    auto* const memory = static_cast<unsigned char*>(::operator new(kHeader + bytes, kLine));
     unsigned char* const block = memory + kHeader;
     holders(block) = 1;
-    std::memset(block, kZeroCode, static_cast<size_t>(kSlots) * head_dim);
-    std::memset(block + static_cast<int64_t>(kSlots) * head_dim, 0, 12 * kSlots);
+    std::memset(block, 0, bytes);
+    const size_t codes = static_cast<size_t>(kSlots) * head_dim;
+    if (kind != SummaryKind::bounds) std::memset(block, kZeroCode, codes);
+    if (kind == SummaryKind::mean_value) std::memset(block + values_offset(head_dim), kZeroCode, codes);
     return block;
 }
 
@@ -27,25 +30,37 @@ void drop(unsigned char* block) {
     if (--holders(block) == 0) ::operator delete(block - kHeader, kLine);
 }
 
-void copy_lane(unsigned char* to, int to_lane, const unsigned char* from, int lane, int head_dim) {
-    for (int word = 0; word < head_dim / 4 + 3; ++word) {  // quads of the mean, then scale, spread, radius
-        std::memcpy(to + 4 * (word * kSlots + to_lane), from + 4 * (word * kSlots + lane), 4);
+// One lane of `lines` lines of sixteen elements.
+void copy_elements(unsigned char* to, int to_lane, const unsigned char* from, int lane, int lines, int width) {
+    for (int line = 0; line < lines; ++line) {
+        std::memcpy(to + width * (line * kSlots + to_lane), from + width * (line * kSlots + lane), width);
     }
+}
+
+void copy_lane(unsigned char* to, int to_lane, const unsigned char* from, int lane, int head_dim, SummaryKind kind) {
+    if (kind == SummaryKind::bounds) return copy_elements(to, to_lane, from, lane, 2 * head_dim, 2);
+    copy_elements(to, to_lane, from, lane, head_dim / 4 + 3, 4);  // quads of the mean, then scale, spread, radius
+    if (kind == SummaryKind::mean) return;
+    const int64_t values = values_offset(head_dim), scales = value_scales_offset(head_dim);
+    std::memcpy(to + values + to_lane * head_dim, from + values + lane * head_dim, head_dim);
+    copy_elements(to + scales, to_lane, from + scales, lane, 2, 4);  // scale, slots
 }
 
 }  // namespace
 
-Index::Index(const Index& other) : head_dim_(other.head_dim_), count_(other.count_), blocks_(other.blocks_) {
+Index::Index(const Index& other)
+    : head_dim_(other.head_dim_), kind_(other.kind_), count_(other.count_), blocks_(other.blocks_) {
     for (unsigned char* block : blocks_) ++holders(block);
 }
 
 Index::Index(Index&& other) noexcept
-    : head_dim_(other.head_dim_), count_(std::exchange(other.count_, 0)), blocks_(std::move(other.blocks_)) {
+    : head_dim_(other.head_dim_), kind_(other.kind_), count_(std::exchange(other.count_, 0)), blocks_(std::move(other.blocks_)) {
     other.blocks_.clear();
 }
 
 Index& Index::operator=(Index other) noexcept {
     std::swap(head_dim_, other.head_dim_);
+    std::swap(kind_, other.kind_);
     std::swap(count_, other.count_);
     std::swap(blocks_, other.blocks_);
     return *this;
@@ -56,8 +71,8 @@ Index::~Index() { truncate(0); }
 unsigned char* Index::own(int b) {
     unsigned char*& block = blocks_[b];
     if (holders(block) > 1) {
-        unsigned char* const copy = create(head_dim_);
-        std::memcpy(copy, block, summary_bytes(head_dim_));
+        unsigned char* const copy = create(head_dim_, kind_);
+        std::memcpy(copy, block, summary_bytes(head_dim_, kind_));
         drop(block);
         block = copy;
     }
@@ -68,7 +83,7 @@ Index::Place Index::append() {
     const int b = count_ / kSlots, lane = count_ % kSlots;
     if (lane == 0) {
         if (blocks_.size() == blocks_.capacity()) blocks_.reserve(blocks_.size() + 4 + blocks_.size() / 16);
-        blocks_.push_back(create(head_dim_));
+        blocks_.push_back(create(head_dim_, kind_));
     }
     unsigned char* const block = own(b);
     ++count_;
@@ -78,7 +93,7 @@ Index::Place Index::append() {
 void Index::join(const Index& more) {
     for (int i = 0; i < more.count_; ++i) {
         const Place to = append();
-        copy_lane(to.block, to.lane, more.blocks_[i / kSlots], i % kSlots, head_dim_);
+        copy_lane(to.block, to.lane, more.blocks_[i / kSlots], i % kSlots, head_dim_, kind_);
     }
 }
 
@@ -93,14 +108,14 @@ void Index::keep(std::span<const int32_t> entries) {
     for (int to = 0; to < static_cast<int>(entries.size()); ++to) {
         const int from = entries[to];
         if (from == to) continue;
-        copy_lane(own(to / kSlots), to % kSlots, blocks_[from / kSlots], from % kSlots, head_dim_);
+        copy_lane(own(to / kSlots), to % kSlots, blocks_[from / kSlots], from % kSlots, head_dim_, kind_);
     }
     truncate(static_cast<int>(entries.size()));
 }
 
 int64_t Index::bytes() const {
     int64_t total = static_cast<int64_t>(blocks_.capacity() * sizeof(unsigned char*));
-    for (unsigned char* block : blocks_) total += (kHeader + summary_bytes(head_dim_)) / holders(block);
+    for (unsigned char* block : blocks_) total += (kHeader + summary_bytes(head_dim_, kind_)) / holders(block);
     return total;
 }
 

@@ -14,7 +14,7 @@ namespace kvstrata::store {
 class Index {
   public:
     Index() = default;
-    explicit Index(int head_dim) : head_dim_(head_dim) {}
+    Index(int head_dim, SummaryKind kind) : head_dim_(head_dim), kind_(kind) {}
     Index(const Index& other);
     Index(Index&& other) noexcept;
     Index& operator=(Index other) noexcept;
@@ -38,6 +38,7 @@ class Index {
     unsigned char* own(int block);  // for writing
 
     int head_dim_ = 0;
+    SummaryKind kind_ = SummaryKind::mean;
     int count_ = 0;
     std::vector<unsigned char*> blocks_;
 };

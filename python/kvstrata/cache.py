@@ -233,7 +233,12 @@ class Cache:
             raise ValueError(f"set_selector: policy {self.policy.name!r} selects nothing, expected one with a selector")
         if self._step is not None:
             raise RuntimeError("set_selector: a step is open, its pages are reserved for the present selector")
-        self._store.set_recall(selector.native(self.policy.sinks, self.policy.window or 0))
+        if selector.kind != self.policy.selector.kind:
+            raise ValueError(
+                f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
+                f" {self.policy.selector.kind}; expected summarize({selector.kind!r}) before"
+            )
+        self._store.set_recall(native_reading(selector.native(self.policy.sinks, self.policy.window or 0)))
         self._store.set_mass_floor(selector.mass_floor)
         self.policy = replace(self.policy, selector=selector)
         self._limit.select(selector)

@@ -12,7 +12,7 @@ from kvstrata.budget import Budget
 from kvstrata.budget.room import RING, keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
 from kvstrata.policy import Policy
-from kvstrata.policy.base import FULL
+from kvstrata.policy.base import FULL, Reading
 from kvstrata.recall import Far
 
 
@@ -68,6 +68,12 @@ def _limits(tier: Far | str | None) -> object:
     return tier is not None, tier.bytes if isinstance(tier, Far) else None
 
 
+def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, float, int, float]:
+    """As the binding takes it."""
+    kind = ("mean", "bounds", "mean_value").index(reading.kind)
+    return (*reading[:4], kind, *reading[5:])
+
+
 def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Store:
     """A store for the policy as it runs."""
     assert policy.window is not None
@@ -82,7 +88,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
         policy.queries,
         keeps_scores(policy),
         policy.massed,
-        (0, 0, 1.0, 0) if selector is None else selector.native(policy.sinks, policy.window),
+        native_reading(Reading(0, 0) if selector is None else selector.native(policy.sinks, policy.window)),
         list(policy.dense_layers),
         [] if far is None else [getattr(policy.planner, "native_state", FULL)],
         0 if far is None else RING,

@@ -12,6 +12,7 @@ from kvstrata.budget.allocate import Uniform
 from kvstrata.budget.protect import ENTRY_BYTES, LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
+from kvstrata.ops import summary_bytes
 from kvstrata.policy.base import FULL, STATES, Policy
 
 FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
@@ -23,9 +24,8 @@ SLACK = 32
 
 _SCORES = 68
 """Bytes of a page's scores, with their part of the room to grow."""
-_SUMMARY, _NEAR_SLOT, _CHECKSUM = 24, 16, 8
-"""Bytes of a page's summary beside its mean, with its part of a block's head and of room to grow; of a Near copy's place; of a
-Far page's checksum."""
+_SUMMARY, _NEAR_SLOT, _CHECKSUM = 12, 16, 8
+"""Bytes of a summary's part of a block's head and of room to grow; of a Near copy's place; of a Far page's checksum."""
 _SLAB, _SLABS = 128, PIECE + 16
 """Bytes that the books of a slab take; slabs of a cache that is full, with those that are made and emptied by a plan."""
 _ROW, _ROW_SCORES = 280, 512
@@ -51,7 +51,10 @@ def far_books(shape: Shape, layer: int, policy: Policy) -> int:
 
 
 def _summary_bytes(policy: Policy, head_dim: int) -> int:
-    return 0 if policy.selector is None else head_dim + _SUMMARY
+    """Of one page's summary, with its part of a block's head and of room to grow."""
+    if policy.selector is None:
+        return 0
+    return summary_bytes(head_dim, policy.selector.kind) // SLOTS + _SUMMARY
 
 
 def keeps_scores(policy: Policy) -> bool:
@@ -107,7 +110,7 @@ def _recalled(policy: Policy, shape: Shape, batch: int) -> int:
     """What a Far tier has Near: a ring of each head dimension, and of each row the copies of what a step reads."""
     if not policy.archives or policy.selector is None:
         return 0
-    copies, _, *_ = policy.selector.native(policy.sinks, policy.window or SLOTS)
+    copies = policy.selector.native(policy.sinks, policy.window or SLOTS).widest
     state = getattr(policy.planner, "native_state", FULL)
     indexed = [(i, s) for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
     ring = {s.head_dim: RING * page_costs(shape, i, policy)[state] for i, s in indexed}
@@ -140,8 +143,8 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
     beside = ENTRY_BYTES + (_SCORES if keeps_scores(policy) else 0)
     if policy.selector is not None:
-        beside += max(s.head_dim for s in shape.layers) + _SUMMARY
-        near_pages = policy.selector.native(policy.sinks, policy.window or SLOTS)[1]
+        beside += max(_summary_bytes(policy, s.head_dim) for s in shape.layers)
+        near_pages = policy.selector.native(policy.sinks, policy.window or SLOTS).near_pages
         each += near_pages * _NEAR_SLOT * shape.rows
     return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
 

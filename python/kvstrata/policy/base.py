@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,10 @@ EVICTED, FULL, INT8, INT4, INT2 = range(5)
 
 STATES: Mapping[str, int] = {"int8": INT8, "int4": INT4, "int2": INT2}
 """States of the quantized formats, most bits first: a token's bits only fall."""
+
+
+SummaryKind = Literal["mean", "bounds", "mean_value"]
+"""What a summary says of its page (:func:`kvstrata.ops.summarize`)."""
 
 
 class Reader(Protocol):
@@ -163,13 +167,40 @@ class Planner(Protocol):
     def plan(self, seen: Seen) -> Plan: ...
 
 
+class Reading(NamedTuple):
+    """What a step of one token reads of the pages that are neither sinks nor tail (``csrc/store/store.h``, Recall).
+
+    pages: K of each row; near_pages: Near copies of Far pages that a row keeps; weight: of the spread; aggregate: 0 sum, 1 max;
+    kind: of summaries; most: pages of one row where those of a sequence's rows share K each, 0: K; mass: share of attention at
+    which a row stops, 0: none, but for ``least`` pages; estimate: share of the unread pages that stand in by their means.
+    """
+
+    pages: int
+    near_pages: int
+    weight: float = 1.0
+    aggregate: int = 0
+    kind: SummaryKind = "mean"
+    most: int = 0
+    mass: float = 0.0
+    least: int = 1
+    estimate: float = 0.0
+
+    @property
+    def widest(self) -> int:
+        """Pages that one row may read."""
+        return self.most or self.pages
+
+
 class Selector(Protocol):
     """Which pages does this query read? See :mod:`kvstrata.recall.selectors`."""
 
     @property
     def mass_floor(self) -> float: ...
 
-    def native(self, sinks: int, window: int) -> tuple[int, int, float, int]: ...
+    @property
+    def kind(self) -> SummaryKind: ...
+
+    def native(self, sinks: int, window: int) -> Reading: ...
 
     def reading(self, budget: int) -> Selector: ...
 

@@ -35,7 +35,7 @@ def strata(
         Ladder(KMeans(), state, segment, segment_min),
         PageMass(queries),
         Uniform(),
-        selector=PageMeans(budget, near_pages=near_pages),
+        selector=PageMeans(budget=budget, near_pages=near_pages),
         formats=() if state == "full" else (state,),
         sinks=sinks,
         window=window,

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from kvstrata.config import SLOTS
+from kvstrata.policy.base import Reading, SummaryKind
 
 MAX_NEAR_PAGES = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
-class PageMeans:
-    """The pages of highest estimated attention mass, by their mean keys.
+class TopPages:
+    """The pages of highest vote, as many as a budget in tokens holds beside sinks and tail: what selectors have in common.
 
     budget: tokens that a row reads in a step of one token, sinks and tail included; aggregate: the votes of a KV head's query
-    heads, "sum" or "max"; spread_weight: w >= 0 of the second-order term (:func:`kvstrata.ops.score_pages`); near_pages: Near
-    copies of Far pages that a row keeps (None: twice what a step reads, at most 32,767); mass_floor: 0..1, steps that are
-    estimated to read less of a head's attention mass are counted. ValueError for parameters. Source: IceCache (arXiv
-    2604.10539), with the scan of all means that its public fork has instead of the tree.
+    heads, "sum" or "max"; near_pages: Near copies of Far pages that a row keeps (None: twice what a step reads, at most
+    32,767); mass_floor: 0..1, steps that are estimated to read less of a head's attention mass are counted. ValueError for
+    parameters.
     """
 
     budget: int = 256
+    _: KW_ONLY
     aggregate: Literal["sum", "max"] = "sum"
-    spread_weight: float = 1.0
     near_pages: int | None = None
     mass_floor: float = 0.9
 
     def __post_init__(self) -> None:
         if self.budget < 1:
-            raise ValueError(f"PageMeans: budget is {self.budget}, expected at least 1 token")
+            raise ValueError(f"{self._name}: budget is {self.budget}, expected at least 1 token")
         if self.aggregate not in ("sum", "max"):
-            raise ValueError(f"PageMeans: aggregate is {self.aggregate!r}, expected 'sum' or 'max'")
-        if not 0.0 <= self.spread_weight < float("inf"):
-            raise ValueError(f"PageMeans: spread_weight is {self.spread_weight}, expected a finite number >= 0")
-        if not 0.0 <= self.mass_floor <= 1.0:
-            raise ValueError(f"PageMeans: mass_floor is {self.mass_floor}, expected 0 to 1")
+            raise ValueError(f"{self._name}: aggregate is {self.aggregate!r}, expected 'sum' or 'max'")
+        self._check_share("mass_floor")
 
-    def reading(self, budget: int) -> PageMeans:
+    def reading(self, budget: int) -> Self:
         """The same, with another budget."""
         return replace(self, budget=budget)
 
@@ -47,16 +44,106 @@ class PageMeans:
         if most < 1:
             least = sinks + window + 2 * SLOTS - 1
             raise ValueError(
-                f"PageMeans: budget is {self.budget} tokens, expected at least {least} (sinks {sinks} + window {window}"
+                f"{self._name}: budget is {self.budget} tokens, expected at least {least} (sinks {sinks} + window {window}"
                 " + one page)"
             )
         return most
 
-    def native(self, sinks: int, window: int) -> tuple[int, int, float, int]:
-        """As the store takes it: pages, Near pages, weight, aggregate. ValueError where Near pages are fewer than are read."""
+    def native(self, sinks: int, window: int) -> Reading:
+        """As the store takes it. ValueError where Near pages are fewer than are read."""
         pages = self.pages(sinks, window)
         near = min(2 * pages, MAX_NEAR_PAGES) if self.near_pages is None else self.near_pages
         if not pages <= near <= MAX_NEAR_PAGES:
             expected = f"at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
-            raise ValueError(f"PageMeans: near_pages is {near}, expected {expected}")
-        return pages, near, self.spread_weight, ("sum", "max").index(self.aggregate)
+            raise ValueError(f"{self._name}: near_pages is {near}, expected {expected}")
+        return self._read(Reading(pages, near, aggregate=("sum", "max").index(self.aggregate)))
+
+    def _read(self, reading: Reading) -> Reading:
+        """What the selector has of its own."""
+        return reading
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check_share(self, name: str) -> None:
+        if not 0.0 <= getattr(self, name) <= 1.0:
+            raise ValueError(f"{self._name}: {name} is {getattr(self, name)}, expected 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageMeans(TopPages):
+    """The pages of highest estimated attention mass, by their mean keys.
+
+    spread_weight: w >= 0 of the second-order term (:func:`kvstrata.ops.score_pages`); estimate: 0..1, the share of the pages
+    that are not read which stand in by their mean values, each as so many tokens of its estimated logit, the best first
+    (:func:`kvstrata.ops.estimate`; RetroInfer): pages with folded or dropped tokens never do. The rest as in
+    :class:`TopPages`. Source: IceCache (arXiv 2604.10539), with the scan of all means that its public fork has instead of the
+    tree.
+    """
+
+    spread_weight: float = 1.0
+    estimate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.spread_weight < float("inf"):
+            raise ValueError(f"{self._name}: spread_weight is {self.spread_weight}, expected a finite number >= 0")
+        self._check_share("estimate")
+
+    @property
+    def kind(self) -> SummaryKind:
+        """Of the summaries that it ranks by."""
+        return "mean_value" if self.estimate else "mean"
+
+    def _read(self, reading: Reading) -> Reading:
+        return reading._replace(kind=self.kind, weight=self.spread_weight, estimate=self.estimate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassThreshold(PageMeans):
+    """As :class:`PageMeans`, but a row reads as few pages as are estimated to hold ``mass`` of the attention, and a row whose
+    mass is spread reads more than its part: up to ``reach`` times the budget's pages, within the budget of all rows of a sequence
+    and layer together, by vote (the idea of AdaKV, arXiv 2407.11550, for what is read).
+
+    mass: 0..1 (1: no row stops early); least: pages that every row reads, >= 1; reach: >= 1. The votes are summed. ValueError
+    for parameters.
+    """
+
+    mass: float = 1.0
+    least: int = 1
+    reach: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_share("mass")
+        if self.aggregate != "sum":
+            raise ValueError(f"{self._name}: aggregate is {self.aggregate!r}, expected 'sum', a share of the mass")
+        if self.least < 1:
+            raise ValueError(f"{self._name}: least is {self.least}, expected at least 1 page")
+        if not 1.0 <= self.reach < float("inf"):
+            raise ValueError(f"{self._name}: reach is {self.reach}, expected a finite number >= 1")
+
+    def _read(self, reading: Reading) -> Reading:
+        most = int(self.reach * reading.pages)
+        if self.near_pages is not None and most > reading.near_pages:
+            raise ValueError(f"{self._name}: near_pages is {reading.near_pages}, expected at least {most}, reach x pages")
+        reading = super()._read(reading)._replace(most=most, near_pages=max(most, reading.near_pages))
+        return reading._replace(mass=self.mass, least=min(self.least, reading.pages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds(TopPages):
+    """The pages whose largest logit may be highest, by the least and the largest value of their keys in every channel (Quest,
+    arXiv 2406.10774).
+
+    aggregate: "max" by default. What is reported as captured is a floor then: x bounds a page's mass from above. The rest as in
+    :class:`TopPages`. Deviations: the paper ranks per query head; here a KV head's query heads vote together, by shares of their
+    sums of bounds.
+    """
+
+    aggregate: Literal["sum", "max"] = "max"
+    kind: ClassVar[SummaryKind] = "bounds"
+
+    def _read(self, reading: Reading) -> Reading:
+        return reading._replace(kind=self.kind)
