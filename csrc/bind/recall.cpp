@@ -81,12 +81,17 @@ void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::h
 // What select and score_pages share.
 struct SelectArguments {
     const char* op;
+    SummaryKind kind;
     Argument q, blocks, visible;
     std::vector<const unsigned char*> pointers;  // [R, B]
     std::vector<ops::SelectRow> rows;
 
-    SelectArguments(const char* op_, py::handle q_, py::handle blocks_, py::handle visible_)
-        : op(op_), q(op, "q", q_), blocks(op, "blocks", blocks_), visible(op, "visible", visible_) {
+    SelectArguments(const char* op_, int kind_, py::handle q_, py::handle blocks_, py::handle visible_)
+        : op(op_),
+          kind(static_cast<SummaryKind>(kind_)),
+          q(op, "q", q_),
+          blocks(op, "blocks", blocks_),
+          visible(op, "visible", visible_) {
         q.expect_rank({"R", "G", "D"});
         visible.expect_rank({"R", "M"});
         blocks.expect_rank({"R", "B", "bytes"});
@@ -98,13 +103,13 @@ struct SelectArguments {
         const Dim B{"B", std::max(blocks.shape(1), (M.size + kSlots - 1) / kSlots)};
         q.expect({DType::f32, DType::bf16, DType::f16}, {R, {"G", q.shape(1)}, D});
         visible.expect({DType::u16}, {R, M}, "set by q");
-        blocks.expect({DType::u8}, {R, B, {"bytes", summary_bytes(int_of(D.size))}}, "set by visible and q")
-            .expect_contiguous();
+        const int64_t size = summary_bytes(int_of(D.size), kind);
+        blocks.expect({DType::u8}, {R, B, {"bytes", size}}, "set by visible, q and kind").expect_contiguous();
         pointers.resize(static_cast<size_t>(R.size * B.size));
         rows.resize(static_cast<size_t>(R.size));
         for (int64_t r = 0; r < R.size; ++r) {
             for (int64_t b = 0; b < B.size; ++b) {
-                pointers[r * B.size + b] = blocks.row<unsigned char>(r) + b * summary_bytes(int_of(D.size));
+                pointers[r * B.size + b] = blocks.row<unsigned char>(r) + b * size;
             }
             rows[r].q = q.row<void>(r), rows[r].q_stride_g = q.stride(1);
             rows[r].blocks = pointers.data() + r * B.size;
@@ -112,7 +117,7 @@ struct SelectArguments {
         }
     }
 
-    ops::SelectParams params(float scale, float weight, ops::Aggregate aggregate, int threads) {
+    ops::SelectParams params(float scale, float weight, float softcap, ops::Aggregate aggregate, int threads) {
         return {rows.data(),
                 int_of(q.shape(0)),
                 int_of(q.shape(1)),
@@ -122,7 +127,9 @@ struct SelectArguments {
                 weight,
                 aggregate,
                 nullptr,
-                threads};
+                threads,
+                kind,
+                softcap};
     }
 };
 
@@ -136,41 +143,46 @@ int64_t select_workspace_bytes(int rows, int group, int head_dim, int entries, i
 }
 
 void score_pages(py::handle q, py::handle blocks, py::handle visible, py::handle x_, py::handle workspace_, float scale,
-                 float weight, int threads) {
-    SelectArguments a("score_pages", q, blocks, visible);
+                 float weight, float softcap, int kind, int threads) {
+    SelectArguments a("score_pages", kind, q, blocks, visible);
     const Argument x(a.op, "x", x_), space(a.op, "workspace", workspace_);
     const Dim R{"R", a.q.shape(0)};
     x.expect({DType::f32}, {R, {"G", a.q.shape(1)}, {"M", a.visible.shape(1)}}, "set by q and visible")
         .expect_contiguous();
     for (int64_t r = 0; r < R.size; ++r) a.rows[r].x = x.row<float>(r);
-    ops::SelectParams p = a.params(scale, weight, ops::Aggregate::sum, threads);
+    ops::SelectParams p = a.params(scale, weight, softcap, ops::Aggregate::sum, threads);
     p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
     const py::gil_scoped_release release;
     ops::score_pages(p);
 }
 
 void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, py::handle lse_base_,
-            py::handle entries_, py::handle count_, py::handle lse_rest_, py::handle workspace_, float scale,
-            float weight, int aggregate, int threads) {
-    SelectArguments a("select", q, blocks, visible);
+            py::handle entries_, py::handle count_, py::handle lse_rest_, py::handle zone_, py::handle workspace_,
+            float scale, float weight, float softcap, int kind, int aggregate, float mass, int least, int threads) {
+    SelectArguments a("select", kind, q, blocks, visible);
     const Argument k(a.op, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
-        count(a.op, "count", count_), rest(a.op, "lse_rest", lse_rest_), space(a.op, "workspace", workspace_);
+        count(a.op, "count", count_), rest(a.op, "lse_rest", lse_rest_), zone(a.op, "zone", zone_),
+        space(a.op, "workspace", workspace_);
     entries.expect_rank({"R", "K"});
     const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, K{"K", entries.shape(1)};
+    if (zone.given()) zone.expect_rank({"R", "E"});
     k.expect({DType::i32}, {R}, "set by q").expect_contiguous();
     base.expect({DType::f32}, {R, G}, "set by q");
     entries.expect({DType::i32}, {R, K}, "set by q");
     count.expect({DType::i32}, {R}, "set by q").expect_contiguous();
     rest.expect({DType::f32}, {R, G}, "set by q");
+    zone.expect({DType::i32}, {R, {"E", zone.given() ? zone.shape(1) : 0}}, "set by q");
     for (int64_t r = 0; r < R.size; ++r) {
         const int32_t most = k.data<int32_t>()[r];
         check(most >= 0 && most <= K.size, "select: k[", r, "] is ", most, ", expected 0 to ", K.size);
         ops::SelectRow& row = a.rows[r];
         row.lse_base = base.row<float>(r), row.selected = entries.row<int32_t>(r), row.most = most;
         row.lse_rest = rest.row<float>(r);
+        row.zone = zone.row<int32_t>(r), row.zone_most = zone.given() ? int_of(zone.shape(1)) : 0;
         std::fill(row.selected + most, row.selected + K.size, -1);
     }
-    ops::SelectParams p = a.params(scale, weight, static_cast<ops::Aggregate>(aggregate), threads);
+    ops::SelectParams p = a.params(scale, weight, softcap, static_cast<ops::Aggregate>(aggregate), threads);
+    p.mass = mass, p.least = least;
     p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
     {
         const py::gil_scoped_release release;
@@ -194,10 +206,12 @@ void bind_recall(py::module_& m) {
     m.def("select_workspace_bytes", &select_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
           py::arg("entries"), py::arg("threads"));
     m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("x"),
-          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("threads"));
+          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
+          py::arg("threads"));
     m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("k"), py::arg("lse_base"),
-          py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("workspace"), py::arg("scale"),
-          py::arg("spread_weight"), py::arg("aggregate"), py::arg("threads"));
+          py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
+          py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"), py::arg("aggregate"),
+          py::arg("mass"), py::arg("least"), py::arg("threads"));
 }
 
 }  // namespace kvstrata::bind

@@ -63,14 +63,16 @@ struct WindowTile {
     float scale, softcap;
 };
 
-// Query heads as summaries read them: R q = delta * codes.
+// Query heads as summaries read them. Means: R q = delta * codes. Bounds: q itself, its positive and its other elements.
 struct PageQuery {
     const int8_t* codes;     // [rows, dim]
     const int16_t* pairs;    // [rows, dim] the same, dims of each quad in the order 0, 2, 1, 3
     const int32_t* shift;    // [rows] 128 * sum of codes
-    const float* factor;     // [rows] scale * delta
     const float* curvature;  // [rows] of the spread
+    const float *up, *down;  // [rows, dim] q where it is above 0, else 0; and the rest of it
+    const float* factor;     // [rows] scale * delta, or the scale
     int32_t rows, dim;
+    float softcap;  // of factor * dot; 0: none
 };
 
 struct Kernels {
@@ -152,10 +154,15 @@ struct Kernels {
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 
-    // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible. `ahead`
-    // is a block to prefetch meanwhile.
-    void (*score_block)(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
-                        const float* log_count, float* x, int64_t stride);
+    // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible; most
+    // [rows, 16]: the largest of each lane so far, NaN passed over. Returns the lanes with visible slots whose x is not finite
+    // for some head. `ahead` is a block to prefetch meanwhile. Indexed by SummaryKind; mean_value is scored as mean.
+    uint16_t (*score_block[3])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
+                               const float* log_count, float* x, int64_t stride, float* most);
+    // vote [n] = sum, or else the largest, over rows of share[row] * e[row * stride + i]; -1 where bit i % 16 of there[i / 16]
+    // is not set.
+    void (*count_votes)(const float* e, int64_t stride, const float* share, int32_t rows, int32_t n, bool sum,
+                        const uint16_t* there, float* vote);
     // Over n numbers, a multiple of 16: the largest, NaN passed over; x = exp(x - m) and their sum; the sum; the first one
     // from `from` on that is above `least`, else n; the first of the largest.
     float (*largest)(const float* x, int32_t n);

@@ -4,34 +4,35 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
-#include <limits>
+#include <functional>
 
 #include "common/check.h"
 #include "common/layout.h"
-#include "cpu/isa.h"
 #include "cpu/merge.h"
+#include "cpu/page_scan.h"
 #include "cpu/parallel.h"
 #include "ops/backends.h"
-#include "ops/supported.h"
 
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kAhead = 4;  // blocks: one is sooner scored than fetched
+constexpr int kAhead = 4;   // blocks: one is sooner scored than fetched
+constexpr int kShort = 64;  // entries that are kept in order while all are looked at; of more, the best are parted off
 
-int padded_entries(int entries) { return (entries + kSlots - 1) / kSlots * kSlots; }
+int blocks_of(int entries) { return (entries + kSlots - 1) / kSlots; }
 
 int64_t longest(const ops::SelectParams& p) {
     int64_t most = 0;
-    for (int r = 0; r < p.n_rows; ++r) most = std::max<int64_t>(most, padded_entries(p.rows[r].entries));
+    for (int r = 0; r < p.n_rows; ++r) most = std::max<int64_t>(most, blocks_of(p.rows[r].entries) * kSlots);
     return most;
 }
 
 // What a thread works in, for rows of up to `entries` (padded) entries.
 struct Scratch {
-    float *log_count, *x, *vote, *rotated;
-    int16_t* pairs;
-    int8_t* codes;
+    float *x, *vote;
+    uint64_t* keys;
+    uint16_t* there;
+    unsigned char* scan;
     int64_t bytes;
 
     Scratch(const ops::SelectParams& p, int64_t entries, int worker) {
@@ -41,46 +42,44 @@ struct Scratch {
             at += (size + 63) / 64 * 64;
             return from;
         };
-        const int64_t head = static_cast<int64_t>(p.group) * p.head_dim;
-        const int64_t places[] = {take(4 * entries), take(4 * entries * p.group),
-                                  take(4 * entries), take(4 * head),
-                                  take(2 * head),    take(head)};
+        const int64_t places[] = {take(4 * entries * p.group), take(4 * entries), take(8 * entries),
+                                  take(entries / kSlots * 2), take(PageScan::bytes(p.group, p.head_dim))};
         bytes = at;
         unsigned char* const base = static_cast<unsigned char*>(p.workspace) + worker * bytes;
-        log_count = reinterpret_cast<float*>(base + places[0]);
-        x = reinterpret_cast<float*>(base + places[1]);
-        vote = reinterpret_cast<float*>(base + places[2]);
-        rotated = reinterpret_cast<float*>(base + places[3]);
-        pairs = reinterpret_cast<int16_t*>(base + places[4]);
-        codes = reinterpret_cast<int8_t*>(base + places[5]);
+        x = reinterpret_cast<float*>(base + places[0]);
+        vote = reinterpret_cast<float*>(base + places[1]);
+        keys = reinterpret_cast<uint64_t*>(base + places[2]);
+        there = reinterpret_cast<uint16_t*>(base + places[3]);
+        scan = base + places[4];
     }
 };
-
-// The log of how many slots a mask has.
-constexpr float kLogCount[kSlots + 1] = {kMinusInf,   0.0f,        0.693147182f, 1.09861231f, 1.38629436f, 1.60943794f,
-                                         1.79175949f, 1.9459101f,  2.07944155f,  2.19722462f, 2.30258512f, 2.39789534f,
-                                         2.48490667f, 2.56494927f, 2.6390574f,   2.70805025f, 2.77258873f};
 
 class Selection {
   public:
     Selection(const ops::SelectParams& params, ops::SelectRow& row, const Scratch& scratch)
-        : p_(params), row_(row), w_(scratch), padded_(padded_entries(row.entries)) {}
+        : p_(params),
+          row_(row),
+          w_(scratch),
+          blocks_(blocks_of(row.entries)),
+          padded_(blocks_ * kSlots),
+          scan_(
+              {params.group, params.head_dim, params.q_dtype, params.kind, params.scale, params.weight, params.softcap},
+              scratch.scan) {}
 
     // The entry whose x is not finite, or -1.
     int run(bool choose) {
-        row_.count = 0;
-        encode();
-        score();
+        row_.count = row_.zone_count = 0;
+        scan_.encode(row_.q, row_.q_stride_g);
+        if (const int bad = score(); bad >= 0) return bad;
         if (row_.x) {
             for (int g = 0; g < p_.group; ++g) {
-                std::copy_n(w_.x + static_cast<int64_t>(g) * padded_, row_.entries,
-                            row_.x + static_cast<int64_t>(g) * row_.entries);
+                std::copy_n(x_of(g), row_.entries, row_.x + static_cast<int64_t>(g) * row_.entries);
             }
         }
-        if (const int bad = unordered(); bad >= 0) return bad;
         if (!choose) return -1;
         vote();
         pick();
+        if (row_.zone) fill_zone();
         if (row_.lse_rest) rest();
         return -1;
     }
@@ -88,88 +87,62 @@ class Selection {
   private:
     float* x_of(int g) const { return w_.x + static_cast<int64_t>(g) * padded_; }
 
-    // R q of every head as codes, and what its logits are multiplied by.
-    void encode() {
-        const int dim = p_.head_dim;
-        for (int g = 0; g < p_.group; ++g) {
-            float* const q = w_.rotated + static_cast<int64_t>(g) * dim;
-            const auto* const from =
-                static_cast<const unsigned char*>(row_.q) + g * row_.q_stride_g * dtype_bytes(p_.q_dtype);
-            kernels_.convert(q, DType::f32, from, p_.q_dtype, dim);
-            const float square = kernels_.dot_product(q, q, dim);
-            kernels_.rotate(q, dim, false);
-            float most = 0.0f;
-            for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(q[d]));
-            const float delta = most / 127.0f, by = delta > 0.0f ? 1.0f / delta : 0.0f;
-            int8_t* const codes = w_.codes + static_cast<int64_t>(g) * dim;
-            int16_t* const pairs = w_.pairs + static_cast<int64_t>(g) * dim;
-            constexpr int kOrder[4] = {0, 2, 1, 3};
-            int32_t sum = 0;
-            for (int d = 0; d < dim; ++d) {
-                codes[d] = static_cast<int8_t>(std::clamp(std::nearbyint(q[d] * by), -127.0f, 127.0f));
-                sum += codes[d];
-            }
-            for (int d = 0; d < dim; ++d) pairs[d] = codes[d / 4 * 4 + kOrder[d % 4]];
-            shift_[g] = kZeroCode * sum;
-            factor_[g] = p_.scale * delta + (square - square);  // NaN and Inf of the query show
-            curvature_[g] = 0.5f * p_.weight * p_.scale * p_.scale * square;
+    // The masks of a block's lanes: 0 for those beyond the row and before its first entry.
+    const uint16_t* masks_of(int b, uint16_t* room) const {
+        const int from = b * kSlots;
+        if (from >= row_.first && from + kSlots <= row_.entries) return row_.visible + from;
+        for (int lane = 0; lane < kSlots; ++lane) {
+            const int e = from + lane;
+            room[lane] = e >= row_.first && e < row_.entries ? row_.visible[e] : uint16_t{0};
         }
-    }
-
-    void score() {
-        for (int e = 0; e < padded_; ++e) {
-            w_.log_count[e] =
-                e >= row_.first && e < row_.entries ? kLogCount[std::popcount(row_.visible[e])] : kMinusInf;
-        }
-        const PageQuery query{w_.codes, w_.pairs, shift_, factor_, curvature_, p_.group, p_.head_dim};
-        for (int b = 0; b < padded_ / kSlots; ++b) {
-            const unsigned char* const ahead = row_.blocks[std::min(b + kAhead, padded_ / kSlots - 1)];
-            kernels_.score_block(query, row_.blocks[b], ahead, w_.log_count + b * kSlots, w_.x + b * kSlots, padded_);
-        }
+        return room;
     }
 
     // The first entry that cannot be ranked, or -1.
-    int unordered() const {
-        for (int g = 0; g < p_.group; ++g) {
-            const float* const x = x_of(g);
-            int bad = 0;
-            for (int e = 0; e < padded_; ++e) {
-                bad |= !(std::abs(x[e]) <= std::numeric_limits<float>::max()) & (w_.log_count[e] != kMinusInf);
-            }
-            for (int e = 0; bad && e < row_.entries; ++e) {
-                if (!std::isfinite(x[e]) && w_.log_count[e] != kMinusInf) return e;
-            }
+    int score() {
+        uint16_t room[kSlots];
+        int bad = -1;
+        for (int b = 0; b < blocks_; ++b) {
+            const unsigned char* const ahead = row_.blocks[std::min(b + kAhead, blocks_ - 1)];
+            const uint16_t lanes = scan_.score(row_.blocks[b], ahead, masks_of(b, room), w_.x + b * kSlots, padded_);
+            w_.there[b] = scan_.there();
+            if (lanes && bad < 0) bad = b * kSlots + std::countr_zero(lanes);
         }
-        return -1;
+        return bad;
     }
 
     void vote() {
-        std::fill_n(w_.vote, padded_, 0.0f);
+        float share[ops::kMaxGroup];
+        steady_ = 0.0f;
         for (int g = 0; g < p_.group; ++g) {
-            float* const x = x_of(g);
             const float base = row_.lse_base ? row_.lse_base[g] : kMinusInf;
-            largest_[g] = kernels_.largest(x, padded_);
+            largest_[g] = scan_.largest(g), share[g] = 0.0f;
             if (largest_[g] == kMinusInf) {
-                std::fill_n(x, padded_, 0.0f);
+                std::fill_n(x_of(g), padded_, 0.0f);
                 continue;
             }
-            const float total = kernels_.exp_sum(x, largest_[g], padded_);
-            const float all = total + std::exp(base - largest_[g]);  // may be inf: then nothing here counts
-            add(x, all > 0.0f ? 1.0f / all : 0.0f);
+            const float total = kernels_.exp_sum(x_of(g), largest_[g], padded_);
+            const float outside = std::exp(base - largest_[g]);  // may be inf: then nothing here counts
+            const float all = total + outside;
+            if (all > 0.0f) share[g] = 1.0f / all;
+            steady_ += std::isinf(outside) ? 1.0f : outside * share[g];
         }
-        for (int e = 0; e < padded_; ++e) {
-            if (w_.log_count[e] == kMinusInf) w_.vote[e] = -1.0f;
-        }
+        kernels_.count_votes(w_.x, padded_, share, p_.group, padded_, p_.aggregate == ops::Aggregate::sum, w_.there,
+                             w_.vote);
     }
 
-    void add(const float* e, float by) {
-        if (p_.aggregate == ops::Aggregate::sum) return kernels_.axpy(w_.vote, e, by, padded_);
-        for (int i = 0; i < padded_; ++i) w_.vote[i] = std::max(w_.vote[i], e[i] * by);
+    void pick() {
+        if (!row_.selected || row_.most == 0) return;
+        int32_t* const best = row_.selected;
+        int n = row_.most <= kShort ? gather() : part();
+        if (p_.mass > 0.0f) n = enough(n);
+        std::sort(best, best + n);
+        std::fill(best + n, best + row_.most, -1);
+        row_.count = n;
     }
 
     // The best so far stand in falling order of vote, ties by index: a later one must be above the last of them.
-    void pick() {
-        if (!row_.selected || row_.most == 0) return;
+    int gather() {
         int32_t* const best = row_.selected;
         const int most = row_.most;
         int n = 0;
@@ -182,9 +155,72 @@ class Selection {
             for (; at > 0 && w_.vote[best[at - 1]] < w_.vote[e]; --at) best[at] = best[at - 1];
             best[at] = e;
         }
-        std::sort(best, best + n);
-        std::fill(best + n, best + most, -1);
-        row_.count = n;
+        return n;
+    }
+
+    // Likewise of many: larger for a higher vote, which is 0 or more, and of equal ones for the lower index.
+    uint64_t key(int e) const {
+        return static_cast<uint64_t>(std::bit_cast<uint32_t>(w_.vote[e])) << 32 | ~static_cast<uint32_t>(e);
+    }
+
+    int part() {
+        int n = 0;
+        each_there([&](int e) { w_.keys[n++] = key(e); });
+        const int kept = std::min(n, row_.most);
+        if (kept < n) std::nth_element(w_.keys, w_.keys + kept, w_.keys + n, std::greater<>());
+        if (p_.mass > 0.0f) std::sort(w_.keys, w_.keys + kept, std::greater<>());
+        for (int i = 0; i < kept; ++i) row_.selected[i] = static_cast<int32_t>(~static_cast<uint32_t>(w_.keys[i]));
+        return kept;
+    }
+
+    // How many of the n best, in falling order, reach the mass.
+    int enough(int n) const {
+        const float wanted = p_.mass * static_cast<float>(p_.group);
+        float held = steady_;
+        for (int k = 0; k < n; ++k) {
+            if (k >= p_.least && held >= wanted) return k;
+            held += w_.vote[row_.selected[k]];
+        }
+        return n;
+    }
+
+    template <class Visit>
+    void each_there(Visit visit) const {
+        for (int b = 0; b < blocks_; ++b) {
+            for (uint32_t lanes = w_.there[b]; lanes; lanes &= lanes - 1) visit(b * kSlots + std::countr_zero(lanes));
+        }
+    }
+
+    // Entries that were not selected and whose value mean tells of no hidden slot.
+    template <class Visit>
+    void each_outside(Visit visit) const {
+        int next = 0;
+        each_there([&](int e) {
+            if (next < row_.count && row_.selected[next] == e) {
+                ++next;
+                return;
+            }
+            const unsigned char* const slots = row_.blocks[e / kSlots] + value_slots_offset(p_.head_dim);
+            if (reinterpret_cast<const uint32_t*>(slots)[e % kSlots] == row_.visible[e]) visit(e);
+        });
+    }
+
+    void fill_zone() {
+        int n = 0, kept = 0;
+        each_outside([&](int e) { w_.keys[n++] = key(e); });
+        uint64_t least = 0;
+        if (n > row_.zone_most && row_.zone_most > 0) {
+            uint64_t* const last = w_.keys + row_.zone_most - 1;
+            std::nth_element(w_.keys, last, w_.keys + n, std::greater<>());
+            least = *last;
+        }
+        if (row_.zone_most > 0) {
+            each_outside([&](int e) {
+                if (key(e) >= least) row_.zone[kept++] = e;
+            });
+        }
+        std::fill(row_.zone + kept, row_.zone + row_.zone_most, -1);
+        row_.zone_count = kept;
     }
 
     void rest() {
@@ -200,16 +236,18 @@ class Selection {
     ops::SelectRow& row_;
     const Scratch& w_;
     const Kernels& kernels_ = kernels();
-    const int padded_;
-    int32_t shift_[ops::kMaxGroup];
-    float factor_[ops::kMaxGroup], curvature_[ops::kMaxGroup], largest_[ops::kMaxGroup];
+    const int blocks_, padded_;
+    PageScan scan_;
+    float steady_ = 0.0f;  // the share of what is read anyway, summed over the heads
+    float largest_[ops::kMaxGroup];
 };
 
 void run(const char* op, const ops::SelectParams& p, bool choose) {
     const int64_t entries = longest(p);
     std::atomic<int64_t> bad{-1};  // row * 2^32 + entry, the first row's
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
-        const int entry = Selection(p, p.rows[r], Scratch(p, entries, worker)).run(choose);
+        const Scratch scratch(p, entries, worker);
+        const int entry = Selection(p, p.rows[r], scratch).run(choose);
         if (entry < 0) return;
         const int64_t place = r << 32 | entry;
         int64_t now = bad.load();

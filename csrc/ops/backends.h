@@ -1,4 +1,4 @@
-// The backends of every op. Only dispatch.cpp calls them; it has checked the params by then.
+// The backends of every op. Only dispatch.cpp and dispatch_recall.cpp call them; it has checked the params by then.
 #pragma once
 
 #include "ops/accumulate.h"

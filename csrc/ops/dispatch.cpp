@@ -2,46 +2,12 @@
 // checked where tensors are seen (bind); page ids belong to whoever keeps the tables and are checked here on request.
 #include <cmath>
 
-#include "common/check.h"
 #include "ops/backends.h"
+#include "ops/border.h"
 #include "ops/settings.h"
-#include "ops/supported.h"
 
 namespace kvstrata::ops {
 namespace {
-
-void check_shape(const char* op, int head_dim, int group = 1) {
-    if (head_dim < 1 || head_dim > kMaxHeadDim) {
-        throw Unsupported(message(op, ": head_dim is ", head_dim, ", expected 1 to ", kMaxHeadDim));
-    }
-    if (group < 1 || group > kMaxGroup) {
-        throw Unsupported(message(op, ": group is ", group, " query heads per KV head, expected 1 to ", kMaxGroup));
-    }
-}
-
-void check_float(const char* op, const char* argument, DType type) {
-    check(is_float(type), op, ": ", argument, " has dtype ", name(type), ", expected f32, bf16 or f16");
-}
-
-void check_quantizable(const char* op, int head_dim) {
-    if (!quantizable(head_dim)) {
-        throw Unsupported(message(op, ": head_dim is ", head_dim, ", expected a multiple of 16 in ", kMinQuantizedDim,
-                                  " to ", kMaxHeadDim));
-    }
-}
-
-void check_kind(const char* op, SummaryKind kind) {
-    check(kind <= SummaryKind::mean_value, op, ": kind is ", static_cast<int>(kind),
-          ", expected mean, bounds or mean_value");
-}
-
-// Under KVSTRATA_CHECK: an id that the pools do not hold.
-const PoolView& check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
-    const PoolView* pool = id >= 0 && page_pool(id) < kMaxPools ? &pools[page_pool(id)] : nullptr;
-    check(pool && page_slab(id) < pool->n_slabs, op, ": pages[", row, ", ", entry, "] is ", id,
-          ", expected a page of a pool");
-    return *pool;
-}
 
 // Likewise, or a format that this op does not read.
 void check_full_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
@@ -278,60 +244,6 @@ void score_keys(const ScoreKeysParams& p) {
     check_shape("score_keys", p.head_dim);
     for (int r = 0; r < p.n_rows; ++r) check_entries("score_keys", p.pools, p.rows[r], r);
     cpu::score_keys(p);
-}
-
-int64_t cluster_workspace_bytes(const ClusterParams& p) {
-    check_shape("cluster", p.head_dim);
-    return cpu::cluster_workspace_bytes(p);
-}
-
-void cluster(const ClusterParams& p) {
-    check_shape("cluster", p.head_dim);
-    check(p.iters >= 0, "cluster: iters is ", p.iters, ", expected at least 0");
-    for (int r = 0; r < p.n_rows; ++r) {
-        check(p.rows[r].tokens >= 0 && p.rows[r].tokens <= kMaxClusterTokens, "cluster: row ", r, " has ",
-              p.rows[r].tokens, " tokens, expected at most ", kMaxClusterTokens);
-    }
-    cpu::cluster(p);
-}
-
-void summarize(const SummarizeParams& p) {
-    check_quantizable("summarize", p.head_dim);
-    check_kind("summarize", p.kind);
-    for (int i = 0; settings().check && i < p.n_items; ++i) {
-        if (p.items[i].page >= 0 && p.items[i].visible) check_page("summarize", p.pools, p.items[i].page, i, 0);
-    }
-    cpu::summarize(p);
-}
-
-int64_t select_workspace_bytes(const SelectParams& p) { return cpu::select_workspace_bytes(p); }
-
-static void check_select(const char* op, const SelectParams& p) {
-    check_quantizable(op, p.head_dim);
-    check_shape(op, p.head_dim, p.group);
-    check_float(op, "q", p.q_dtype);
-    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
-    check(p.weight >= 0 && std::isfinite(p.weight), op, ": spread_weight is ", p.weight, ", expected 0 or more");
-}
-
-void select(const SelectParams& p) {
-    check_select("select", p);
-    check(p.aggregate <= Aggregate::max, "select: aggregate is ", static_cast<int>(p.aggregate),
-          ", expected sum or max");
-    for (int r = 0; r < p.n_rows; ++r) {
-        check(p.rows[r].most >= 0, "select: k[", r, "] is ", p.rows[r].most, ", expected at least 0");
-        for (int g = 0; p.rows[r].lse_base && g < p.group; ++g) {
-            const float base = p.rows[r].lse_base[g];
-            check(base < HUGE_VALF, "select: lse_base[", r, ", ", g, "] is ", base,
-                  ", expected a finite number or -inf");
-        }
-    }
-    cpu::select(p);
-}
-
-void score_pages(const SelectParams& p) {
-    check_select("score_pages", p);
-    cpu::score_pages(p);
 }
 
 int64_t choose_states_workspace_bytes(const ChooseStatesParams& p) { return cpu::choose_states_workspace_bytes(p); }

@@ -10,6 +10,15 @@
 // x is the log of a page's estimated attention mass: w = 0 takes every key for the mean, w = 1 adds the second-order term of
 // log mean exp. The dot is exact; sums over pages in f32, in one order: bits depend on the row alone. x that is not finite
 // though something is visible is refused: it would hide a page. What is e^-87 of the largest mass and below counts as none.
+//
+//   kind bounds   x[g, p] = scale * sum_c max(q_c lo_c, q_c hi_c) + log n_p    q in f32, not rotated; w is not read: at
+//                           least the log of the page's mass, but for the rounding of f32 sums. scale >= 0
+//   softcap       what the scale multiplies becomes softcap * tanh(. / softcap) before anything is added, as in attention
+//   mass          > 0: K is the least in least..most with (sum_g exp(lse_base[g] - Z[g]) + the K highest votes) / G >= mass,
+//                 most if there is none, summed in f32 by falling vote; aggregate sum only
+//   zone          of the entries not selected, the zone_most of highest vote, ties the lower index, by rising index; without
+//                 those whose value mean was made from other slots than the visible ones, which may hold hidden ones. Only
+//                 of kind mean_value. lse_rest is over all entries not selected, in the zone or not
 #pragma once
 
 #include <cstdint>
@@ -33,6 +42,9 @@ struct SelectRow {                       // one (sequence, KV head)
     float* lse_rest;                     // [G] out, or null
     float* x;                            // [G, M] out, or null
     int32_t count;                       // out: how many are selected
+    int32_t* zone = nullptr;             // [zone_most] out, the rest -1; or null: none are wanted
+    int32_t zone_most = 0;
+    int32_t zone_count = 0;  // out
 };
 
 struct SelectParams {
@@ -46,6 +58,10 @@ struct SelectParams {
     Aggregate aggregate;
     void* workspace;  // select_workspace_bytes(params) bytes, 64-byte aligned
     int32_t threads;
+    SummaryKind kind = SummaryKind::mean;
+    float softcap = 0.0f;  // 0: none
+    float mass = 0.0f;     // 0..1, 0: K is `most` of the row
+    int32_t least = 0;     // with mass: entries of every row that has so many
 };
 
 int64_t select_workspace_bytes(const SelectParams& params);

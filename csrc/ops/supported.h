@@ -23,5 +23,9 @@ inline const char* name(DType t) {
     constexpr const char* kNames[] = {"f32", "bf16", "f16", "u8", "u16", "i32", "i64", "u64", "i8"};
     return kNames[static_cast<int>(t)];
 }
+inline const char* name(SummaryKind k) {
+    constexpr const char* kNames[] = {"mean", "bounds", "mean_value"};
+    return kNames[static_cast<int>(k)];
+}
 
 }  // namespace kvstrata::ops

@@ -169,6 +169,8 @@ def score_pages(
     workspace: Tensor,
     scale: float,
     spread_weight: float,
+    softcap: float,
+    kind: int,
     threads: int,
 ) -> None: ...
 def select(
@@ -180,10 +182,15 @@ def select(
     entries: Tensor,
     count: Tensor,
     lse_rest: Tensor,
+    zone: Tensor | None,
     workspace: Tensor,
     scale: float,
     spread_weight: float,
+    softcap: float,
+    kind: int,
     aggregate: int,
+    mass: float,
+    least: int,
     threads: int,
 ) -> None: ...
 def choose_states_workspace_bytes(tokens: int, threads: int) -> int: ...

@@ -112,21 +112,26 @@ def score_pages(
     blocks: Tensor,
     visible: Tensor,
     *,
+    kind: SummaryKind = "mean",
     scale: float | None = None,
     spread_weight: float = 1.0,
+    softcap: float = 0.0,
     threads: int | None = None,
 ) -> Tensor:
     """The log of each page's estimated attention mass: f32 [R, G, M], -inf where nothing is visible.
 
     q              [R, G, D] f32, bf16 or f16, as the model has it: not rotated
-    blocks         u8 [R, B, summary_bytes(D)] of at least M entries, contiguous
+    blocks         u8 [R, B, summary_bytes(D, kind)] of at least M entries, contiguous
     visible        u16 [R, M]
+    kind           of the blocks. bounds: no estimate, but at least the log of the mass (Quest); scale 0 or more
     scale          of q.k; default 1 / sqrt(D)
     spread_weight  w: 0 takes every key for its page's mean, 1 adds the second-order term of log mean exp (ours)
+    softcap        as attention's, on the page's logit before its count and its spread are added; 0: none
 
     ValueError also where a logit is not a number: a page that cannot be ranked would never be read.
     """
     op = "score_pages"
+    number = _kind(op, kind)
     rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
     x = torch.empty(rows, group, entries)
     _C.score_pages(
@@ -137,6 +142,8 @@ def score_pages(
         view(op, "workspace", workspace),
         dim**-0.5 if scale is None else scale,
         spread_weight,
+        softcap,
+        number,
         count,
     )
     return x
@@ -149,24 +156,34 @@ def select(
     k: Tensor | int,
     *,
     lse_base: Tensor | None = None,
+    kind: SummaryKind = "mean",
     scale: float | None = None,
     spread_weight: float = 1.0,
+    softcap: float = 0.0,
     aggregate: Aggregate = "sum",
+    mass: float = 0.0,
+    least: int = 0,
+    zone: Tensor | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pages that a query reads. Returns (entries i32 [R, K], count i32 [R], lse_rest f32 [R, G]).
 
-    q, blocks, visible, scale, spread_weight: as in `score_pages`
+    q, blocks, visible, kind, scale, spread_weight, softcap: as in `score_pages`
     k          i32 [R], or one number for all rows: the most entries of each; K is the largest
     lse_base   f32 [R, G] log-sum-exp of what is read anyway; default -inf
     aggregate  of the shares of a KV head's query heads: their sum, the mass that they would capture, or the largest
+    mass       > 0: of each row the fewest entries, `least` to k, that hold this share of its heads' estimated mass together
+               with what is read anyway; aggregate sum only
+    zone       i32 [R, E], written: of the entries not selected the E of highest vote, rising, -1 beyond, for `estimate`; kind
+               mean_value. Without those whose summary was made from other slots than the visible ones
 
     entries: indices into the table of the row's pages of highest vote, ties the lower one, rising, -1 beyond `count`;
-    lse_rest: logsumexp of the logits of the others. ValueError as in `score_pages`.
+    lse_rest: logsumexp of the logits of the others, in the zone or not. ValueError as in `score_pages`.
     """
     op = "select"
     if aggregate not in _AGGREGATE:
         raise ValueError(f"{op}: aggregate is {aggregate!r}, expected one of {', '.join(_AGGREGATE)}")
+    number = _kind(op, kind)
     rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
     most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else k
     widest = int(most.max()) if most.numel() else 0
@@ -181,10 +198,15 @@ def select(
         view(op, "entries", chosen),
         view(op, "count", counts),
         view(op, "lse_rest", rest),
+        maybe_view(op, "zone", zone),
         view(op, "workspace", workspace),
         dim**-0.5 if scale is None else scale,
         spread_weight,
+        softcap,
+        number,
         _AGGREGATE[aggregate],
+        mass,
+        least,
         count,
     )
     return chosen, counts, rest

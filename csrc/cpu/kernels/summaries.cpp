@@ -6,7 +6,7 @@
 #if KV_DOT_KERNELS
 #include "common/layout.h"
 #include "cpu/kernels/dot.h"
-#include "cpu/kernels/math.h"
+#include "cpu/kernels/page_score.h"
 
 namespace kvstrata::cpu::KV_ISA {
 namespace {
@@ -50,8 +50,8 @@ KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
 #endif
 
 template <int Heads>
-KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
-                           const float* log_count, float* x, int64_t stride) {
+KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
+                               const float* log_count, float* x, int64_t stride, float* most) {
     I even[Heads], odd[Heads];
     for (int g = 0; g < Heads; ++g) even[g] = odd[g] = none();
     for (int d = 0; d < q.dim; d += 8) {  // dim is a multiple of 16
@@ -67,21 +67,39 @@ KV_INLINE void score_heads(const PageQuery& q, int first, const unsigned char* b
     const float* const scale = reinterpret_cast<const float*>(block + static_cast<int64_t>(kSlots) * q.dim);
     const V count = load(log_count);
     const uint16_t there = differ(count, set1(kMinusInf));
+    uint16_t bad = 0;
     for (int g = 0; g < Heads; ++g) {
         const V shift = set1(static_cast<float>(q.shift[first + g]));  // below 2^24: exact
         const V dot = mul(sub(to_f32(add(even[g], odd[g])), shift), load(scale));
         const V curved = fma(set1(q.curvature[first + g]), load(scale + kSlots), count);
-        store(x + (first + g) * stride, blend(there, fma(set1(q.factor[first + g]), dot, curved), set1(kMinusInf)));
+        bad |= put_score(q, first + g, dot, curved, there, x + (first + g) * stride, most);
     }
+    return bad;
 }
 
-void score_block(const PageQuery& q, const unsigned char* block, const unsigned char* ahead, const float* log_count,
-                 float* x, int64_t stride) {
+uint16_t score_block(const PageQuery& q, const unsigned char* block, const unsigned char* ahead, const float* log_count,
+                     float* x, int64_t stride, float* most) {
     for (int line = 0; line < 3; ++line) prefetch(ahead + (q.dim + 4 * line) * kSlots);  // what follows the means
     int g = 0;
-    for (; g + kHeads <= q.rows; g += kHeads) score_heads<kHeads>(q, g, block, ahead, log_count, x, stride);
-    for (; g + 2 <= q.rows; g += 2) score_heads<2>(q, g, block, ahead, log_count, x, stride);
-    if (g < q.rows) score_heads<1>(q, g, block, ahead, log_count, x, stride);
+    uint16_t bad = 0;
+    for (; g + kHeads <= q.rows; g += kHeads) {
+        bad |= score_heads<kHeads>(q, g, block, ahead, log_count, x, stride, most);
+    }
+    for (; g + 2 <= q.rows; g += 2) bad |= score_heads<2>(q, g, block, ahead, log_count, x, stride, most);
+    if (g < q.rows) bad |= score_heads<1>(q, g, block, ahead, log_count, x, stride, most);
+    return bad;
+}
+
+void count_votes(const float* e, int64_t stride, const float* share, int32_t rows, int32_t n, bool sum,
+                 const uint16_t* there, float* vote) {
+    for (int i = 0; i < n; i += 16) {
+        V total = zero();
+        for (int g = 0; g < rows; ++g) {
+            const V by = set1(share[g]), x = load(e + g * stride + i);
+            total = sum ? fma(by, x, total) : max(mul(x, by), total);
+        }
+        store(vote + i, blend(there[i / 16], total, set1(-1.0f)));
+    }
 }
 
 KV_INLINE float sum_lanes(V x) {
@@ -147,7 +165,8 @@ void distances(const float* k, const float* x, int32_t dim, float* squares) {
 }  // namespace
 
 void fill_summaries(Kernels* table) {
-    table->score_block = score_block;
+    table->score_block[0] = table->score_block[2] = score_block;
+    table->count_votes = count_votes;
     table->largest = largest;
     table->exp_sum = exp_sum;
     table->sum = sum;

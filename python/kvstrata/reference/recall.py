@@ -131,7 +131,7 @@ def mean_blocks(k: Tensor, slots: Tensor) -> Tensor:
     floats = torch.stack([scale, spread.to(torch.float32), radius.to(torch.float32)], -1)  # [R, M, 3]
     floats.masked_fill_(scale.isnan().unsqueeze(-1), float("nan"))
     lanes = by_lanes((codes + 128).to(torch.uint8), 128)
-    means = lanes.view(*lanes.shape[:3], -1, 4).transpose(2, 3).flatten(2)
+    means = lanes.view(*lanes.shape[:3], k.shape[-1] // 4, 4).transpose(2, 3).flatten(2)
     rest = by_lanes(floats, 0.0).transpose(2, 3).flatten(2)
     return torch.cat([means, rest.contiguous().view(torch.uint8)], -1)
 
@@ -204,25 +204,43 @@ def query_codes(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(delta.unsqueeze(-1) == 0, turned, turned / delta.unsqueeze(-1)), delta
 
 
+def counts(visible: Tensor) -> Tensor:
+    """Visible slots i64 [R, M] of masks u16 [R, M]."""
+    return ((visible.to(torch.int64).unsqueeze(-1) >> torch.arange(SLOTS)) & 1).sum(-1)
+
+
 def score_pages(
-    q: Tensor, blocks: Tensor, visible: Tensor, scale: float | None = None, spread_weight: float = 1.0
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    scale: float | None = None,
+    spread_weight: float = 1.0,
+    kind: str = "mean",
+    softcap: float = 0.0,
 ) -> Tensor:
     """x f64 [R, G, M] of queries q [R, G, D], not rotated, blocks u8 [R, >= ceil(M / 16), bytes], visible u16 [R, M].
 
-    x = log of the page's estimated mass; -inf where no slot is visible.
+    x = log of the page's estimated mass, or of kind bounds at least that of its mass; -inf where no slot is visible.
     """
     dim, entries = q.shape[-1], visible.shape[1]
     scale = dim**-0.5 if scale is None else scale
-    codes, step, spread, _ = summary_codes(blocks, dim)
-    mean = (step.double().unsqueeze(-1) * (codes.double() - 128))[:, :entries]
-    exact, delta = query_codes(q)
-    rounded = delta.double().unsqueeze(-1) * torch.round(exact).clamp(-127, 127).double()
-    square = (q.double() ** 2).sum(-1)
-    x = scale * rounded @ mean.mT + 0.5 * spread_weight * scale**2 * torch.einsum(
-        "rg,rp->rgp", square, spread[:, :entries].double()
-    )
-    n = ((visible.to(torch.int64).unsqueeze(-1) >> torch.arange(SLOTS)) & 1).sum(-1).unsqueeze(1)
-    return torch.where(n == 0, torch.full_like(x, -INF), x + torch.log(n.clamp_min(1).double()))
+    curved = torch.zeros(())
+    if kind == "bounds":
+        lo, hi = (part[:, :entries].double() for part in summary_bounds(blocks, dim))
+        heads = (one.unsqueeze(1) for one in q.double().unbind(1))  # [R, 1, D]
+        x = scale * torch.stack([torch.maximum(one * lo, one * hi).sum(-1) for one in heads], 1)
+    else:
+        codes, step, spread, _ = summary_codes(blocks[..., : SLOTS * (dim + 12)], dim)
+        mean = (step.double().unsqueeze(-1) * (codes.double() - 128))[:, :entries]
+        exact, delta = query_codes(q)
+        rounded = delta.double().unsqueeze(-1) * torch.round(exact).clamp(-127, 127).double()
+        square = (q.double() ** 2).sum(-1)
+        x = scale * rounded @ mean.mT
+        curved = 0.5 * spread_weight * scale**2 * torch.einsum("rg,rp->rgp", square, spread[:, :entries].double())
+    if softcap > 0:
+        x = softcap * torch.tanh(x / softcap)
+    n = counts(visible).unsqueeze(1)
+    return torch.where(n == 0, torch.full_like(x, -INF), x + curved + torch.log(n.clamp_min(1).double()))
 
 
 def page_votes(x: Tensor, lse_base: Tensor | None = None, aggregate: str = "sum") -> Tensor:
@@ -235,11 +253,17 @@ def page_votes(x: Tensor, lse_base: Tensor | None = None, aggregate: str = "sum"
 
 
 def select(
-    x: Tensor, k: Tensor | int, lse_base: Tensor | None = None, aggregate: str = "sum"
+    x: Tensor,
+    k: Tensor | int,
+    lse_base: Tensor | None = None,
+    aggregate: str = "sum",
+    mass: float = 0.0,
+    least: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """entries i32 [R, max k], count i32 [R] and lse_rest [R, G] of x [R, G, M] (-inf: not to be selected), k [R].
 
-    The k[r] entries of highest vote, ties the lower index, by rising index, then -1; and the log-sum-exp of the others.
+    The k[r] entries of highest vote, ties the lower index, by rising index, then -1; and the log-sum-exp of the others. mass:
+    the least number of them, from `least` on, that hold this share together with what is read anyway.
     """
     rows = x.shape[0]
     most = [k] * rows if isinstance(k, int) else k.tolist()
@@ -249,8 +273,34 @@ def select(
     rest = x.clone()
     for r in range(rows):
         may = (x[r] != -INF).any(0).nonzero().flatten()
-        order = torch.sort(vote[r, may], descending=True, stable=True).indices
-        chosen = may[order[: most[r]]].sort().values
+        order = may[torch.sort(vote[r, may], descending=True, stable=True).indices][: most[r]]
+        if mass > 0:
+            reached = held_mass(x[r], vote[r], order, None if lse_base is None else lse_base[r]) >= mass
+            reached[:least] = False
+            order = order[: int(reached.to(torch.int8).argmax()) if reached.any() else len(order)]
+        chosen = order.sort().values
         entries[r, : len(chosen)], count[r] = chosen.to(torch.int32), len(chosen)
         rest[r, :, chosen] = -INF
     return entries, count, torch.logsumexp(rest, -1)
+
+
+def held_mass(x: Tensor, vote: Tensor, order: Tensor, lse_base: Tensor | None) -> Tensor:
+    """Share [n + 1] of a row's mass, over its heads, in what is read anyway and the first 0..n entries of `order`; x [G, M]."""
+    steady = torch.zeros((), dtype=x.dtype)
+    if lse_base is not None:
+        base = lse_base.to(x.dtype)
+        share = torch.exp(base - torch.logaddexp(torch.logsumexp(x, -1), base))
+        steady = share.nan_to_num(0.0).sum()  # of nothing at all: none
+    held = torch.cat([steady.view(1), steady + vote[order].cumsum(0)])
+    return held / len(x)
+
+
+def zone(vote: Tensor, may: Tensor, selected: Tensor, most: int) -> Tensor:
+    """Entries i32 [most] of highest vote [M] of those that may [M] and are not selected, ties the lower, rising, then -1."""
+    here = may.clone()
+    here[selected[selected >= 0].long()] = False
+    left = here.nonzero().flatten()
+    best = left[torch.sort(vote[left], descending=True, stable=True).indices][:most].sort().values
+    out = torch.full((most,), -1, dtype=torch.int32)
+    out[: len(best)] = best.to(torch.int32)
+    return out

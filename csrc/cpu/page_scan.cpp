@@ -1,0 +1,102 @@
+#include "cpu/page_scan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "common/layout.h"
+#include "cpu/merge.h"
+
+namespace kvstrata::cpu {
+namespace {
+
+// The log of how many slots a mask has.
+constexpr float kLogCount[kSlots + 1] = {kMinusInf,   0.0f,        0.693147182f, 1.09861231f, 1.38629436f, 1.60943794f,
+                                         1.79175949f, 1.9459101f,  2.07944155f,  2.19722462f, 2.30258512f, 2.39789534f,
+                                         2.48490667f, 2.56494927f, 2.6390574f,   2.70805025f, 2.77258873f};
+
+constexpr int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+int64_t PageScan::bytes(int64_t group, int64_t head_dim) {
+    const int64_t head = group * head_dim;
+    return 2 * lines(4 * head) + lines(2 * head) + lines(head);
+}
+
+PageScan::PageScan(const Settings& settings, unsigned char* room) : s_(settings) {
+    const int64_t head = static_cast<int64_t>(s_.group) * s_.head_dim;
+    q_ = reinterpret_cast<float*>(room);
+    up_ = reinterpret_cast<float*>(room + lines(4 * head));
+    pairs_ = reinterpret_cast<int16_t*>(room + 2 * lines(4 * head));
+    codes_ = reinterpret_cast<int8_t*>(room + 2 * lines(4 * head) + lines(2 * head));
+    query_ = {codes_, pairs_, shift_, curvature_, up_, q_, factor_, s_.group, s_.head_dim, s_.softcap};
+    std::fill_n(most_, s_.group * kSlots, kMinusInf);
+}
+
+void PageScan::encode(const void* q, int64_t stride) {
+    const int dim = s_.head_dim;
+    for (int g = 0; g < s_.group; ++g) {
+        float* const x = q_ + static_cast<int64_t>(g) * dim;
+        const auto* const from = static_cast<const unsigned char*>(q) + g * stride * dtype_bytes(s_.q_dtype);
+        kernels_.convert(x, DType::f32, from, s_.q_dtype, dim);
+        const float square = kernels_.dot_product(x, x, dim);
+        if (s_.kind != SummaryKind::bounds) {
+            encode_means(g, square);
+            continue;
+        }
+        factor_[g] = s_.scale + (square - square);
+        float* const up = up_ + static_cast<int64_t>(g) * dim;
+        for (int d = 0; d < dim; ++d) {
+            up[d] = x[d] > 0.0f ? x[d] : 0.0f;
+            x[d] = x[d] > 0.0f ? 0.0f : x[d];
+        }
+    }
+}
+
+// R q of a head as codes, and what its logits are multiplied by.
+void PageScan::encode_means(int g, float square) {
+    const int dim = s_.head_dim;
+    float* const q = q_ + static_cast<int64_t>(g) * dim;
+    kernels_.rotate(q, dim, false);
+    float most = 0.0f;
+    for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(q[d]));
+    const float delta = most / 127.0f, by = delta > 0.0f ? 1.0f / delta : 0.0f;
+    int8_t* const codes = codes_ + static_cast<int64_t>(g) * dim;
+    int16_t* const pairs = pairs_ + static_cast<int64_t>(g) * dim;
+    constexpr int kOrder[4] = {0, 2, 1, 3};
+    int32_t sum = 0;
+    for (int d = 0; d < dim; ++d) {
+        codes[d] = static_cast<int8_t>(std::clamp(std::nearbyint(q[d] * by), -127.0f, 127.0f));
+        sum += codes[d];
+    }
+    for (int d = 0; d < dim; ++d) pairs[d] = codes[d / 4 * 4 + kOrder[d % 4]];
+    shift_[g] = kZeroCode * sum;
+    factor_[g] = s_.scale * delta + (square - square);  // NaN and Inf of the query show
+    curvature_[g] = 0.5f * s_.weight * s_.scale * s_.scale * square;
+}
+
+uint16_t PageScan::score(const unsigned char* block, const unsigned char* ahead, const uint16_t* masks, float* x,
+                         int64_t stride) {
+    count(masks);
+    return kernels_.score_block[static_cast<int>(s_.kind)](query_, block, ahead, log_count_, x, stride, most_);
+}
+
+void PageScan::count(const uint16_t* masks) {
+    uint64_t words[4];
+    std::memcpy(words, masks, sizeof words);
+    if ((words[0] & words[1] & words[2] & words[3]) == ~uint64_t{0}) {  // most blocks are whole
+        if (whole_) return;
+        std::fill_n(log_count_, kSlots, kLogCount[kSlots]);
+        there_ = kAllSlots, whole_ = true;
+        return;
+    }
+    there_ = 0, whole_ = false;
+    for (int lane = 0; lane < kSlots; ++lane) {
+        log_count_[lane] = kLogCount[std::popcount(masks[lane])];
+        there_ |= static_cast<uint16_t>((masks[lane] != 0) << lane);
+    }
+}
+
+}  // namespace kvstrata::cpu

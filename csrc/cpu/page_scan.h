@@ -1,0 +1,50 @@
+// Query heads of one row against blocks of summaries: what score_pages, select and estimate share.
+#pragma once
+
+#include "cpu/isa.h"
+#include "ops/supported.h"
+
+namespace kvstrata::cpu {
+
+class PageScan {
+  public:
+    struct Settings {
+        int32_t group, head_dim;
+        DType q_dtype;
+        SummaryKind kind;
+        float scale, weight, softcap;
+    };
+
+    static int64_t bytes(int64_t group, int64_t head_dim);  // of `room`, 64-byte aligned
+    PageScan(const Settings& settings, unsigned char* room);
+    PageScan(const PageScan&) = delete;  // it points into itself
+
+    // The query heads, `stride` elements apart.
+    void encode(const void* q, int64_t stride);
+
+    // x[g * stride + lane] of a block whose lanes have these visible slots [16]; `ahead` is a block to prefetch meanwhile.
+    // Returns the lanes with a visible slot that cannot be ranked: x of some head is not finite.
+    uint16_t score(const unsigned char* block, const unsigned char* ahead, const uint16_t* masks, float* x,
+                   int64_t stride);
+    uint16_t there() const { return there_; }  // lanes of the block just scored that have a visible slot
+    float largest(int g) const { return kernels_.largest(most_ + g * kSlots, kSlots); }  // x of all so far; -inf: none
+
+  private:
+    void encode_means(int g, float square);
+    void count(const uint16_t* masks);
+
+    const Settings s_;
+    const Kernels& kernels_ = kernels();
+    float *q_, *up_;  // [G, D] f32
+    int16_t* pairs_;
+    int8_t* codes_;
+    uint16_t there_ = 0;
+    bool whole_ = false;  // log_count_ is of a block without a hidden slot
+    PageQuery query_;
+    int32_t shift_[ops::kMaxGroup];
+    float factor_[ops::kMaxGroup], curvature_[ops::kMaxGroup];
+    alignas(64) float log_count_[kSlots];
+    alignas(64) float most_[ops::kMaxGroup * kSlots];
+};
+
+}  // namespace kvstrata::cpu

@@ -1,0 +1,84 @@
+// The border of the ops of recall, as dispatch.cpp is that of the others.
+#include <cmath>
+
+#include "ops/backends.h"
+#include "ops/border.h"
+#include "ops/settings.h"
+
+namespace kvstrata::ops {
+namespace {
+
+void check_kind(const char* op, SummaryKind kind) {
+    check(kind <= SummaryKind::mean_value, op, ": kind is ", static_cast<int>(kind),
+          ", expected mean, bounds or mean_value");
+}
+
+}  // namespace
+
+int64_t cluster_workspace_bytes(const ClusterParams& p) {
+    check_shape("cluster", p.head_dim);
+    return cpu::cluster_workspace_bytes(p);
+}
+
+void cluster(const ClusterParams& p) {
+    check_shape("cluster", p.head_dim);
+    check(p.iters >= 0, "cluster: iters is ", p.iters, ", expected at least 0");
+    for (int r = 0; r < p.n_rows; ++r) {
+        check(p.rows[r].tokens >= 0 && p.rows[r].tokens <= kMaxClusterTokens, "cluster: row ", r, " has ",
+              p.rows[r].tokens, " tokens, expected at most ", kMaxClusterTokens);
+    }
+    cpu::cluster(p);
+}
+
+void summarize(const SummarizeParams& p) {
+    check_quantizable("summarize", p.head_dim);
+    check_kind("summarize", p.kind);
+    for (int i = 0; settings().check && i < p.n_items; ++i) {
+        if (p.items[i].page >= 0 && p.items[i].visible) check_page("summarize", p.pools, p.items[i].page, i, 0);
+    }
+    cpu::summarize(p);
+}
+
+int64_t select_workspace_bytes(const SelectParams& p) { return cpu::select_workspace_bytes(p); }
+
+static void check_select(const char* op, const SelectParams& p) {
+    check_quantizable(op, p.head_dim);
+    check_shape(op, p.head_dim, p.group);
+    check_float(op, "q", p.q_dtype);
+    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
+    check(p.weight >= 0 && std::isfinite(p.weight), op, ": spread_weight is ", p.weight, ", expected 0 or more");
+    check_kind(op, p.kind);
+    check(p.kind != SummaryKind::bounds || p.scale >= 0, op, ": scale is ", p.scale,
+          ", expected 0 or more for kind bounds");
+    check(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap is ", p.softcap, ", expected 0 (none) or more");
+}
+
+static void check_select_row(const SelectParams& p, int r) {
+    const SelectRow& row = p.rows[r];
+    check(row.most >= 0, "select: k[", r, "] is ", row.most, ", expected at least 0");
+    check(!row.zone || p.kind == SummaryKind::mean_value, "select: kind is ", name(p.kind),
+          ", expected mean_value for a zone");
+    check(row.zone_most >= 0, "select: zone_most of row ", r, " is ", row.zone_most, ", expected at least 0");
+    for (int g = 0; row.lse_base && g < p.group; ++g) {
+        const float base = row.lse_base[g];
+        check(base < HUGE_VALF, "select: lse_base[", r, ", ", g, "] is ", base, ", expected a finite number or -inf");
+    }
+}
+
+void select(const SelectParams& p) {
+    check_select("select", p);
+    check(p.aggregate <= Aggregate::max, "select: aggregate is ", static_cast<int>(p.aggregate),
+          ", expected sum or max");
+    check(p.mass >= 0 && p.mass <= 1, "select: mass is ", p.mass, ", expected 0 to 1");
+    check(p.mass == 0 || p.aggregate == Aggregate::sum, "select: aggregate is max, expected sum with a mass");
+    check(p.least >= 0, "select: least is ", p.least, ", expected at least 0");
+    for (int r = 0; r < p.n_rows; ++r) check_select_row(p, r);
+    cpu::select(p);
+}
+
+void score_pages(const SelectParams& p) {
+    check_select("score_pages", p);
+    cpu::score_pages(p);
+}
+
+}  // namespace kvstrata::ops
