@@ -138,6 +138,7 @@ class Selection {
         if (p_.mass > 0.0f) n = enough(n);
         std::sort(best, best + n);
         std::fill(best + n, best + row_.most, -1);
+        for (int i = 0; row_.votes && i < n; ++i) row_.votes[i] = w_.vote[best[i]];
         row_.count = n;
     }
 

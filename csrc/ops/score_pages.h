@@ -45,6 +45,7 @@ struct SelectRow {                       // one (sequence, KV head)
     int32_t* zone = nullptr;             // [zone_most] out, the rest -1; or null: none are wanted
     int32_t zone_most = 0;
     int32_t zone_count = 0;  // out
+    float* votes = nullptr;  // [most] out: of the selected ones; or null
 };
 
 struct SelectParams {

@@ -54,7 +54,10 @@ Index::Index(const Index& other)
 }
 
 Index::Index(Index&& other) noexcept
-    : head_dim_(other.head_dim_), kind_(other.kind_), count_(std::exchange(other.count_, 0)), blocks_(std::move(other.blocks_)) {
+    : head_dim_(other.head_dim_),
+      kind_(other.kind_),
+      count_(std::exchange(other.count_, 0)),
+      blocks_(std::move(other.blocks_)) {
     other.blocks_.clear();
 }
 

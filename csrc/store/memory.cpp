@@ -93,8 +93,8 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
           ", expected a multiple of ", kSlots, " where pages are selected");
     check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
-    check(options_.recall.near_pages >= options_.recall.pages, "Store: near_pages is ", options_.recall.near_pages,
-          ", expected at least the ", options_.recall.pages, " pages that a step reads");
+    check(options_.recall.near_pages >= options_.recall.widest(), "Store: near_pages is ", options_.recall.near_pages,
+          ", expected at least the ", options_.recall.widest(), " pages that a step reads");
 }
 
 int Store::pool_of(int layer, State state, Tier tier) const {
@@ -159,6 +159,19 @@ void Store::hold_ring() {
     for (int p = 0; p < n_pools(); ++p) {
         if (info_[p].tier == Tier::near || !rings_[p].empty()) continue;
         for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[near_of(p)].take());
+    }
+}
+
+void Store::shrink_ring(int pages) {
+    check(pages >= 2 && pages <= options_.ring, "shrink_ring: pages is ", pages, ", expected 2..", options_.ring);
+    for (const auto& [id, s] : sequences_) {
+        check(s->length == 0, "shrink_ring: sequence ", id, " has tokens, expected none");
+    }
+    options_.ring = pages;
+    for (int p = 0; p < n_pools(); ++p) {
+        for (; static_cast<int>(rings_[p].size()) > pages; rings_[p].pop_back()) {
+            pools_[near_of(p)].release(rings_[p].back());
+        }
     }
 }
 

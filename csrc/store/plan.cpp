@@ -108,7 +108,7 @@ struct Store::Writing {
     Index summaries;  // of the fresh pages, in their order
 
     Writing(Store& s, Sequence& q, int l, int h)
-        : store(s), sequence(q), layer(l), head(h), summaries(s.layers_[l].head_dim) {
+        : store(s), sequence(q), layer(l), head(h), summaries(s.layers_[l].head_dim, s.options_.recall.kind) {
         if (!q.centres.empty()) centre_before = q.centres[s.first_row_[l] + h];
     }
     void undo() {

@@ -29,7 +29,8 @@ void* moved(void* base, int64_t elements, DType type) {
 int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
-           of(lse[1]) + of(rest) + of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
+           of(lse[1]) + of(rest) + of(votes) + of(left) + of(pages) + of(masks) + of(selected) + of(far) + of(select) +
+           of(misses);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -60,7 +61,8 @@ void Store::summarize(Sequence& s, int layer, int head, std::span<const pages::F
     }
     PoolView pools[kMaxPools];
     views(pools);
-    ops::summarize({items.data(), static_cast<int32_t>(items.size()), layers_[layer].head_dim, pools, threads_});
+    ops::summarize({items.data(), static_cast<int32_t>(items.size()), layers_[layer].head_dim, pools, threads_,
+                    options_.recall.kind});
 }
 
 // Pages that were sealed since: they are Near.
@@ -130,10 +132,11 @@ void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
 }
 
 bool Store::shrink_near() {
-    if (options_.recall.near_pages <= options_.recall.pages) return false;
-    options_.recall.near_pages = options_.recall.pages;
+    const int widest = options_.recall.widest();
+    if (options_.recall.near_pages <= widest) return false;
+    options_.recall.near_pages = widest;
     for (auto& [id, s] : sequences_) {
-        for (pages::Row& row : s->rows) row.near.shrink(options_.recall.pages, pools_);
+        for (pages::Row& row : s->rows) row.near.shrink(widest, pools_);
     }
     return true;
 }
@@ -215,7 +218,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         for (int e = 0, first = first_indexed(row); e < first; ++e) add(e);
         for (int e = row.sealed; e < row.entries(); ++e) add(e);
     });
-    select_pages(layer, call.scale);
+    select_pages(layer, call);
     for (int r = 0; r < n; ++r) {
         parts_.far.clear();
         const ops::SelectRow& chosen = parts_.select[r];
@@ -234,7 +237,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         const float* const lses[2] = {parts_.lse[0].data() + at, parts_.lse[1].data() + at};
         float lse[ops::kMaxGroup];
         write_out(parts_.whole[r], 0, outs, lses, group, dim, call.out_dtype, lse);
-        note_captured(lse, parts_.rest.data() + at, group);
+        note_captured(lse, parts_.rest.data() + at, group, parts_.left[r]);
     }
     settle_workspace();
 }
@@ -259,45 +262,6 @@ void Store::attend_part(int layer, const AttendCall& call, int part, Each each) 
         if (part > 0) attend_rows_[r].own = 0, attend_rows_[r].sinks = nullptr;
     }
     attend_now(layer, call, DType::f32);
-}
-
-void Store::select_pages(int layer, float scale) {
-    const LayerShape& shape = layers_[layer];
-    const Recall& recall = options_.recall;
-    const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size());
-    parts_.selected.resize(static_cast<size_t>(n) * recall.pages);
-    parts_.rest.resize(static_cast<size_t>(n) * group);
-    parts_.select.resize(n);
-    for (int r = 0; r < n; ++r) {
-        const pages::Row& row = *parts_.rows[r];
-        const ops::AttendRow& whole = parts_.whole[r];
-        parts_.select[r] = {moved(whole.q, whole.tokens[0] * whole.q_stride_t, options_.dtype),
-                            whole.q_stride_g,
-                            parts_.indices[r]->blocks(),
-                            row.visible.data(),
-                            parts_.lse[0].data() + static_cast<int64_t>(r) * group,
-                            first_indexed(row),
-                            row.sealed,
-                            recall.pages,
-                            parts_.selected.data() + static_cast<int64_t>(r) * recall.pages,
-                            parts_.rest.data() + static_cast<int64_t>(r) * group,
-                            nullptr,
-                            0};
-    }
-    ops::SelectParams p{parts_.select.data(), n,       group,   shape.head_dim, options_.dtype, scale, recall.weight,
-                        recall.aggregate,     nullptr, threads_};
-    p.workspace = workspace(ops::select_workspace_bytes(p));
-    ops::select(p);
-}
-
-void Store::note_captured(const float* read, const float* rest, int group) {
-    for (int g = 0; g < group; ++g) {
-        const float share = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - read[g]));
-        captured_.sum += share;
-        captured_.least = std::min(captured_.least, share);
-        captured_.below += share < mass_floor_;
-        ++captured_.count;
-    }
 }
 
 // --- steps of several tokens over Far pages --------------------------------------------------------------------------------------

@@ -208,7 +208,9 @@ void Store::add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, i
                         options_.recall.weight,
                         ops::Aggregate::sum,
                         nullptr,
-                        threads_};
+                        threads_,
+                        options_.recall.kind,
+                        arithmetic.softcap};
     Memory memory;
     p.workspace = aligned(memory, ops::select_workspace_bytes(p));
     ops::score_pages(p);

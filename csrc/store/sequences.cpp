@@ -34,7 +34,7 @@ Sequence Store::blank() const {
     if (!options_.formats.empty()) s.centres.resize(n_rows_);
     s.rings = rings();
     for (size_t l = 0; l < layers_.size() && options_.recall.pages > 0; ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) s.indices.emplace_back(layers_[l].head_dim);
+        for (int h = 0; h < layers_[l].kv_heads; ++h) s.indices.emplace_back(layers_[l].head_dim, options_.recall.kind);
     }
     return s;
 }

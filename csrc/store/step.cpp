@@ -62,7 +62,7 @@ std::vector<int64_t> Store::needed(int first_layer, int last_layer, int from, in
                 need[layer_pool_[l]] += pages::pages_needed(row, n, pool);
                 if (!options_.far.empty() && recalls(l) && longest_ == 1 && n > 0) {
                     need[pool_of(l, options_.far[0])] += pages::pages_needed(
-                        row.near, std::min(row.sealed, options_.recall.pages), options_.recall.near_pages);
+                        row.near, std::min(row.sealed, options_.recall.widest()), options_.recall.near_pages);
                 }
             }
         }

@@ -42,9 +42,16 @@ struct LayerShape {
 // What a step of one token reads of what is neither sink nor tail; others read all.
 struct Recall {
     int pages = 0;       // K of each row; 0: every step reads all
-    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least K
+    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least what it may read
     float weight = 1.0f;
     ops::Aggregate aggregate = ops::Aggregate::sum;
+    SummaryKind kind = SummaryKind::mean;
+    int most = 0;           // pages of one row, where the rows of a sequence share K each by their votes; 0: K
+    float mass = 0.0f;      // share of attention at which a row stops, 0: none,
+    int least = 0;          // but for so many pages
+    float estimate = 0.0f;  // of the pages that are not read, the share that stand in by their means
+
+    int widest() const { return most > 0 ? most : pages; }
 };
 
 struct Options {
@@ -157,6 +164,8 @@ struct Parts {
     std::vector<uint16_t> masks;
     std::vector<size_t> ends;  // [rows + 1]
     std::vector<int32_t> tokens, selected, far;
+    std::vector<float> votes;  // of the selected pages, if rows share them
+    std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
     std::vector<ops::SelectRow> select;
     std::vector<pages::Miss> misses;
 
@@ -185,6 +194,7 @@ class Store {
     void give_back(int pool, int slab);
     std::vector<int64_t> ring_pages() const;  // by pool, that hold_ring takes
     void hold_ring();
+    void shrink_ring(int pages);         // before the first token
     bool empty_out(int pool, int slab);  // moves its live pages elsewhere; false if there is no room for them
     int64_t metadata_bytes() const;
     int64_t workspace_bytes() const;
@@ -308,8 +318,9 @@ class Store {
                    std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const;
     template <class Each>
     void attend_part(int layer, const AttendCall& call, int part, Each each);
-    void select_pages(int layer, float scale);
-    void note_captured(const float* read, const float* rest, int group);
+    void select_pages(int layer, const AttendCall& call);
+    void share_pages(int first, int rows);
+    void note_captured(const float* read, const float* rest, int group, float left);
     void stream_row(int layer, const AttendCall& call, int r);
     void attend_now(int layer, const AttendCall& call, DType out_dtype);
     State state_of(PageId page) const { return kinds_[page_pool(page)].state; }

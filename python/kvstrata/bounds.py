@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstrata.config import BudgetExceeded
@@ -49,9 +50,12 @@ class Bounds:
         to = (len(lengths), max(lengths) if budget.unit == "share" else 0)
         if self._fitted != to and not begun:
             policy = cache._limit.fit(lengths)
-            assert policy.window is not None
+            policy = replace(policy, ring=min(policy.ring, cache.policy.ring))  # what is held may go, no more is taken
             if policy != cache.policy:
+                assert policy.window is not None
                 cache._store.refit(policy.window, policy.queries)
+                if cache._slabs.has_far:
+                    cache._store.shrink_ring(policy.ring)
                 cache.policy = policy
             self._fitted = to
         if self._follows:

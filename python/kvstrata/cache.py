@@ -20,7 +20,7 @@ from kvstrata.recall import Far
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
 from kvstrata.step import Step, packed, padded
-from kvstrata.tiers import make_store, read_tokens, resolve_far
+from kvstrata.tiers import make_store, native_reading, read_tokens, resolve_far
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from kvstrata import holdings
 from kvstrata._C import Store
 from kvstrata.budget import Budget
-from kvstrata.budget.room import RING, keeps_scores
+from kvstrata.budget.room import keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
 from kvstrata.policy import Policy
 from kvstrata.policy.base import FULL, Reading
@@ -91,7 +91,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
         native_reading(Reading(0, 0) if selector is None else selector.native(policy.sinks, policy.window)),
         list(policy.dense_layers),
         [] if far is None else [getattr(policy.planner, "native_state", FULL)],
-        0 if far is None else RING,
+        0 if far is None else policy.ring,
     )
     if selector is not None:
         store.set_mass_floor(selector.mass_floor)

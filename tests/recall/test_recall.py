@@ -188,9 +188,8 @@ def test_neither_does_the_tier(wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("ring", [2, 3])
-def test_nor_a_small_ring(ring: int, wanted: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstrata.tiers.RING", ring)
-    assert but_for_turns(walk(small(4)), wanted)
+def test_nor_a_small_ring(ring: int, wanted: list[Tensor]) -> None:
+    assert but_for_turns(walk(replace(small(4), ring=ring)), wanted)
 
 
 @pytest.mark.parametrize("low", [PageMeans(79, near_pages=8), PageMeans(79 + 48, aggregate="max", near_pages=8)])

@@ -31,8 +31,7 @@ _SLAB, _SLABS = 128, PIECE + 16
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
 
-RING = 64
-"""Near pages of each format in which Far pages are put together, and read through by steps of several tokens."""
+LEAST_RING = 8
 LEAST_QUERIES = 8
 REFERENCE = 2048
 
@@ -113,7 +112,7 @@ def _recalled(policy: Policy, shape: Shape, batch: int) -> int:
     copies = policy.selector.native(policy.sinks, policy.window or SLOTS).widest
     state = getattr(policy.planner, "native_state", FULL)
     indexed = [(i, s) for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
-    ring = {s.head_dim: RING * page_costs(shape, i, policy)[state] for i, s in indexed}
+    ring = {s.head_dim: policy.ring * page_costs(shape, i, policy)[state] for i, s in indexed}
     return sum(ring.values()) + batch * copies * sum(
         s.kv_heads * page_costs(shape, i, policy)[state] for i, s in indexed
     )
@@ -228,7 +227,7 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
 
 
 def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
-    """The policy with chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
+    """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
     left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics read
     go. ValueError where even then nothing is left.
 
@@ -273,6 +272,8 @@ def _tail_bytes(policy: Policy, shape: Shape, batch: int) -> int:
 
 def _smaller(policy: Policy) -> Policy | None:
     assert policy.window is not None
+    if policy.archives and policy.ring >= 2 * LEAST_RING:
+        return replace(policy, ring=policy.ring // 2)
     if policy.chunk >= 4 * LEAST_CHUNK:
         return replace(policy, chunk=policy.chunk // 2 // SLOTS * SLOTS)
     if policy.interval > SLOTS:

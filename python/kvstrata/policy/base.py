@@ -213,7 +213,8 @@ class Policy:
     tail, a multiple of 16 (None: ``window_share`` of what the budget holds per row); interval: decoded tokens between
     plans; chunk: prompt tokens between cuts; combine: how a new score joins the last one, "replace", "sum" or "max" (the
     larger of the new one and ``decay`` times the old one); selector: which pages a step of one token reads (None: all);
-    dense_layers: layers where everything is read and stays Near all the same. Policies with a planner need a budget unless
+    dense_layers: layers where everything is read and stays Near all the same; ring: Near pages of each Far pool in which pages
+    are put together, and read through by steps of several tokens, at least 2. Policies with a planner need a budget unless
     their window is given and they have no allocator.
     """
 
@@ -231,6 +232,7 @@ class Policy:
     decay: float = 0.95
     selector: Selector | None = None
     dense_layers: tuple[int, ...] = ()
+    ring: int = 64
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
@@ -248,6 +250,8 @@ class Policy:
                 f"policy {self.name}: combine is {self.combine!r}, expected replace: scores of {type(self.scorer).__name__} may"
                 " be negative and are comparable within one plan only"
             )
+        if self.ring < 2:
+            raise ValueError(f"policy {self.name}: ring is {self.ring}, expected at least 2 pages")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"policy {self.name}: decay is {self.decay}, expected 0 to 1")
         for field in ("interval", "chunk"):

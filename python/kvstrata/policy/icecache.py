@@ -37,9 +37,7 @@ def icecache(
     return Policy(
         "icecache",
         Archive(KMeans(), state, segment, segment_min),
-        selector=PageMeans(
-            budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages
-        ),
+        selector=PageMeans(budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages),
         formats=() if state == "full" else (state,),
         dense_layers=tuple(dense_layers),
         sinks=sinks,

@@ -103,8 +103,8 @@ class PageMeans(TopPages):
 @dataclass(frozen=True, kw_only=True)
 class MassThreshold(PageMeans):
     """As :class:`PageMeans`, but a row reads as few pages as are estimated to hold ``mass`` of the attention, and a row whose
-    mass is spread reads more than its part: up to ``reach`` times the budget's pages, within the budget of all rows of a sequence
-    and layer together, by vote (the idea of AdaKV, arXiv 2407.11550, for what is read).
+    mass is spread reads more than its part: up to ``reach`` times the budget's pages, within the budget of all rows of a
+    sequence and layer together, by vote (the idea of AdaKV, arXiv 2407.11550, for what is read).
 
     mass: 0..1 (1: no row stops early); least: pages that every row reads, >= 1; reach: >= 1. The votes are summed. ValueError
     for parameters.
@@ -127,7 +127,9 @@ class MassThreshold(PageMeans):
     def _read(self, reading: Reading) -> Reading:
         most = int(self.reach * reading.pages)
         if self.near_pages is not None and most > reading.near_pages:
-            raise ValueError(f"{self._name}: near_pages is {reading.near_pages}, expected at least {most}, reach x pages")
+            raise ValueError(
+                f"{self._name}: near_pages is {reading.near_pages}, expected at least {most}, reach x pages"
+            )
         reading = super()._read(reading)._replace(most=most, near_pages=max(most, reading.near_pages))
         return reading._replace(mass=self.mass, least=min(self.least, reading.pages))
 
@@ -137,9 +139,9 @@ class Bounds(TopPages):
     """The pages whose largest logit may be highest, by the least and the largest value of their keys in every channel (Quest,
     arXiv 2406.10774).
 
-    aggregate: "max" by default. What is reported as captured is a floor then: x bounds a page's mass from above. The rest as in
-    :class:`TopPages`. Deviations: the paper ranks per query head; here a KV head's query heads vote together, by shares of their
-    sums of bounds.
+    aggregate: "max" by default. What is reported as captured is a floor then: x bounds a page's mass from above. The rest as
+    in :class:`TopPages`. Deviations: the paper ranks per query head; here a KV head's query heads vote together, by shares of
+    their sums of bounds.
     """
 
     aggregate: Literal["sum", "max"] = "max"
