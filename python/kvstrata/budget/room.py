@@ -227,9 +227,9 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
 
 
 def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
-    """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit are
-    left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics read
-    go. ValueError where even then nothing is left.
+    """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit
+    are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics read
+    go. An eighth is enough where what is not held Near is not lost. ValueError where even then nothing is left.
 
     A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
     what the policy wants: three quarters of the rest are left then.
