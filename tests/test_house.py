@@ -202,6 +202,7 @@ NOT_ON_CUDA = {
     "chunk_order",
     "cluster",
     "compact",
+    "estimate",
     "mass",
     "measure",
     "pack",
