@@ -216,6 +216,7 @@ NOT_ON_CUDA = {
     "chunk_order",
     "cluster",
     "compact",
+    "estimate",
     "mass",
     "measure",
     "pack",

@@ -1,4 +1,4 @@
-// The ops of recall: cluster, summarize, select, score_pages.
+// The ops of recall: cluster, summarize, select, score_pages, estimate.
 #include <algorithm>
 
 #include "bind/bind.h"
@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "common/layout.h"
 #include "ops/cluster.h"
+#include "ops/estimate.h"
 #include "ops/score_pages.h"
 #include "ops/summarize.h"
 
@@ -191,6 +192,39 @@ void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, 
     for (int64_t r = 0; r < R.size; ++r) count.data<int32_t>()[r] = a.rows[r].count;
 }
 
+int64_t estimate_workspace_bytes(int rows, int group, int head_dim, int zone, int threads) {
+    ops::EstimateRow row{};
+    row.zone_count = zone;
+    std::vector<ops::EstimateRow> all(static_cast<size_t>(rows), row);
+    ops::EstimateParams p{};
+    p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
+    return ops::estimate_workspace_bytes(p);
+}
+
+void estimate(py::handle q, py::handle blocks, py::handle visible, py::handle zone_, py::handle out_, py::handle lse_,
+              py::handle workspace_, float scale, float weight, float softcap, int threads) {
+    const SelectArguments a("estimate", static_cast<int>(SummaryKind::mean_value), q, blocks, visible);
+    const Argument zone(a.op, "zone", zone_), out(a.op, "out", out_), lse(a.op, "lse", lse_),
+        space(a.op, "workspace", workspace_);
+    zone.expect_rank({"R", "E"});
+    const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, D{"D", a.q.shape(2)}, E{"E", zone.shape(1)};
+    zone.expect({DType::i32}, {R, E}, "set by q");
+    out.expect({DType::f32}, {R, G, D}, "set by q").expect_contiguous();
+    lse.expect({DType::f32}, {R, G}, "set by q");
+    std::vector<ops::EstimateRow> rows;
+    for (int64_t r = 0; r < R.size; ++r) {
+        const ops::SelectRow& row = a.rows[r];
+        const int32_t *const from = zone.row<int32_t>(r), *const end = from + E.size;
+        rows.push_back({row.q, row.q_stride_g, row.blocks, row.visible, from, row.entries,
+                        int_of(std::find(from, end, -1) - from), out.row<float>(r), lse.row<float>(r)});
+    }
+    ops::EstimateParams p{rows.data(), int_of(R.size), int_of(G.size), int_of(D.size), a.q.dtype(),
+                          scale,       weight,         softcap,        nullptr,        threads};
+    p.workspace = workspace_of(a.op, space, ops::estimate_workspace_bytes(p));
+    const py::gil_scoped_release release;
+    ops::estimate(p);
+}
+
 }  // namespace
 
 void bind_recall(py::module_& m) {
@@ -212,6 +246,11 @@ void bind_recall(py::module_& m) {
           py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
           py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"), py::arg("aggregate"),
           py::arg("mass"), py::arg("least"), py::arg("threads"));
+    m.def("estimate_workspace_bytes", &estimate_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
+          py::arg("zone"), py::arg("threads"));
+    m.def("estimate", &estimate, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("zone"), py::arg("out"),
+          py::arg("lse"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
+          py::arg("threads"));
 }
 
 }  // namespace kvstrata::bind

@@ -151,6 +151,10 @@ struct Kernels {
     // v and `scales` bf16 [dim / group, 16] are the page's. Indexed by Format.
     void (*sum_values[6])(const unsigned char* v, const uint16_t* scales, int32_t dim, int32_t group, uint16_t slots,
                           float* sums);
+    // acc [rows, dim] += the value means codes u8 [16, dim] (128: 0) of the lanes of a mask, by weight[row * stride + i] for
+    // the i-th of them. `ahead` are codes to prefetch meanwhile.
+    void (*add_values)(const unsigned char* codes, const unsigned char* ahead, uint16_t lanes, const float* weight,
+                       int64_t stride, int32_t rows, int32_t dim, float* acc);
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 

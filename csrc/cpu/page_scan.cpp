@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/check.h"
 #include "common/layout.h"
 #include "cpu/merge.h"
 
@@ -97,6 +98,20 @@ void PageScan::count(const uint16_t* masks) {
         log_count_[lane] = kLogCount[std::popcount(masks[lane])];
         there_ |= static_cast<uint16_t>((masks[lane] != 0) << lane);
     }
+}
+
+void FirstUnranked::note(int64_t row, int entry) {
+    if (entry < 0) return;
+    const int64_t place = row << 32 | entry;
+    int64_t now = place_.load();
+    while ((now < 0 || place < now) && !place_.compare_exchange_weak(now, place)) {
+    }
+}
+
+void FirstUnranked::refuse(const char* op) const {
+    const int64_t place = place_.load();
+    check(place < 0, op, ": the logits of row ", place >> 32, ", entry ", place & 0xFFFFFFFF,
+          " are not finite, expected finite keys and queries");
 }
 
 }  // namespace kvstrata::cpu

@@ -1,6 +1,8 @@
 // Query heads of one row against blocks of summaries: what score_pages, select and estimate share.
 #pragma once
 
+#include <atomic>
+
 #include "cpu/isa.h"
 #include "ops/supported.h"
 
@@ -45,6 +47,16 @@ class PageScan {
     float factor_[ops::kMaxGroup], curvature_[ops::kMaxGroup];
     alignas(64) float log_count_[kSlots];
     alignas(64) float most_[ops::kMaxGroup * kSlots];
+};
+
+// The first row, and its entry, that cannot be ranked.
+class FirstUnranked {
+  public:
+    void note(int64_t row, int entry);  // -1: every entry can
+    void refuse(const char* op) const;  // throws if one was noted
+
+  private:
+    std::atomic<int64_t> place_{-1};  // row * 2^32 + entry
 };
 
 }  // namespace kvstrata::cpu

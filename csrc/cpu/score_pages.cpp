@@ -1,12 +1,10 @@
 #include "ops/score_pages.h"
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
 
-#include "common/check.h"
 #include "common/layout.h"
 #include "cpu/merge.h"
 #include "cpu/page_scan.h"
@@ -245,19 +243,12 @@ class Selection {
 
 void run(const char* op, const ops::SelectParams& p, bool choose) {
     const int64_t entries = longest(p);
-    std::atomic<int64_t> bad{-1};  // row * 2^32 + entry, the first row's
+    FirstUnranked unranked;
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
         const Scratch scratch(p, entries, worker);
-        const int entry = Selection(p, p.rows[r], scratch).run(choose);
-        if (entry < 0) return;
-        const int64_t place = r << 32 | entry;
-        int64_t now = bad.load();
-        while ((now < 0 || place < now) && !bad.compare_exchange_weak(now, place)) {
-        }
+        unranked.note(r, Selection(p, p.rows[r], scratch).run(choose));
     });
-    const int64_t place = bad.load();
-    check(place < 0, op, ": the logits of row ", place >> 32, ", entry ", place & 0xFFFFFFFF,
-          " are not finite, expected finite keys and queries");
+    unranked.refuse(op);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "ops/chunk_order.h"
 #include "ops/cluster.h"
 #include "ops/compact.h"
+#include "ops/estimate.h"
 #include "ops/mass.h"
 #include "ops/measure.h"
 #include "ops/merge.h"
@@ -55,5 +56,7 @@ void summarize(const ops::SummarizeParams& params);
 int64_t select_workspace_bytes(const ops::SelectParams& params);
 void select(const ops::SelectParams& params);
 void score_pages(const ops::SelectParams& params);
+int64_t estimate_workspace_bytes(const ops::EstimateParams& params);
+void estimate(const ops::EstimateParams& params);
 
 }  // namespace kvstrata::cpu

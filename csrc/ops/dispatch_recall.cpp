@@ -13,6 +13,17 @@ void check_kind(const char* op, SummaryKind kind) {
           ", expected mean, bounds or mean_value");
 }
 
+// What every scan of summaries says of itself.
+template <class Params>
+void check_scan(const char* op, const Params& p) {
+    check_quantizable(op, p.head_dim);
+    check_shape(op, p.head_dim, p.group);
+    check_float(op, "q", p.q_dtype);
+    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
+    check(p.weight >= 0 && std::isfinite(p.weight), op, ": spread_weight is ", p.weight, ", expected 0 or more");
+    check(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap is ", p.softcap, ", expected 0 (none) or more");
+}
+
 }  // namespace
 
 int64_t cluster_workspace_bytes(const ClusterParams& p) {
@@ -42,15 +53,10 @@ void summarize(const SummarizeParams& p) {
 int64_t select_workspace_bytes(const SelectParams& p) { return cpu::select_workspace_bytes(p); }
 
 static void check_select(const char* op, const SelectParams& p) {
-    check_quantizable(op, p.head_dim);
-    check_shape(op, p.head_dim, p.group);
-    check_float(op, "q", p.q_dtype);
-    check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
-    check(p.weight >= 0 && std::isfinite(p.weight), op, ": spread_weight is ", p.weight, ", expected 0 or more");
+    check_scan(op, p);
     check_kind(op, p.kind);
     check(p.kind != SummaryKind::bounds || p.scale >= 0, op, ": scale is ", p.scale,
           ", expected 0 or more for kind bounds");
-    check(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap is ", p.softcap, ", expected 0 (none) or more");
 }
 
 static void check_select_row(const SelectParams& p, int r) {
@@ -79,6 +85,20 @@ void select(const SelectParams& p) {
 void score_pages(const SelectParams& p) {
     check_select("score_pages", p);
     cpu::score_pages(p);
+}
+
+int64_t estimate_workspace_bytes(const EstimateParams& p) { return cpu::estimate_workspace_bytes(p); }
+
+void estimate(const EstimateParams& p) {
+    check_scan("estimate", p);
+    for (int r = 0; r < p.n_rows; ++r) {
+        const EstimateRow& row = p.rows[r];
+        for (int i = 0, least = 0; i < row.zone_count; least = row.zone[i++] + 1) {
+            check(row.zone[i] >= least && row.zone[i] < row.entries, "estimate: zone[", r, ", ", i, "] is ",
+                  row.zone[i], ", expected ", least, " to ", row.entries - 1, " (rising entries)");
+        }
+    }
+    cpu::estimate(p);
 }
 
 }  // namespace kvstrata::ops

@@ -193,6 +193,20 @@ def select(
     least: int,
     threads: int,
 ) -> None: ...
+def estimate_workspace_bytes(rows: int, group: int, head_dim: int, zone: int, threads: int) -> int: ...
+def estimate(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    zone: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor,
+    scale: float,
+    spread_weight: float,
+    softcap: float,
+    threads: int,
+) -> None: ...
 def choose_states_workspace_bytes(tokens: int, threads: int) -> int: ...
 def choose_states(
     score: Tensor,

@@ -212,6 +212,50 @@ def select(
     return chosen, counts, rest
 
 
+def estimate(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    zone: Tensor,
+    *,
+    scale: float | None = None,
+    spread_weight: float = 1.0,
+    softcap: float = 0.0,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention to pages that are not read, by their summaries. Returns (out f32 [R, G, D], lse f32 [R, G]).
+
+    q, visible, scale, spread_weight, softcap: as in `select`
+    blocks   u8 [R, B, summary_bytes(D, "mean_value")] of at least M entries, contiguous
+    zone     i32 [R, E] entries as `select` gives them: rising, -1 beyond the last
+
+    Each page acts as its visible tokens would with the page's estimated logit and mean value; out is not rotated and merges
+    with `attend`'s by lse. Entries whose summary was made from other slots than the visible ones take no part. An empty zone:
+    zeros and -inf. Source: RetroInfer (arXiv 2505.02922), which takes every key for the mean (spread_weight 0).
+    """
+    op = "estimate"
+    view(op, "q", q), view(op, "zone", zone)
+    count = thread_count(op, threads)
+    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
+    widest = zone.shape[-1] if zone.dim() else 0
+    out, lse = torch.empty(rows, group, dim), torch.empty(rows, group)
+    workspace = torch.empty(_C.estimate_workspace_bytes(rows, group, dim, widest, count), dtype=torch.uint8)
+    _C.estimate(
+        view(op, "q", q),
+        view(op, "blocks", blocks),
+        view(op, "visible", visible),
+        view(op, "zone", zone),
+        view(op, "out", out),
+        view(op, "lse", lse),
+        view(op, "workspace", workspace),
+        dim**-0.5 if scale is None else scale,
+        spread_weight,
+        softcap,
+        count,
+    )
+    return out, lse
+
+
 def _kind(op: str, kind: str) -> int:
     if kind not in _KIND:
         raise ValueError(f"{op}: kind is {kind!r}, expected one of {', '.join(_KIND)}")

@@ -52,6 +52,8 @@ CODE_TIE = 1e-3
 # x of score_pages, in units of a logit: the dot is exact, its factors are off by an ulp or two; log n and the spread's term.
 # Measured: below 1e-6.
 PAGE_SCORE = 1e-4
+# Outputs of estimate: weights are exp of such x, value means are exact codes. Measured: 1e-6.
+ESTIMATE = 1e-5
 # Codes of a query are of f32 values: so near to the middle, in codes, the op may round either way.
 QUERY_TIE = 1e-4
 # Votes: exp of such x, relative. Entries whose votes are closer to the K-th may change places.

@@ -1,4 +1,4 @@
-// Sums over the values of a page, whatever its format.
+// Sums over the values of a page, whatever its format, and over value means.
 #include "cpu/kernels/level.h"
 #if KV_OWN_KERNELS
 #include "common/layout.h"
@@ -50,9 +50,49 @@ void sum_codes(const unsigned char* v, const uint16_t* scales, int32_t dim, int3
     }
 }
 
+constexpr int kHeads = 4;  // query heads that visit the value means together
+
+template <int Heads, int Wide>
+KV_INLINE void add_dims(const unsigned char* codes, const unsigned char* ahead, uint32_t lanes, const float* weight,
+                        int64_t stride, int32_t dim, float* acc) {
+    V sums[Heads][Wide];
+    for (int g = 0; g < Heads; ++g) {
+        for (int w = 0; w < Wide; ++w) sums[g][w] = load(acc + g * dim + w * 16);
+    }
+    for (int i = 0; lanes; lanes &= lanes - 1, ++i) {
+        const int at = __builtin_ctz(lanes) * dim;
+        prefetch(ahead + at);
+        for (int w = 0; w < Wide; ++w) {
+            const V x = load_code(codes + at + w * 16);
+            for (int g = 0; g < Heads; ++g) sums[g][w] = fma(set1(weight[g * stride + i]), x, sums[g][w]);
+        }
+    }
+    for (int g = 0; g < Heads; ++g) {
+        for (int w = 0; w < Wide; ++w) store(acc + g * dim + w * 16, sums[g][w]);
+    }
+}
+
+template <int Heads>
+KV_INLINE void add_heads(const unsigned char* codes, const unsigned char* ahead, uint16_t lanes, const float* weight,
+                         int64_t stride, int32_t dim, float* acc) {
+    int d = 0;
+    for (; d + 32 <= dim; d += 32) add_dims<Heads, 2>(codes + d, ahead + d, lanes, weight, stride, dim, acc + d);
+    if (d < dim) add_dims<Heads, 1>(codes + d, ahead + d, lanes, weight, stride, dim, acc + d);
+}
+
+void add_values(const unsigned char* codes, const unsigned char* ahead, uint16_t lanes, const float* weight,
+                int64_t stride, int32_t rows, int32_t dim, float* acc) {
+    int g = 0;
+    for (; g + kHeads <= rows; g += kHeads) {
+        add_heads<kHeads>(codes, ahead, lanes, weight + g * stride, stride, dim, acc + g * dim);
+    }
+    for (; g < rows; ++g) add_heads<1>(codes, ahead, lanes, weight + g * stride, stride, dim, acc + g * dim);
+}
+
 }  // namespace
 
 void fill_values(Kernels* table) {
+    table->add_values = add_values;
     table->sum_values[0] = sum_f32;
     table->sum_values[1] = sum_pairs<Format::bf16>;
     table->sum_values[2] = sum_pairs<Format::f16>;

@@ -53,6 +53,11 @@ KV_INLINE V negate(uint16_t bits, V a) { return {_mm512_mask_xor_ps(a.x, bits, a
 KV_INLINE V load_i8(const void* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))))};
 }
+// Sixteen bytes less 128.
+KV_INLINE V load_code(const void* p) {
+    const __m128i code = _mm_xor_si128(_mm_loadu_si128(static_cast<const __m128i*>(p)), _mm_set1_epi8(-128));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(code))};
+}
 KV_INLINE void store_i8(void* p, V a) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
 }

@@ -65,6 +65,10 @@ KV_INLINE V swap(V a) {
 KV_INLINE V negate(uint16_t bits, V a) { KV_LANES(bits >> i & 1 ? -a.x[i] : a.x[i]); }
 // Sixteen signed bytes; stored from integral lanes in -128..127.
 KV_INLINE V load_i8(const void* p) { KV_LANES(static_cast<float>(static_cast<const signed char*>(p)[i])); }
+// Sixteen bytes less 128.
+KV_INLINE V load_code(const void* p) {
+    KV_LANES(static_cast<float>(static_cast<int>(static_cast<const unsigned char*>(p)[i]) - 128));
+}
 KV_INLINE void store_i8(void* p, V a) {
     for (int i = 0; i < 16; ++i) static_cast<signed char*>(p)[i] = static_cast<signed char>(a.x[i]);
 }

@@ -29,6 +29,7 @@ from kvstrata.reference.pages import (
 from kvstrata.reference.recall import (
     cluster,
     counts,
+    estimate,
     held_mass,
     page_bounds,
     page_means,
@@ -49,7 +50,7 @@ from kvstrata.reference.scores import accumulate, measure, pool, score_keys, sco
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
-    "cluster", "compact", "counts", "decode", "dequantize", "encode", "fit", "group_size", "held_mass", "logits",
+    "cluster", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit", "group_size", "held_mass", "logits",
     "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means", "page_spreads", "page_votes", "pool",
     "quantize", "query_codes", "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_pages",
     "score_window", "select", "shares", "similarities", "splitmix64", "summarize", "summary_bounds", "summary_codes",

@@ -304,3 +304,34 @@ def zone(vote: Tensor, may: Tensor, selected: Tensor, most: int) -> Tensor:
     out = torch.full((most,), -1, dtype=torch.int32)
     out[: len(best)] = best.to(torch.int32)
     return out
+
+
+# --- estimate -------------------------------------------------------------------------------------------------------
+
+
+def estimate(
+    q: Tensor,
+    blocks: Tensor,
+    visible: Tensor,
+    zone: Tensor,
+    scale: float | None = None,
+    spread_weight: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """out f64 [R, G, D], not rotated, and lse f64 [R, G] of the pages of zone i32 [R, E], -1 beyond the last.
+
+    Each acts as one token whose logit is x of `score_pages` and whose value is its mean; not those whose summary was made
+    from other slots than the visible ones.
+    """
+    dim, entries = q.shape[-1], visible.shape[1]
+    x = score_pages(q, blocks, visible, scale, spread_weight, "mean_value", softcap)
+    codes, step, slots = summary_values(blocks, dim)
+    value = rotate(step.double().unsqueeze(-1) * (codes.double() - 128), inverse=True)[:, :entries]
+    inside = torch.zeros(visible.shape, dtype=torch.bool)
+    for r, listed in enumerate(zone):
+        inside[r, listed[listed >= 0].long()] = True
+    inside &= (slots[:, :entries] == visible.long()) & (visible.long() != 0)
+    x = x.masked_fill(~inside.unsqueeze(1), -INF)
+    lse = torch.logsumexp(x, -1)
+    weight = torch.exp(x - lse.unsqueeze(-1)).masked_fill(~inside.unsqueeze(1), 0.0)
+    return weight @ value.masked_fill(~inside.unsqueeze(-1), 0.0), lse
