@@ -107,7 +107,20 @@ RANK = {
 # Files that are one unit with another.
 PARTS = dict.fromkeys(("choices", "pools", "scores", "summaries"), "ops")
 PARTS |= dict.fromkeys(
-    ("step", "slabs", "plans", "rows", "statistics", "limit", "holdings", "charges", "tiers", "columns", "bounds"),
+    (
+        "step",
+        "slabs",
+        "plans",
+        "rows",
+        "statistics",
+        "limit",
+        "holdings",
+        "charges",
+        "tiers",
+        "columns",
+        "bounds",
+        "timetable",
+    ),
     "cache",
 )
 OWN_RULES = {"reference"}  # see below; "__init__" is the public API, which recipes and the command line may use
