@@ -32,12 +32,20 @@ class Timetable:
         due = [(layer, [i for i in before if self._crosses(j, before[i], now[i])]) for j, layer in self._layers()]
         return [(layer, ids) for layer, ids in due if ids]
 
-    def is_waiting(self, layer: int, seq: int) -> bool:
-        """Whether a layer of a sequence has what a planner that archives would move: asked natively, a look at all tokens
-        costs more."""
+    def is_waiting(self, layer: int, seq: int, new: int = 0) -> bool:
+        """Whether a layer of a sequence has what a planner that archives would move, with ``new`` tokens more: asked natively,
+        a look at all tokens costs more."""
         tokens, fresh = self._store.waiting(layer, [seq])
+        length = self._store.length(seq)
+        more = self._sealed(length + new) - self._sealed(length)
         least = int(getattr(self._cache.policy.planner, "segment_min", 1))
-        return tokens >= least or fresh >= SLOTS
+        return tokens + more >= least or fresh + more >= SLOTS
+
+    def _sealed(self, length: int) -> int:
+        """Tokens of a row of so many that have left the tail, sinks excepted."""
+        policy = self._cache.policy
+        assert policy.window is not None
+        return max(0, (length - policy.window) // SLOTS * SLOTS - policy.sinks)
 
     def coming(self, counts: dict[int, int], cut: list[int]) -> int:
         """Plans of a layer that a step makes which brings so many tokens to its sequences; cut: those cut inside it, of which
@@ -49,8 +57,11 @@ class Timetable:
         pieces = max((-(-counts[i] // policy.chunk) for i in cut), default=0)
         layers = self._layers()
         if policy.archives:
-            left = [i for i in counts if i not in cut]
-            whole = sum(any(self._crosses(j, now[i], now[i] + counts[i]) for i in left) for j, _ in layers)
+            left = [(i, now[i], n) for i, n in counts.items() if i not in cut]
+            whole = sum(
+                any(self._crosses(j, at, at + n) and self.is_waiting(layer, i, n) for i, at, n in left)
+                for j, layer in layers
+            )
         else:
             whole = len(layers) * any(self._ends_interval(now[i], now[i] + n) for i, n in counts.items())
         return whole + len(layers) * pieces
