@@ -120,6 +120,7 @@ PARTS |= dict.fromkeys(
         "columns",
         "sight",
         "bounds",
+        "timetable",
     ),
     "cache",
 )

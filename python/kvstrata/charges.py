@@ -16,7 +16,8 @@ class Charges:
     """The scope of one cache. Without a ledger nothing is counted.
 
     near_bytes: slabs, charged before they are lent and freed as they return, and the tables and the workspace, for whose
-    growth a step reserves beforehand; after each verb of the cache they are what ``Cache.nbytes`` says. decode_tokens,
+    growth a step reserves beforehand; after each verb of the cache they are what ``Cache.nbytes`` says. far_bytes: the Far
+    tier's files, charged before they are made and freed as they go. decode_tokens,
     prefill_tokens, plans: reserved before a step, charged when it commits; a plan is one of one layer. Where other scopes of
     the ledger leave no room to rewrite pages, the plan after a step is put off to the next one that is due, and counted.
     Sequences and branches have no scopes yet: pages are charged to the cache.
@@ -41,11 +42,15 @@ class Charges:
         left = self._ledger.left(self.scope, "near_bytes")
         return None if left is None else left - max(0, nbytes - self._used - self._held())
 
-    def lend(self, nbytes: int) -> Hold | None:
-        """Before a slab is made. BudgetExceeded with nothing changed."""
+    def far_left(self) -> int | None:
+        """Bytes that the Far tier's files may still take; None: no limit."""
+        return None if self._ledger is None or self.scope is None else self._ledger.left(self.scope, "far_bytes")
+
+    def lend(self, nbytes: int, far_bytes: int) -> Hold | None:
+        """Before a slab is made of so much memory, and of a file. BudgetExceeded with nothing changed."""
         if self._ledger is None or self.scope is None:
             return None
-        return self._ledger.reserve(self.scope, near_bytes=nbytes)
+        return self._ledger.reserve(self.scope, near_bytes=nbytes, far_bytes=far_bytes)
 
     def lent(self, hold: Hold | None, nbytes: int) -> None:
         """The slab is made."""
@@ -53,10 +58,10 @@ class Charges:
             hold.commit()
             self._used += nbytes
 
-    def returned(self, nbytes: int) -> None:
+    def returned(self, nbytes: int, far_bytes: int) -> None:
         """A slab went back."""
         if self._ledger is not None and self.scope is not None:
-            self._ledger.free(self.scope, near_bytes=nbytes)
+            self._ledger.free(self.scope, near_bytes=nbytes, far_bytes=far_bytes)
             self._used -= nbytes
 
     def settle(self, nbytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,15 +13,18 @@ from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.room import far_books, keeps_scores, page_costs
 from kvstrata.columns import chosen_states, wide_columns
-from kvstrata.config import SLOTS, Unsupported
+from kvstrata.config import SLOTS, BudgetExceeded, Unsupported
 from kvstrata.policy.base import FAR, FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
 from kvstrata.sight import address, see
 from kvstrata.statistics import Statistics
+from kvstrata.timetable import Timetable
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
+
+log = logging.getLogger("kvstrata")
 
 
 class Plans:
@@ -32,10 +36,7 @@ class Plans:
         self.arithmetic: dict[int, tuple[float, float]] = {}
         """By layer: scale of q . k and softcap, as the model last used them."""
         self.statistics = Statistics()
-        self.planned: dict[int, int] = {}
-        """By sequence: its length when all its layers were planned last."""
-        self._among: dict[int, int] = {}
-        """By sequence: how many shared the limit then."""
+        self.timetable = Timetable(cache)
         self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
         self.counts = {
             "plans": 0,
@@ -44,6 +45,7 @@ class Plans:
             "archived": 0,
             "non-finite scores": 0,
             "plans put off": 0,
+            "plans failed": 0,
         }
 
     @property
@@ -53,7 +55,8 @@ class Plans:
         return [i for i, spec in enumerate(self._cache.shape.layers) if spec.window is None and i not in dense]
 
     def cut(self, layer: int, ids: list[int], ends: list[int]) -> None:
-        """One layer in the middle of a prompt, by an equal share of what the limit leaves. ends: tokens after the step."""
+        """One layer by itself, as in the middle of a prompt, by an equal share of what the limit leaves. ends: tokens after the
+        step."""
         if layer not in self.layers:
             return
         seen = self._see(layer, ids, ends)
@@ -64,32 +67,30 @@ class Plans:
             seen = replace(seen, allowance=self._equal_share(seen, ids))
         self._apply(seen, ids)
 
-    def run(self, ids: list[int], layers: list[int] | None = None) -> None:
-        """All layers, or some where each is planned for itself: scores first, then each sequence's share of the limit divided
-        over them, then each layer's plan."""
-        layers, archives = self.layers if layers is None else layers, self._cache.policy.archives
-        if archives and self._cache.policy.allocator is None:
-            layers = [i for i in layers if self._is_waiting(i, ids)]
+    def run(self, ids: list[int], always: bool = True) -> None:
+        """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan; of what
+        archives, each layer for itself. always: whether or not something waits for that."""
+        if self._cache.policy.archives:
+            for layer in self.layers:
+                self._archive(layer, ids, always and self._cache.policy.allocator is not None)
+            self.note(ids)
+            return
         ends = [self._store.length(i) for i in ids]
-        found = [seen for layer in layers if (seen := self._see(layer, ids, ends)) is not None]
+        found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
             return
         found = [self._scored(seen, ids) for seen in found]
-        if self._cache.policy.allocator is not None and not archives:
+        if self._cache.policy.allocator is not None:
             found = self._allocated(found, ids)
         for seen in found:
-            if (
-                self._cache.policy.allocator is not None and archives
-            ):  # one after another: the spare bytes are what is left
-                seen = replace(seen, allowance=self._equal_share(seen, ids))
             self._apply(seen, ids)
         self.note(ids)
 
-    def _is_waiting(self, layer: int, ids: list[int]) -> bool:
-        """Whether a layer has what a planner that archives would move: asked natively, a look at all tokens costs more."""
-        tokens, fresh = self._store.waiting(layer, ids)
-        least = int(getattr(self._cache.policy.planner, "segment_min", 1))
-        return tokens >= least or fresh >= SLOTS
+    def _archive(self, layer: int, ids: list[int], always: bool = False) -> None:
+        """A layer of those sequences that have something to archive."""
+        due = [i for i in ids if always or self.timetable.is_waiting(layer, i)]
+        if due:
+            self.cut(layer, due, [self._store.length(i) for i in due])
 
     def ahead(self, ids: list[int], limit: int, batch: int) -> None:
         """All layers, for a lower limit or more sequences than now; the present limit leaves the room that rewriting takes."""
@@ -108,80 +109,71 @@ class Plans:
         """
         if self._cache.policy.allocator is None:
             return
-        due = self._crowded()
-        due += [i for i, n in counts.items() if i not in due and self._too_many(i, n, i in cut)]
+        if crowded := self._crowded():
+            self.run(crowded)
+        due = [i for i, n in counts.items() if i not in crowded and self.timetable.too_many(i, n, i in cut)]
         if due:
-            self.run(due)
+            self.run(due, always=False)
 
     def after(self, before: dict[int, int]) -> None:
-        """Plans the sequences that a step brought over the end of an interval, by their lengths before it. What archives plans
-        each layer for itself, and not all in one step: their intervals end one after another."""
+        """Plans what is due since a step, by the lengths of its sequences before it.
+
+        The tokens of the step stand. What archives can leave its own where they are: a plan that finds no room, or that the
+        machine fails, is put off to the end of the layer's next interval, and counted by sequence.
+        """
         if not self._cache.policy.archives:
-            if due := self._due(before, 0):
+            if due := self.timetable.after(before):
                 self.run(due)
             return
-        layers, interval = self.layers, self._cache.policy.interval
-        for j, layer in enumerate(layers):
-            if due := self._due(before, j * interval // len(layers)):
-                self.run(due, [layer])
+        for layer, due in self.timetable.after_of(before):
+            self._archive_or_put_off(layer, due)
 
-    def _due(self, before: dict[int, int], shift: int) -> list[int]:
-        """Sequences that a step brought over the end of an interval which begins ``shift`` tokens early."""
-        return [i for i, n in before.items() if self._ends_interval(n + shift, self._store.length(i) + shift)]
+    def _archive_or_put_off(self, layer: int, ids: list[int]) -> None:
+        """A sequence whose plan cannot be made holds up no other."""
+        try:
+            self._archive(layer, ids)
+        except (BudgetExceeded, RuntimeError) as error:
+            if len(ids) > 1:
+                for i in ids:
+                    self._archive_or_put_off(layer, [i])
+                return
+            self.counts["plans put off"] += 1
+            if isinstance(error, RuntimeError):
+                self._failed(layer, error)
 
-    def coming(self, counts: dict[int, int], cut: list[int]) -> int:
-        """Plans of a layer that a step makes which brings so many tokens to its sequences; cut: those cut inside it."""
-        policy = self._cache.policy
-        if policy.planner is None:
-            return 0
-        now = {i: self._store.length(i) for i in counts}
-        whole = any(self._ends_interval(now[i], now[i] + n) for i, n in counts.items())
-        pieces = max((-(-counts[i] // policy.chunk) for i in cut), default=0)
-        return len(self.layers) * (int(whole) + pieces)
-
-    def _ends_interval(self, first: int, last: int) -> bool:
-        """Whether a sequence passes the end of an interval between two lengths."""
-        interval = self._cache.policy.interval
-        return first // interval != last // interval
+    def _failed(self, layer: int, error: RuntimeError) -> None:
+        """Says once that the machine failed a plan after a step, and counts it."""
+        level = logging.DEBUG if self.counts["plans failed"] else logging.WARNING
+        self.counts["plans failed"] += 1
+        log.log(level, "the plan of layer %d failed after a step, it is put off: %s", layer, error, exc_info=error)
 
     def _crowded(self) -> list[int]:
         """Sequences that were planned last when fewer shared the limit; none where there is no share for so many: such a step
         may be refused, and must have changed nothing then."""
-        live = self._cache._live
         if self._cache._limit.each:
             return []
-        due = [i for i in live if self._among.get(i, len(live)) < len(live)]
+        due = self.timetable.crowded()
         return due if due and self._share() else []
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
-        self.planned |= {i: self._store.length(i) for i in ids}
-        self._among |= dict.fromkeys(ids, self._goal[1] if self._goal else len(self._cache._live))
-
-    def _too_many(self, seq: int, new: int, cut: bool) -> bool:
-        """Whether a sequence's room for unplanned tokens does not hold those it has and so many new ones."""
-        waiting = self._store.length(seq) - self.planned.get(seq, 0)
-        return new > 1 and waiting > (0 if cut else max(0, self._cache.policy.interval - new))
+        self.timetable.note(ids, self._goal[1] if self._goal else len(self._cache._live))
 
     def cropped(self, seq: int, length: int) -> None:
         """The sequence was shortened."""
-        self.planned[seq] = min(self.planned.get(seq, 0), length)
+        self.timetable.cropped(seq, length)
         self.statistics.cropped(seq, length)
 
     def follow(self, ids: list[int], sources: list[int]) -> None:
         """What is known of ``sources`` holds for the sequences ``ids`` that continue them."""
         for i, source in zip(ids, sources, strict=True):
-            self.planned[i] = self.planned.get(source, 0)
-            if source in self._among:
-                self._among[i] = self._among[source]
+            self.timetable.follow(i, source)
             self.statistics.follow(i, source)
 
     def forget(self, ids: list[int]) -> None:
         """Drops what is known of sequences that ended."""
-        gone = set(ids)
-        self.statistics.forget(gone)
-        self.planned = {i: n for i, n in self.planned.items() if i not in gone}
-        self._among = {i: n for i, n in self._among.items() if i not in gone}
+        self.timetable.forget(set(ids))
+        self.statistics.forget(set(ids))
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
 

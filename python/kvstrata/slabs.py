@@ -200,19 +200,19 @@ class Slabs:
         pages = min(pages, MAX_PAGES_PER_SLAB)
         if is_far:
             pages = self._far_room(pool, pages, short)
-        hold = self._charges.lend(pages * per_page)
+        hold = self._charges.lend(pages * per_page, pages * self._store.pool(pool)["page_bytes"] if is_far else 0)
         try:
             tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+            if is_far:
+                index = self._lend_far(pool, pages, tensor)
+            else:
+                payload = tensor.data_ptr()
+                index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
         except BaseException:
             if hold is not None:
                 hold.rollback()
             raise
         self._charges.lent(hold, pages * per_page)
-        if is_far:
-            index = self._lend_far(pool, pages, tensor)
-        else:
-            payload = tensor.data_ptr()
-            index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
         self._tensors[pool, index] = tensor
         lent.append((pool, index))
         self.held += tensor.untyped_storage().nbytes()
@@ -291,9 +291,12 @@ class Slabs:
         return min(MAX_FAR_BYTES, max(MIN_SLAB_BYTES, self.far_bytes // 8)) // self._store.pool(pool)["page_bytes"]
 
     def _far_room(self, pool: int, wanted: int, short: int) -> int:
-        """Pages of a new Far slab: as wanted, or fewer near the tier's limit. BudgetExceeded where ``short`` are too many."""
+        """Pages of a new Far slab: as wanted, or fewer near the tier's limit, or what a ledger leaves. BudgetExceeded where
+        ``short`` are too many."""
         assert self._far is not None
-        limit, size = self._far.bytes, self._store.pool(pool)["page_bytes"]
+        limit, left, size = self._far.bytes, self._charges.far_left(), self._store.pool(pool)["page_bytes"]
+        if left is not None and left // size < wanted:
+            wanted = max(short, left // size)  # too many: the ledger refuses them
         if limit is None:
             return wanted
         room = (limit - self.far_bytes) // size
@@ -362,7 +365,8 @@ class Slabs:
     def _return(self, key: tuple[int, int]) -> None:
         self._store.give_back(*key)
         gone = self._tensors.pop(key).untyped_storage().nbytes()
-        if key in self._files:
-            os.close(self._files.pop(key)[0])
+        file, far_bytes = self._files.pop(key, (None, 0))
+        if file is not None:
+            os.close(file)
         self.held -= gone
-        self._charges.returned(gone)
+        self._charges.returned(gone, far_bytes)

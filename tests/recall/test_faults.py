@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 from archived import ALL, EXACT, fed, ruled, sealed, small, worst
-from waiting import LATE, check_planned, go_on, payloads, tables, waiting
+from waiting import LATE, check_planned, go_on, payloads, put_off, tables, waiting
 
 from kvstrata.policy.base import EVICTED, FAR, FULL, GROUPED, INT8, NEAR, PROVISIONAL, PROVISIONAL_GROUP
 from kvstrata.testing import fault
@@ -160,16 +163,23 @@ def test_a_page_that_cannot_be_read(tokens: int, nth: int) -> None:
 
 
 @pytest.mark.parametrize("nth", [1, 3])
-def test_decoded_tokens_stand_when_the_plan_after_them_fails(nth: int) -> None:
-    """Each plan (the first page that it writes), or those of which more than a page of a row is written."""
+def test_decoded_tokens_stand_when_the_plan_after_them_fails(nth: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Each plan (the first page that it writes), or those of which more than a page of a row is written: put off and counted,
+    and said once."""
     pair = fed()
     (seq,) = pair.new()
     pair.feed([seq], [300])
     failed = []
-    for _ in range(200):
-        with fault("far.write", nth):
-            if go_on(pair, seq) is not None:
-                failed.append(pair.cache.logical_length(seq))
+    with caplog.at_level(logging.WARNING, "kvstrata"):
+        for _ in range(200):
+            with fault("far.write", nth):
+                if go_on(pair, seq):
+                    failed.append(pair.cache.logical_length(seq))
+    assert put_off(pair) == (len(failed), len(failed))
+    (said,) = caplog.records
+    assert re.search(
+        r"the plan of layer \d failed after a step, it is put off: fault injected at far.write", said.message
+    )
     assert failed == [n for n in range(301, 501) if n % 8 == 0] if nth == 1 else len(failed) > 2
     pair.check_contents()
     for _ in range(32):

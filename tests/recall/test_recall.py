@@ -230,13 +230,21 @@ RAGGED: Turns = [
 ]
 
 
+CROPPED: Turns = [[100, 109, 612, 45], *[[1, 1, 1, 1]] * 13, [-23, 0, -5, 0], *[[1, 1, 1, 1]] * 40]
+"""When the first and the second are due together, the first has ten tokens to archive: less than a page."""
+
+
 def rows(shape: Shape, turns: Turns, which: list[int]) -> list[list[Tensor]]:
-    """The outputs of some of four sequences, each of which is fed its own tokens, as one batch."""
+    """The outputs of some of four sequences, each of which is fed its own tokens, or cropped by them (below 0), as one batch;
+    then where the tokens lie."""
     pairs = [Fed(Cache(shape, policy=small()), torch.Generator().manual_seed(10 + i)) for i in range(4)]
     cache = Cache(shape, policy=small())
     seqs, out = cache.new(len(which)), [list[Tensor]() for _ in which]
     for counts in turns:
         lengths = [counts[i] for i in which]
+        if min(counts) < 0:
+            cache.crop(seqs, [cache.logical_length(s) + n for s, n in zip(seqs, lengths, strict=True)])
+            continue
         drawn = [
             [pairs[i].drawn(layer, n) for layer in range(len(shape.layers))]
             for i, n in zip(which, lengths, strict=True)
@@ -248,16 +256,19 @@ def rows(shape: Shape, turns: Turns, which: list[int]) -> list[list[Tensor]]:
                 got = step.attend(layer, *(torch.cat([d[layer][j] for d in drawn]) for j in range(3)))
                 for o, part in zip(out, torch.split(got, lengths), strict=True):
                     o.append(part)
+    pair = Fed(cache, torch.Generator())
+    for s, o in zip(seqs, out, strict=True):
+        o += [x for layer in range(len(shape.layers)) for x in pair.looked(s, layer)]
     return out
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_a_batch_is_its_rows_alone(group: int) -> None:
-    """Four ragged rows, bit for bit: prompts, turns and decoding, as they are clustered."""
+@pytest.mark.parametrize(("group", "turns"), [(1, RAGGED), (3, RAGGED), (4, RAGGED), (8, RAGGED), (2, CROPPED)])
+def test_a_batch_is_its_rows_alone(group: int, turns: Turns) -> None:
+    """Four ragged rows, bit for bit: prompts, turns and decoding, as they are clustered; no batch mate decides when."""
     shape = Shape([LayerSpec(2, 2 * group, 64)] * 2, torch.float32)
-    together = rows(shape, RAGGED, [0, 1, 2, 3])
+    together = rows(shape, turns, [0, 1, 2, 3])
     for i in range(4):
-        (alone,) = rows(shape, RAGGED, [i])
+        (alone,) = rows(shape, turns, [i])
         mine = [x for x in together[i] if len(x)]
         assert same(mine, [x for x in alone if len(x)]), i
 

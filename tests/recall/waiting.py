@@ -8,7 +8,6 @@ from typing import Any
 from archived import SHAPE, Fed, fed, ruled, small
 
 from kvstrata import Sequence
-from kvstrata.config import BudgetExceeded
 
 LATE = 4096
 """An interval that no test reaches: plans are made when asked for."""
@@ -71,14 +70,15 @@ def payloads(pair: Fed) -> list[bytes]:
     return [os.pread(file, size, at) for s in pair.pieces for file, at in file_of(pair, s)]
 
 
-def go_on(pair: Fed, seq: Sequence) -> RuntimeError | BudgetExceeded | None:
-    """Decodes a token. A plan may fail after the step: then the token stands, and this is the error."""
-    drawn, length = pair.generator.get_state(), pair.cache.logical_length(seq)
-    try:
-        pair.feed([seq], [1])
-    except (RuntimeError, BudgetExceeded) as error:
-        assert pair.cache.logical_length(seq) == length + 1
-        pair.generator.set_state(drawn)
-        pair.note([seq], [1], [(k, v) for _, k, v in (pair.drawn(layer, 1) for layer in range(2))])
-        return error
-    return None
+def put_off(pair: Fed) -> tuple[int, int]:
+    """Plans that were put off, and those of them that failed."""
+    counts = pair.cache.report().counts
+    return counts["plans put off"], counts["plans failed"]
+
+
+def go_on(pair: Fed, seq: Sequence) -> int:
+    """Decodes a token, which stands. Plans of a layer that were put off after it."""
+    length, before = pair.cache.logical_length(seq), put_off(pair)[0]
+    pair.feed([seq], [1])
+    assert pair.cache.logical_length(seq) == length + 1
+    return put_off(pair)[0] - before

@@ -15,6 +15,9 @@ class Far:
     """A Far tier of at most ``limit`` bytes ("64GiB" or an int; None: what the disk holds) in files of the folder ``path``
     (None: the system's for temporary files).
 
+    Where it is full, or the disk fails, a prompt is refused and withdrawn; plans after decoded tokens are put off, which then
+    stay Near as long as there is room (``report().counts``: "plans put off", of them "plans failed").
+
     The files have no name: nothing is left behind however the process ends. ValueError for a limit below 1 or a path that
     is no folder.
     """
