@@ -29,8 +29,8 @@ void* moved(void* base, int64_t elements, DType type) {
 int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
-           of(lse[1]) + of(rest) + of(votes) + of(left) + of(pages) + of(masks) + of(selected) + of(far) + of(select) +
-           of(misses);
+           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(left) + of(pages) + of(masks) +
+           of(selected) + of(far) + of(select) + of(misses);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -190,7 +190,7 @@ void Store::write_out(const ops::AttendRow& whole, int t, std::span<const float*
                       std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const {
     const int64_t token = whole.tokens[t];
     void* const out = moved(whole.out, token * whole.out_stride_t, dtype);
-    const float *out_at[2], *lse_at[2];
+    const float *out_at[3], *lse_at[3];
     const int step = whole.out_stride_g == dim ? group : 1;
     for (int g = 0; g < group; g += step) {
         for (size_t j = 0; j < outs.size(); ++j) out_at[j] = outs[j] + int64_t{g} * dim, lse_at[j] = lses[j] + g;
@@ -231,13 +231,18 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         const ops::SelectRow& chosen = parts_.select[r];
         for (int i = 0; i < chosen.count; ++i) add(chosen.selected[i]);
     });
+    const size_t parts = options_.recall.estimate > 0.0f ? 3 : 2;
+    if (parts == 3) estimate_rest(layer, call);
     for (int r = 0; r < n; ++r) {
         const int64_t at = static_cast<int64_t>(r) * group;
-        const float* const outs[2] = {parts_.out[0].data() + at * dim, parts_.out[1].data() + at * dim};
-        const float* const lses[2] = {parts_.lse[0].data() + at, parts_.lse[1].data() + at};
+        const float *outs[3], *lses[3];
+        for (size_t part = 0; part < parts; ++part) {
+            outs[part] = parts_.out[part].data() + at * dim;
+            lses[part] = parts_.lse[part].data() + at;
+        }
         float lse[ops::kMaxGroup];
-        write_out(parts_.whole[r], 0, outs, lses, group, dim, call.out_dtype, lse);
-        note_captured(lse, parts_.rest.data() + at, group, parts_.left[r]);
+        write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
+        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r]);
     }
     settle_workspace();
 }

@@ -11,6 +11,11 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
+float logaddexp(float a, float b) {
+    const float most = std::max(a, b);
+    return most == kMinusInf ? most : most + std::log(std::exp(a - most) + std::exp(b - most));
+}
+
 }  // namespace
 
 void Store::select_pages(int layer, const AttendCall& call) {
@@ -22,6 +27,10 @@ void Store::select_pages(int layer, const AttendCall& call) {
     parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
+    int64_t zone = 0;
+    for (int r = 0; r < n; ++r) zone += zone_room(*parts_.rows[r]);
+    parts_.zone.resize(zone);
+    zone = 0;
     for (int r = 0; r < n; ++r) {
         const pages::Row& row = *parts_.rows[r];
         const ops::AttendRow& whole = parts_.whole[r];
@@ -38,6 +47,11 @@ void Store::select_pages(int layer, const AttendCall& call) {
         out.selected = parts_.selected.data() + static_cast<int64_t>(r) * most;
         out.lse_rest = parts_.rest.data() + static_cast<int64_t>(r) * group;
         if (recall.most > 0) out.votes = parts_.votes.data() + static_cast<int64_t>(r) * most;
+        if (recall.estimate > 0.0f) {
+            out.zone = parts_.zone.data() + zone;
+            zone += zone_room(row);
+            out.zone_most = std::max(0, zone_room(row) - most);
+        }
     }
     ops::SelectParams p{
         parts_.select.data(), n,       group,    shape.head_dim, options_.dtype, call.scale,  recall.weight,
@@ -45,6 +59,14 @@ void Store::select_pages(int layer, const AttendCall& call) {
     p.workspace = workspace(ops::select_workspace_bytes(p));
     ops::select(p);
     for (int r = 0; recall.most > 0 && r < n; r += shape.kv_heads) share_pages(r, shape.kv_heads);
+}
+
+// Places for the zone of a row: its share of the pages that are not read, and those that sharing may take from it.
+int Store::zone_room(const pages::Row& row) const {
+    const float share = options_.recall.estimate;
+    if (share == 0.0f) return 0;
+    const int outside = std::max(0, row.sealed - first_indexed(row) - options_.recall.pages);
+    return static_cast<int>(std::ceil(share * static_cast<float>(outside))) + options_.recall.widest();
 }
 
 // Of what the rows of a sequence have selected, the K each of highest vote stay, ties those of the lower row and entry; at
@@ -75,20 +97,43 @@ void Store::share_pages(int first, int rows) {
     for (size_t i = most; i < all.size(); ++i) {
         ops::SelectRow& row = parts_.select[all[i].row];
         parts_.left[all[i].row] += row.votes[all[i].place] / static_cast<float>(group);
+        if (row.zone) row.zone[row.zone_count++] = row.selected[all[i].place];
         row.selected[all[i].place] = -1;
     }
     for (int r = first; r < first + rows; ++r) {
         ops::SelectRow& row = parts_.select[r];
+        if (row.zone) std::sort(row.zone, row.zone + row.zone_count);
         int32_t* const end = std::remove(row.selected, row.selected + row.count, -1);
         std::fill(end, row.selected + row.count, -1);
         row.count = static_cast<int32_t>(end - row.selected);
     }
 }
 
-// read, rest: [G] of a row; left: the share of attention that its selection gave up to others.
-void Store::note_captured(const float* read, const float* rest, int group, float left) {
+// What was not read, by the means of its pages: the third part.
+void Store::estimate_rest(int layer, const AttendCall& call) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size());
+    parts_.out[2].resize(static_cast<size_t>(n) * group * shape.head_dim);
+    parts_.lse[2].resize(static_cast<size_t>(n) * group);
+    std::vector<ops::EstimateRow> rows;
+    for (int r = 0; r < n; ++r) {
+        const ops::SelectRow& chosen = parts_.select[r];
+        const int64_t at = static_cast<int64_t>(r) * group;
+        rows.push_back({chosen.q, chosen.q_stride_g, chosen.blocks, chosen.visible, chosen.zone, chosen.entries,
+                        chosen.zone_count, parts_.out[2].data() + at * shape.head_dim, parts_.lse[2].data() + at});
+    }
+    ops::EstimateParams p{
+        rows.data(),  n,       group,   shape.head_dim, options_.dtype, call.scale, options_.recall.weight,
+        call.softcap, nullptr, threads_};
+    p.workspace = workspace(ops::estimate_workspace_bytes(p));
+    ops::estimate(p);
+}
+
+// read [2][G]: of the parts of a row that were read; rest [G]; left: the share of attention that its selection gave up to others.
+void Store::note_captured(const float* const* read, const float* rest, int group, float left) {
     for (int g = 0; g < group; ++g) {
-        const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - read[g]));
+        const float lse = logaddexp(read[0][g], read[1][g]);
+        const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
         const float share = of_rest * (1.0f - std::min(left, 1.0f));
         captured_.sum += share;
         captured_.least = std::min(captured_.least, share);

@@ -15,6 +15,7 @@
 #include "common/types.h"
 #include "ops/append.h"
 #include "ops/attend.h"
+#include "ops/estimate.h"
 #include "ops/measure.h"
 #include "ops/pool.h"
 #include "ops/pool_view.h"
@@ -159,11 +160,11 @@ struct Parts {
     std::vector<ops::AttendRow> whole;  // the rows of the call
     std::vector<pages::Row*> rows;
     std::vector<const Index*> indices;
-    std::vector<float> out[2], lse[2], rest;  // of the parts [rows, T, G, D], [rows, T, G], and of what is not read
+    std::vector<float> out[3], lse[3], rest;  // of the parts [rows, T, G, D], [rows, T, G], and of what is not read
     std::vector<PageId> pages;                // the lists of a part, one after another
     std::vector<uint16_t> masks;
     std::vector<size_t> ends;  // [rows + 1]
-    std::vector<int32_t> tokens, selected, far;
+    std::vector<int32_t> tokens, selected, zone, far;
     std::vector<float> votes;  // of the selected pages, if rows share them
     std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
     std::vector<ops::SelectRow> select;
@@ -320,7 +321,9 @@ class Store {
     void attend_part(int layer, const AttendCall& call, int part, Each each);
     void select_pages(int layer, const AttendCall& call);
     void share_pages(int first, int rows);
-    void note_captured(const float* read, const float* rest, int group, float left);
+    void estimate_rest(int layer, const AttendCall& call);
+    int zone_room(const pages::Row& row) const;
+    void note_captured(const float* const* read, const float* rest, int group, float left);
     void stream_row(int layer, const AttendCall& call, int r);
     void attend_now(int layer, const AttendCall& call, DType out_dtype);
     State state_of(PageId page) const { return kinds_[page_pool(page)].state; }
