@@ -1,8 +1,9 @@
 """cluster beside dense attention of the same chunk: what pages by meaning add to a prompt.
 
 A row's segment of keys at a time, all KV heads in one call; the baseline is torch's causal SDPA of that chunk with --group
-query heads to a KV head, in f32 and in bf16. Cases: keys about topics and keys without any, and with the summaries of the
-new pages (of a bf16 cache) made after it. Dense attention of a chunk reads earlier chunks too, so this is its least.
+query heads to a KV head, in f32 and in bf16. Cases: keys about topics and keys without any, with the summaries of the new
+pages (of a bf16 cache) made after it, and cluster_greedy instead. Dense attention of a chunk reads earlier chunks too, so
+this is its least.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ def attention(args: argparse.Namespace, dtype: torch.dtype) -> Callable[[int], o
     return lambda _: sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def case(args: argparse.Namespace, topics: bool, iters: int, summaries: bool) -> dict[str, Any]:
+def case(args: argparse.Namespace, topics: bool, iters: int | None, summaries: bool) -> dict[str, Any]:
+    """iters None: cluster_greedy."""
     keys = [keys_of(args, topics) for _ in range(2)]
     stored = filled("bf16", args.kv_rows, args.tokens, args.dim)
 
+    def made(i: int) -> tuple[Tensor, Tensor]:
+        return ops.cluster_greedy(keys[i]) if iters is None else ops.cluster(keys[i], iters=iters)
+
     def ours(i: int) -> None:
-        ops.cluster(keys[i % 2], iters=iters)
+        made(i % 2)
         if summaries:
             ops.summarize(stored.pages, [stored.pool])
 
@@ -51,11 +56,12 @@ def case(args: argparse.Namespace, topics: bool, iters: int, summaries: bool) ->
         args.reps,
     )
     pages = args.tokens // SLOTS
-    products = 2 * args.kv_rows * args.tokens * pages * args.dim * (iters + 1)
+    products = 2 * args.kv_rows * args.tokens * pages * args.dim * (1 if iters is None else iters + 1)
     return {
         "kind": "cluster",
+        "packer": "greedy" if iters is None else "k-means",
         "keys": "topics" if topics else "random",
-        "iters": iters,
+        "iters": iters or 0,
         "then": "summarize" if summaries else "",
         "kv_rows": args.kv_rows,
         "group": args.group,
@@ -64,7 +70,7 @@ def case(args: argparse.Namespace, topics: bool, iters: int, summaries: bool) ->
         "reps": args.reps,
         **times.row(),
         "gflops": products / times.p50 / 1e6,
-        "digest": digest(*ops.cluster(keys[0], iters=iters)),
+        "digest": digest(*made(0)),
         "baseline": {"name": "torch SDPA of the chunk", "ms_p50_f32": wide.p50, "ms_p50_bf16": narrow.p50},
         "share_of_sdpa_f32": times.p50 / wide.p50,
         "share_of_sdpa_bf16": times.p50 / narrow.p50,
@@ -80,6 +86,7 @@ def main() -> None:
         case(args, True, 10, False),
         case(args, False, 4, False),
         case(args, True, 4, True),
+        case(args, True, None, False),
     ]
     show("cluster", run, rows, Output(args.json))
 

@@ -1,4 +1,4 @@
-"""estimate of the pages outside a selection, beside the same in torch: a product with f32 means, softmax, one with values.
+"""estimate of pages outside a selection, beside torch: a product with f32 means, softmax, a product with values.
 
 The zone is every page, or a quarter of them at random. Bytes are the blocks that the zone lies in, each once; ours looks at
 what it scores and at what it adds up one after the other. The baseline's means and values are f32, already of the zone alone.

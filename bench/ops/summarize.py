@@ -14,6 +14,7 @@ from torch import Tensor
 from kvstrata import ops
 from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
 from kvstrata.cli.output import Output
+from kvstrata.summaries import SummaryKind
 
 
 def dense(k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def dense(k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (codes + 128).to(torch.uint8), scale, square.mean(-1) / k.shape[2], square.amax(-1).sqrt()
 
 
-def case(args: argparse.Namespace, fmt: str, kind: ops.SummaryKind, read_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, fmt: str, kind: SummaryKind, read_gbps: float) -> dict[str, Any]:
     count = args.kv_rows * (args.tokens // SLOTS)
     size = count * ops.page_bytes(fmt, args.dim) // (1 if kind == "mean_value" else 2)  # keys
     written = count // SLOTS * ops.summary_bytes(args.dim, kind)
@@ -62,7 +63,7 @@ def main() -> None:
     args = parser(__doc__ or "", tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
     begin(args)
     run = run_facts(args)
-    kinds: tuple[ops.SummaryKind, ...] = ("mean", "bounds", "mean_value")
+    kinds: tuple[SummaryKind, ...] = ("mean", "bounds", "mean_value")
     rows = [case(args, fmt, kind, run["read_gbps"]) for kind in kinds for fmt in args.format.split(",")]
     show("summarize", run, rows, Output(args.json))
 

@@ -15,14 +15,17 @@ namespace {
 
 int32_t int_of(int64_t n) { return static_cast<int32_t>(n); }
 
+using ClusterOp = void (*)(const ops::ClusterParams&);
+using ClusterBytes = int64_t (*)(const ops::ClusterParams&);
+
+template <ClusterBytes Bytes>
 int64_t cluster_workspace_bytes(int rows, int tokens, int head_dim, int threads) {
     std::vector<ops::ClusterRow> all(static_cast<size_t>(rows), {nullptr, nullptr, nullptr, tokens, 0});
-    return ops::cluster_workspace_bytes({all.data(), rows, head_dim, 0, nullptr, threads});
+    return Bytes({all.data(), rows, head_dim, 0, nullptr, threads});
 }
 
-void cluster(py::handle keys_, py::handle live_, py::handle page_of_, py::handle pages_, py::handle workspace_,
-             int iters, int threads) {
-    const char* const op = "cluster";
+void run_cluster(const char* op, ClusterOp run, ClusterBytes bytes, py::handle keys_, py::handle live_,
+                 py::handle page_of_, py::handle pages_, py::handle workspace_, int iters, int threads) {
     const Argument keys(op, "keys", keys_), live(op, "live", live_), page_of(op, "page_of", page_of_),
         pages(op, "pages", pages_), space(op, "workspace", workspace_);
     keys.expect_rank({"R", "T", "D"});
@@ -31,19 +34,30 @@ void cluster(py::handle keys_, py::handle live_, py::handle page_of_, py::handle
     live.expect({DType::u8}, {R, T}, "set by keys");
     page_of.expect({DType::i32}, {R, T}, "set by keys");
     pages.expect({DType::i32}, {R}, "set by keys").expect_contiguous();
-    check(T.size <= ops::kMaxClusterTokens, "cluster: keys has T ", T.size, ", expected at most ",
-          ops::kMaxClusterTokens);
+    check(T.size <= ops::kMaxClusterTokens, op, ": keys has T ", T.size, ", expected at most ", ops::kMaxClusterTokens);
     std::vector<ops::ClusterRow> rows(static_cast<size_t>(R.size));
     for (int64_t r = 0; r < R.size; ++r) {
         rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0};
     }
     ops::ClusterParams p{rows.data(), int_of(R.size), int_of(D.size), iters, nullptr, threads};
-    p.workspace = workspace_of(op, space, ops::cluster_workspace_bytes(p));
+    p.workspace = workspace_of(op, space, bytes(p));
     {
         const py::gil_scoped_release release;
-        ops::cluster(p);
+        run(p);
     }
     for (int64_t r = 0; r < R.size; ++r) pages.data<int32_t>()[r] = rows[r].pages;
+}
+
+void cluster(py::handle keys, py::handle live, py::handle page_of, py::handle pages, py::handle workspace, int iters,
+             int threads) {
+    run_cluster("cluster", ops::cluster, ops::cluster_workspace_bytes, keys, live, page_of, pages, workspace, iters,
+                threads);
+}
+
+void cluster_greedy(py::handle keys, py::handle live, py::handle page_of, py::handle pages, py::handle workspace,
+                    int threads) {
+    run_cluster("cluster_greedy", ops::cluster_greedy, ops::cluster_greedy_workspace_bytes, keys, live, page_of, pages,
+                workspace, 0, threads);
 }
 
 void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::handle blocks_,
@@ -231,10 +245,14 @@ void bind_recall(py::module_& m) {
     m.def(
         "summary_bytes", [](int head_dim, int kind) { return summary_bytes(head_dim, static_cast<SummaryKind>(kind)); },
         py::arg("head_dim"), py::arg("kind"));
-    m.def("cluster_workspace_bytes", &cluster_workspace_bytes, py::arg("rows"), py::arg("tokens"), py::arg("head_dim"),
-          py::arg("threads"));
+    m.def("cluster_workspace_bytes", &cluster_workspace_bytes<ops::cluster_workspace_bytes>, py::arg("rows"),
+          py::arg("tokens"), py::arg("head_dim"), py::arg("threads"));
     m.def("cluster", &cluster, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
           py::arg("workspace"), py::arg("iters"), py::arg("threads"));
+    m.def("cluster_greedy_workspace_bytes", &cluster_workspace_bytes<ops::cluster_greedy_workspace_bytes>,
+          py::arg("rows"), py::arg("tokens"), py::arg("head_dim"), py::arg("threads"));
+    m.def("cluster_greedy", &cluster_greedy, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
+          py::arg("workspace"), py::arg("threads"));
     m.def("summarize", &summarize, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("blocks"),
           py::arg("pools"), py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
     m.def("select_workspace_bytes", &select_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),

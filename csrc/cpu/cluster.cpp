@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "common/layout.h"
-#include "cpu/isa.h"
+#include "cpu/cluster_keys.h"
 #include "cpu/merge.h"
 #include "cpu/parallel.h"
 #include "ops/backends.h"
@@ -62,14 +62,11 @@ class Clustering {
         : row_(row), w_(room), dim_(padded_dim(params.head_dim)), raw_dim_(params.head_dim), iters_(params.iters) {}
 
     void run() {
-        for (int i = 0; i < row_.tokens; ++i) {
-            row_.page_of[i] = -1;
-            if (!row_.live || row_.live[i]) w_.tokens[n_++] = i;
-        }
-        pages_ = row_.pages = (n_ + kSlots - 1) / kSlots;
+        n_ = find_live(row_, w_.tokens);
+        pages_ = row_.pages;
         wide_ = (pages_ + kLine - 1) / kLine * kLine;
         if (n_ == 0) return;
-        centre();
+        centre_keys(k_, row_, w_.tokens, n_, raw_dim_, w_.y, w_.sums);
         seed();
         for (int i = 0; i < iters_; ++i) {
             compare();
@@ -84,18 +81,6 @@ class Clustering {
     float* z(int j) const { return w_.z + static_cast<int64_t>(j) * dim_; }
     float* s(int i) const { return w_.s + static_cast<int64_t>(i) * wide_; }
     int32_t& page_of(int i) const { return row_.page_of[w_.tokens[i]]; }
-
-    void centre() {
-        float* const mean = w_.sums;
-        std::fill_n(mean, dim_, 0.0f);
-        for (int i = 0; i < n_; ++i) {
-            std::fill_n(y(i), dim_, 0.0f);
-            std::copy_n(row_.keys + static_cast<int64_t>(w_.tokens[i]) * raw_dim_, raw_dim_, y(i));
-            k_.axpy(mean, y(i), 1.0f, dim_);
-        }
-        k_.divide(mean, static_cast<float>(n_), dim_);
-        for (int i = 0; i < n_; ++i) k_.axpy(y(i), mean, -1.0f, dim_);
-    }
 
     // x / |x|; false and as it was where there is no direction.
     bool unit(float* x) const {
@@ -215,21 +200,15 @@ class Clustering {
     int n_ = 0, pages_ = 0, wide_ = 0, left_ = 0;
 };
 
-int64_t longest(const ops::ClusterParams& p) {
-    int64_t most = 0;
-    for (int r = 0; r < p.n_rows; ++r) most = std::max<int64_t>(most, p.rows[r].tokens);
-    return most;
-}
-
 }  // namespace
 
 int64_t cluster_workspace_bytes(const ops::ClusterParams& p) {
     const int workers = std::max(1, std::min(p.threads, p.n_rows));
-    return Room(longest(p), padded_dim(p.head_dim), nullptr).bytes * workers;
+    return Room(longest_row(p), padded_dim(p.head_dim), nullptr).bytes * workers;
 }
 
 void cluster(const ops::ClusterParams& p) {
-    const int64_t most = longest(p), dim = padded_dim(p.head_dim);
+    const int64_t most = longest_row(p), dim = padded_dim(p.head_dim);
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
         const Room sized(most, dim, nullptr);
         const Room room(most, dim, static_cast<unsigned char*>(p.workspace) + worker * sized.bytes);

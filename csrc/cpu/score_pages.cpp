@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "common/layout.h"
+#include "cpu/best.h"
 #include "cpu/merge.h"
 #include "cpu/page_scan.h"
 #include "cpu/parallel.h"
@@ -14,7 +15,8 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kAhead = 4;   // blocks: one is sooner scored than fetched
+constexpr float kHidden = -0.5f;  // above the vote of what is hidden, -1, and below any other
+constexpr int kAhead = 4;         // blocks: one is sooner scored than fetched
 constexpr int kShort = 64;  // entries that are kept in order while all are looked at; of more, the best are parted off
 
 int blocks_of(int entries) { return (entries + kSlots - 1) / kSlots; }
@@ -132,7 +134,7 @@ class Selection {
     void pick() {
         if (!row_.selected || row_.most == 0) return;
         int32_t* const best = row_.selected;
-        int n = row_.most <= kShort ? gather() : part();
+        int n = row_.most <= kShort ? keep_best(kernels_, w_.vote, padded_, kHidden, row_.most, best) : part();
         if (p_.mass > 0.0f) n = enough(n);
         std::sort(best, best + n);
         std::fill(best + n, best + row_.most, -1);
@@ -140,24 +142,7 @@ class Selection {
         row_.count = n;
     }
 
-    // The best so far stand in falling order of vote, ties by index: a later one must be above the last of them.
-    int gather() {
-        int32_t* const best = row_.selected;
-        const int most = row_.most;
-        int n = 0;
-        const float below = -0.5f;  // of what is hidden: -1
-        for (int e = 0;; ++e) {
-            const float least = n < most ? below : w_.vote[best[n - 1]];
-            e = kernels_.next_above(w_.vote, e, padded_, least);
-            if (e == padded_) break;
-            int at = n < most ? n++ : n - 1;
-            for (; at > 0 && w_.vote[best[at - 1]] < w_.vote[e]; --at) best[at] = best[at - 1];
-            best[at] = e;
-        }
-        return n;
-    }
-
-    // Likewise of many: larger for a higher vote, which is 0 or more, and of equal ones for the lower index.
+    // Of many: larger for a higher vote, which is 0 or more, and of equal ones for the lower index.
     uint64_t key(int e) const {
         return static_cast<uint64_t>(std::bit_cast<uint32_t>(w_.vote[e])) << 32 | ~static_cast<uint32_t>(e);
     }

@@ -52,6 +52,8 @@ int64_t choose_chunks_workspace_bytes(const ops::ChooseChunksParams& params);
 void choose_chunks(const ops::ChooseChunksParams& params);
 int64_t cluster_workspace_bytes(const ops::ClusterParams& params);
 void cluster(const ops::ClusterParams& params);
+int64_t cluster_greedy_workspace_bytes(const ops::ClusterParams& params);
+void cluster_greedy(const ops::ClusterParams& params);
 void summarize(const ops::SummarizeParams& params);
 int64_t select_workspace_bytes(const ops::SelectParams& params);
 void select(const ops::SelectParams& params);

@@ -9,6 +9,9 @@
 // s(c) - s(c + 1) (no next: 0); a page takes bids by falling priority while it has room. Then up to 8 rounds in which each
 // bids for its best page with room, priority s_ij. The rest fill free seats in index order. Ties: lower page, lower token.
 //
+// cluster_greedy: until all are placed, the seed is the unplaced key of largest |y_i|, its page the seed and its 15 unplaced keys
+// of largest y . y_seed, ties the lower token; pages in the order of their seeds. O(n^2).
+//
 // A shift of all keys changes nothing: attention does not see it. Sums in f32 in token order: the same bits twice at one
 // level, whatever the threads; levels may differ where keys are not well apart. A key that is not finite lands somewhere.
 #pragma once
@@ -33,12 +36,14 @@ struct ClusterParams {
     ClusterRow* rows;  // [R]
     int32_t n_rows;
     int32_t head_dim;  // D, 1..512
-    int32_t iters;     // >= 0
-    void* workspace;   // cluster_workspace_bytes(params) bytes, 64-byte aligned
+    int32_t iters;     // >= 0; not read by cluster_greedy
+    void* workspace;   // cluster_workspace_bytes(params) bytes, or cluster_greedy's, 64-byte aligned
     int32_t threads;
 };
 
 int64_t cluster_workspace_bytes(const ClusterParams& params);
 void cluster(const ClusterParams& params);
+int64_t cluster_greedy_workspace_bytes(const ClusterParams& params);
+void cluster_greedy(const ClusterParams& params);
 
 }  // namespace kvstrata::ops

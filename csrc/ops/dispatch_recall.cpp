@@ -13,6 +13,14 @@ void check_kind(const char* op, SummaryKind kind) {
           ", expected mean, bounds or mean_value");
 }
 
+void check_cluster(const char* op, const ClusterParams& p) {
+    check_shape(op, p.head_dim);
+    for (int r = 0; r < p.n_rows; ++r) {
+        check(p.rows[r].tokens >= 0 && p.rows[r].tokens <= kMaxClusterTokens, op, ": row ", r, " has ",
+              p.rows[r].tokens, " tokens, expected at most ", kMaxClusterTokens);
+    }
+}
+
 // What every scan of summaries says of itself.
 template <class Params>
 void check_scan(const char* op, const Params& p) {
@@ -32,13 +40,19 @@ int64_t cluster_workspace_bytes(const ClusterParams& p) {
 }
 
 void cluster(const ClusterParams& p) {
-    check_shape("cluster", p.head_dim);
+    check_cluster("cluster", p);
     check(p.iters >= 0, "cluster: iters is ", p.iters, ", expected at least 0");
-    for (int r = 0; r < p.n_rows; ++r) {
-        check(p.rows[r].tokens >= 0 && p.rows[r].tokens <= kMaxClusterTokens, "cluster: row ", r, " has ",
-              p.rows[r].tokens, " tokens, expected at most ", kMaxClusterTokens);
-    }
     cpu::cluster(p);
+}
+
+int64_t cluster_greedy_workspace_bytes(const ClusterParams& p) {
+    check_shape("cluster_greedy", p.head_dim);
+    return cpu::cluster_greedy_workspace_bytes(p);
+}
+
+void cluster_greedy(const ClusterParams& p) {
+    check_cluster("cluster_greedy", p);
+    cpu::cluster_greedy(p);
 }
 
 void summarize(const SummarizeParams& p) {

@@ -150,6 +150,10 @@ def cluster(
     iters: int,
     threads: int,
 ) -> None: ...
+def cluster_greedy_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int) -> int: ...
+def cluster_greedy(
+    keys: Tensor, live: Tensor | None, page_of: Tensor, pages: Tensor, workspace: Tensor, threads: int
+) -> None: ...
 def summarize(
     pages: Tensor,
     visible: Tensor | None,

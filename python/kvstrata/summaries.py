@@ -5,7 +5,7 @@ Part of `ops`, which has the letters. T tokens of a segment, M entries of a row'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -43,7 +43,30 @@ def cluster(
     bids (``csrc/ops/cluster.h``); ceil(live / 16) pages. Deterministic. Source: IceCache (arXiv 2604.10539) for pages by
     meaning; k-means as in RetroInfer (arXiv 2505.02922), balanced here.
     """
-    op = "cluster"
+    return _cluster("cluster", keys, live, _C.cluster_workspace_bytes, _C.cluster, threads, iters)
+
+
+def cluster_greedy(keys: Tensor, live: Tensor | None = None, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pages of 16 keys that resemble each other, one page after the other. Returns (page_of i32 [R, T], pages i32 [R]).
+
+    keys, live: as in `cluster`
+
+    The seed of a page is the key farthest from the mean that has no page yet; with it go the 15 of largest inner product
+    (``csrc/ops/cluster.h``). Time grows with T squared. Deterministic.
+    """
+    op = "cluster_greedy"
+    return _cluster(op, keys, live, _C.cluster_greedy_workspace_bytes, _C.cluster_greedy, threads)
+
+
+def _cluster(
+    op: str,
+    keys: Tensor,
+    live: Tensor | None,
+    workspace_bytes: Callable[..., int],
+    native: Callable[..., None],
+    threads: int | None,
+    *more: int,
+) -> tuple[Tensor, Tensor]:
     if isinstance(live, Tensor) and live.dtype != torch.bool:
         raise ValueError(f"{op}: live has dtype {live.dtype}, expected torch.bool")
     view(op, "keys", keys)  # refuses what is no tensor
@@ -51,15 +74,15 @@ def cluster(
     count = thread_count(op, threads)
     page_of = torch.empty(rows, tokens, dtype=torch.int32)
     pages = torch.empty(rows, dtype=torch.int32)
-    workspace = torch.empty(_C.cluster_workspace_bytes(rows, min(tokens, 1 << 16), dim, count), dtype=torch.uint8)
+    workspace = torch.empty(workspace_bytes(rows, min(tokens, 1 << 16), dim, count), dtype=torch.uint8)
     marks = None if live is None else live.contiguous().view(torch.uint8)
-    _C.cluster(
+    native(
         view(op, "keys", keys),
         maybe_view(op, "live", marks),
         view(op, "page_of", page_of),
         view(op, "pages", pages),
         view(op, "workspace", workspace),
-        iters,
+        *more,
         count,
     )
     return page_of, pages

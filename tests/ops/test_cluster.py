@@ -59,8 +59,10 @@ def cohesion(keys: Tensor, page_of: Tensor) -> float:
 # --- The rules --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["random", "equal", "zero", "duplicated"])
-@pytest.mark.parametrize("dim", DIMS)
+CASES = [*((dim, "random") for dim in DIMS), (64, "equal"), (64, "zero"), (96, "duplicated")]
+
+
+@pytest.mark.parametrize(("dim", "kind"), CASES)
 @pytest.mark.parametrize("tokens", SIZES)
 def test_every_token_has_one_seat(isa: str, tokens: int, dim: int, kind: str) -> None:
     keys = keys_of(kind, tokens, dim)
@@ -85,9 +87,9 @@ def test_other_sizes(isa: str, tokens: int) -> None:
     check_pages(*ops.cluster(keys_of("random", tokens, 40)))
 
 
-@pytest.mark.parametrize("iters", [0, 1, 4, 10])
+@pytest.mark.parametrize("iters", [0, 1, 4])
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize(("topics", "dim"), [(2, 8), (16, 64), (16, 128), (33, 96), (65, 64)])
+@pytest.mark.parametrize(("topics", "dim"), [(2, 8), (16, 128), (65, 64)])
 def test_keys_well_apart_are_as_the_reference(isa: str, topics: int, dim: int, shuffled: bool, iters: int) -> None:
     keys, _ = planted(topics, dim, 0.1, shuffled=shuffled, seed=topics)
     page_of, _ = ops.cluster(keys.unsqueeze(0), iters=iters)
@@ -187,8 +189,65 @@ REFUSALS = [
 @pytest.mark.parametrize(("change", "message"), REFUSALS, ids=[m for _, m in REFUSALS])
 def test_bad_input(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"keys": torch.zeros(2, 5, 8)} | change
+    keys, live = arguments.pop("keys"), arguments.pop("live", None)
     with pytest.raises(ValueError, match=message):
-        ops.cluster(arguments.pop("keys"), arguments.pop("live", None), **arguments)  # type: ignore[arg-type]
+        ops.cluster(keys, live, **arguments)  # type: ignore[arg-type]
+    if "iters" not in change:
+        with pytest.raises(ValueError, match=message.replace("cluster:", "cluster_greedy:")):
+            ops.cluster_greedy(keys, live, **arguments)  # type: ignore[arg-type]
+
+
+# --- Greedy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "kind"), CASES)
+@pytest.mark.parametrize("tokens", SIZES)
+def test_greedy_seats_every_token_once(isa: str, tokens: int, dim: int, kind: str) -> None:
+    keys = keys_of(kind, tokens, dim)
+    page_of, pages = ops.cluster_greedy(keys, threads=1)
+    check_pages(page_of, pages)
+    again = ops.cluster_greedy(keys, threads=4)
+    assert torch.equal(again[0], page_of) and torch.equal(again[1], pages)
+    for r in range(len(keys)):
+        assert torch.equal(ops.cluster_greedy(keys[r : r + 1])[0][0], page_of[r])
+    if kind == "zero":
+        assert torch.equal(page_of, reference.cluster_greedy(keys)[0]), "ties: the lower token"
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 1), (31, 17), (33, 3), (100, 333), (272, 40), (300, 512)])
+def test_greedy_as_the_reference(isa: str, tokens: int, dim: int) -> None:
+    """Random keys have no near-ties here; some are not live, and hold what would show."""
+    keys = keys_of("random", tokens, dim, rows=3)
+    live = torch.rand(3, tokens, generator=torch.Generator().manual_seed(tokens)) < 0.7
+    live[0], live[1] = True, False
+    keys[~live] = NAN
+    page_of, pages = ops.cluster_greedy(keys, live)
+    check_pages(page_of, pages, live)
+    want, count = reference.cluster_greedy(keys.double(), live)
+    assert torch.equal(page_of, want) and torch.equal(pages, count)
+
+
+@pytest.mark.parametrize(("topics", "dim"), [(2, 8), (16, 64), (65, 128)])
+def test_greedy_finds_keys_well_apart(isa: str, topics: int, dim: int) -> None:
+    keys, _ = planted(topics, dim, 0.05, seed=topics)
+    page_of, _ = ops.cluster_greedy(keys.unsqueeze(0))
+    assert torch.equal(page_of, reference.cluster_greedy(keys.double().unsqueeze(0))[0])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_greedy_seats_a_bad_key_like_any(isa: str, bad: float) -> None:
+    keys = keys_of("random", 100, 64, rows=3)
+    want, _ = ops.cluster_greedy(keys)
+    keys[1, 50, 7] = bad
+    page_of, pages = ops.cluster_greedy(keys)
+    check_pages(page_of, pages)
+    assert torch.equal(page_of[0], want[0]) and torch.equal(page_of[2], want[2])
+
+
+def test_greedy_of_nothing(isa: str) -> None:
+    page_of, pages = ops.cluster_greedy(torch.zeros(2, 0, 64))
+    assert page_of.shape == (2, 0) and pages.tolist() == [0, 0]
+    assert ops.cluster_greedy(torch.zeros(0, 5, 64))[0].shape == (0, 5)
 
 
 # --- What it is worth: the acceptance of specs/recall.md ------------------------------------------------------------
@@ -215,7 +274,7 @@ def pages_read(keys: Tensor, order: Tensor, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_planted_topics_are_found_by_their_pages(seed: int) -> None:
-    """16: clustered pages capture what a query seeks, pages in order of position do not."""
+    """16: clustered pages capture what a query seeks, greedy ones nearly, pages in order of position do not."""
     keys, centres = planted(TOPICS, DIM, 1.0, seed=seed)
     g = torch.Generator().manual_seed(100 + seed)
     sought = torch.randint(TOPICS, (QUERIES,), generator=g)
@@ -224,5 +283,7 @@ def test_planted_topics_are_found_by_their_pages(seed: int) -> None:
     clustered, position = page_of[0].long().argsort(stable=True), torch.arange(len(keys))
     assert captured(keys, clustered, q, pages_read(keys, clustered, q)) >= 0.90
     assert captured(keys, position, q, pages_read(keys, position, q)) <= 0.30
+    greedy = ops.cluster_greedy(keys.unsqueeze(0))[0][0].long().argsort(stable=True)
+    assert captured(keys, greedy, q, pages_read(keys, greedy, q)) >= 0.80
     chance = torch.rand(QUERIES, TOPICS, generator=g).argsort(1)[:, :READ]
     assert captured(keys, clustered, q, chance) <= 0.05

@@ -28,6 +28,7 @@ from kvstrata.reference.pages import (
 )
 from kvstrata.reference.recall import (
     cluster,
+    cluster_greedy,
     counts,
     estimate,
     held_mass,
@@ -50,9 +51,10 @@ from kvstrata.reference.scores import accumulate, measure, pool, score_keys, sco
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
-    "cluster", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit", "group_size", "held_mass", "logits",
-    "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means", "page_spreads", "page_votes", "pool",
-    "quantize", "query_codes", "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_pages",
-    "score_window", "select", "shares", "similarities", "splitmix64", "summarize", "summary_bounds", "summary_codes",
-    "summary_parts", "summary_values", "unpack", "visible_slots", "widen", "window_read", "zone",
+    "cluster", "cluster_greedy", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit",
+    "group_size", "held_mass", "logits", "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means",
+    "page_spreads", "page_votes", "pool", "quantize", "query_codes", "ranks", "readable", "rotate", "round_up_bf16",
+    "score_keys", "score_pages", "score_window", "select", "shares", "similarities", "splitmix64", "summarize",
+    "summary_bounds", "summary_codes", "summary_parts", "summary_values", "unpack", "visible_slots", "widen",
+    "window_read", "zone",
 ]  # fmt: skip

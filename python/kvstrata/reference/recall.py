@@ -30,6 +30,26 @@ def cluster(keys: Tensor, live: Tensor | None = None, iters: int = 4) -> tuple[T
     return page_of, pages
 
 
+def cluster_greedy(keys: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """page_of, pages as `cluster`'s. A page: the unplaced key farthest from the mean, and its 15 of largest inner product."""
+    page_of = torch.full(keys.shape[:2], -1, dtype=torch.int32)
+    pages = torch.zeros(keys.shape[0], dtype=torch.int32)
+    for r, row in enumerate(keys):
+        here = torch.ones(len(row), dtype=torch.bool) if live is None else live[r]
+        y = row[here] - row[here].mean(0)
+        placed = torch.full((len(y),), -1, dtype=torch.int32)
+        while (placed < 0).any():
+            left = (placed < 0).nonzero().flatten()
+            seed = left[(y[left] ** 2).sum(1).argmax()]  # the first of equals
+            placed[seed] = pages[r]
+            left = left[left != seed]
+            order = torch.sort(y[left] @ y[seed], descending=True, stable=True).indices
+            placed[left[order[: SLOTS - 1]]] = pages[r]
+            pages[r] += 1
+        page_of[r, here] = placed
+    return page_of, pages
+
+
 def similarities(keys: Tensor, pages: int, iters: int) -> Tensor:
     """s [n, C] = y_i . z_j of the keys [n, D] less their mean and the centroids as `iters` rounds leave them."""
     y = keys - keys.mean(0)
