@@ -321,7 +321,7 @@ def test_more_that_is_refused() -> None:
         KMeans(0)
     with pytest.raises(ValueError, match="mass_floor is 1.5, expected 0 to 1"):
         PageMeans(mass_floor=1.5)
-    with pytest.raises(Unsupported, match="a scorer or an allocator with a selector or an archive is not built yet"):
+    with pytest.raises(Unsupported, match="scores of object with a selector or an archive are not built yet"):
         replace(Policy("mine", scorer=object()), selector=PageMeans(), sinks=32, window=16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"formats is \(\), expected it to have 'int8', in which its planner archives"):
         Policy("mine", Archive(state="int8"), selector=PageMeans(), sinks=32, window=16)
