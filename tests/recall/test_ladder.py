@@ -236,6 +236,19 @@ def test_pages_that_are_together_go_down_as_they_are(grouping: int) -> None:
     assert ((group[0, down] >= PROVISIONAL_GROUP) == (grouping == PROVISIONAL)).all()
 
 
+def test_what_is_quantized_and_near_stays() -> None:
+    """It is where there is no Far tier: it would be written anew at every plan, and nothing gained."""
+    grouped = torch.zeros(1, 32 + 12 * 16 + 16, dtype=torch.uint8)
+    grouped[0, 32:-48] = GROUPED
+    before = near(seen(torch.arange(grouped.shape[1])[None], 16, grouped))
+    before.state[0, 32:128] = INT8
+    score = torch.zeros(before.positions.shape)
+    for allowance in (None, allowed(1, 1)):
+        state, tier, group = planned(Ladder(Position()), scored(before, allowance, score))
+        assert (group[0, 32:128] == -1).all() and (tier[0, 32:128] == NEAR).all() and (state[0, 32:128] == INT8).all()
+        assert (group[0, 144:224] >= 0).all()
+
+
 @pytest.mark.parametrize("spare", [0, 1, 4, 30])
 def test_new_pages_that_there_is_room_for(spare: int) -> None:
     """They stand beside what they replace: the best of them stay, and of those that are together as many as there are bytes."""
