@@ -11,7 +11,7 @@ from torch import Tensor
 from kvstrata import Cache, LayerSpec, Policy, Sequence, Shape
 from kvstrata.limit import TURN_ABOVE
 from kvstrata.policy import icecache
-from kvstrata.policy.base import FAR, GROUPED, PROVISIONAL, UNGROUPED
+from kvstrata.policy.base import FAR, FULL, GROUPED, NEAR, PROVISIONAL, UNGROUPED, Seen
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 2, torch.float32)
 TOPICS = 24
@@ -83,6 +83,24 @@ def ruled(lengths: list[int], **settings: int) -> list[Rule]:
         for n in lengths:
             rule.feed(n)
     return rules
+
+
+def seen(positions: Tensor, tail: int, grouped: Tensor | None = None, state: int = FULL) -> Seen:
+    """Rows whose last ``tail`` columns are open; all is Near and Full, but what was put together Far and of a state."""
+    n = positions.shape[1]
+    grouped = torch.zeros(positions.shape, dtype=torch.uint8) if grouped is None else grouped
+    far = grouped != UNGROUPED
+    return Seen(
+        0,
+        positions.to(torch.int32),
+        torch.full((len(positions),), n),
+        torch.arange(n).expand(positions.shape) >= n - tail,
+        torch.where(far, state, (positions >= 0).long()).to(torch.uint8),
+        sinks=32,
+        tier=torch.where(far, FAR, NEAR).to(torch.uint8),
+        grouped=grouped,
+        entry=torch.div(positions, 16, rounding_mode="floor").to(torch.int32),
+    )
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from archived import SHAPE, Fed, Rule, fed, small
+from archived import SHAPE, Fed, Rule, fed, seen, small
 from torch import Tensor
 
 from kvstrata import LayerSpec, Shape, ops
@@ -17,12 +17,10 @@ from kvstrata.policy.base import (
     FULL,
     GROUPED,
     INT8,
-    NEAR,
     PROVISIONAL,
     PROVISIONAL_GROUP,
     UNGROUPED,
     Policy,
-    Seen,
 )
 from kvstrata.recall import Archive, KMeans, PageMeans, Position
 
@@ -66,24 +64,6 @@ def test_segments(segment: int, least: int) -> None:
         assert found.dtype == torch.int32 and found.shape == waiting.shape
         for row, taken in zip(waiting, found, strict=True):
             check_row(archive, row, taken)
-
-
-def seen(positions: Tensor, tail: int, grouped: Tensor | None = None, state: int = FULL) -> Seen:
-    """Rows whose last ``tail`` columns are open; all is Near and Full, but what was put together Far and of a state."""
-    n = positions.shape[1]
-    grouped = torch.zeros(positions.shape, dtype=torch.uint8) if grouped is None else grouped
-    far = grouped != UNGROUPED
-    return Seen(
-        0,
-        positions.to(torch.int32),
-        torch.full((len(positions),), n),
-        torch.arange(n).expand(positions.shape) >= n - tail,
-        torch.where(far, state, (positions >= 0).long()).to(torch.uint8),
-        sinks=32,
-        tier=torch.where(far, FAR, NEAR).to(torch.uint8),
-        grouped=grouped,
-        entry=torch.div(positions, 16, rounding_mode="floor").to(torch.int32),
-    )
 
 
 def powers(n: int) -> list[int]:
@@ -341,9 +321,7 @@ def test_more_that_is_refused() -> None:
         KMeans(0)
     with pytest.raises(ValueError, match="mass_floor is 1.5, expected 0 to 1"):
         PageMeans(mass_floor=1.5)
-    with pytest.raises(
-        Unsupported, match="scores of object with a selector or an archive are not built yet, expected PageMass"
-    ):
+    with pytest.raises(Unsupported, match="scores of object with a selector or an archive are not built yet"):
         replace(Policy("mine", scorer=object()), selector=PageMeans(), sinks=32, window=16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"formats is \(\), expected it to have 'int8', in which its planner archives"):
         Policy("mine", Archive(state="int8"), selector=PageMeans(), sinks=32, window=16)

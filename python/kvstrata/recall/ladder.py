@@ -52,7 +52,8 @@ class Ladder(Archive):
         assert plan.group is not None and plan.state is not None and plan.tier is not None
         assert seen.tier is not None and seen.grouped is not None and seen.entry is not None
         new = plan.group >= 0
-        movable = new | (seen.stored & ~seen.protected & (seen.tier == NEAR) & (seen.grouped != UNGROUPED))
+        together = seen.stored & ~seen.protected & (seen.tier == NEAR) & (seen.grouped != UNGROUPED)
+        movable = new | (together & (seen.state == FULL))  # without a Far tier, what is quantized stays Near
         moved = torch.where(seen.grouped == GROUPED, MOVED, PROVISIONAL_GROUP + MOVED) + seen.entry
         page = torch.where(new, plan.group, moved).to(torch.int32)
         stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new)
