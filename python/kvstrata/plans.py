@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
+from kvstrata.budget.costs import keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
-from kvstrata.budget.room import keeps_scores, page_costs
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import BudgetExceeded, Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
