@@ -67,7 +67,7 @@ class Bounds:
     def settle(self) -> None:
         """After the sequences are others: what each may hold is theirs, and their tables are within it."""
         cache = self._cache
-        if cache._limit.each:
+        if cache._limit.each or cache._slabs.books.apart:
             self._bind(cache._limit.now(cache.policy, self._lengths() or [0]))
         cache._slabs.settle()
 
@@ -100,7 +100,8 @@ class Bounds:
     @property
     def _follows(self) -> bool:
         """Whether slabs keep to what the budget means for the present sequences, with a place for their books."""
-        return self._cache.policy.allocator is not None or self._cache.policy.archives
+        policy = self._cache.policy
+        return policy.allocator is not None or policy.selector is not None or policy.archives
 
     def _bind(self, limit: int) -> None:
         cache = self._cache

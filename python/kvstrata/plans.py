@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
+from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
-from kvstrata.budget.room import far_books, keeps_scores, page_costs
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, BudgetExceeded, Unsupported
 from kvstrata.policy.base import FAR, FULL, STATES, Allowance, Plan, Seen

@@ -9,8 +9,9 @@ import weakref
 import torch
 
 from kvstrata._C import Store
+from kvstrata.budget.books import Books, books
 from kvstrata.budget.protect import ENTRY_BYTES, least_limit
-from kvstrata.budget.room import PIECE, Books, books
+from kvstrata.budget.room import PIECE
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
 from kvstrata.policy import Policy
@@ -27,6 +28,8 @@ _POSITION_BYTES = SLOTS * 4
 _SLAB_BYTES = 1024
 """What the books of a new slab may take, and of a few more that room is made for."""
 _UNLIMITED = 1 << 62
+_QUERY_BYTES = 8
+"""What the longest list of queries that read Far pages keeps of each, with its part of room to grow."""
 
 
 def _close(files: dict[tuple[int, int], tuple[int, int]]) -> None:
@@ -59,6 +62,7 @@ class Slabs:
         weakref.finalize(self, _close, self._files)
         self.limit = limit
         self.books = Books()
+        self._queries = 0  # of one sequence in a step that read Far pages, at the most
         self._bound_by: tuple[int, Policy, Shape, int] | None = None
         self.held = 0
         self.peak = 0
@@ -77,6 +81,20 @@ class Slabs:
             if not self._store.shrink_near():
                 raise
             self.reserve_pages(self._store.needed(*step))
+
+    def admit(self, queries: int) -> None:
+        """Before a step of recall, in which each sequence reads what it holds with so many queries at the most: its books are
+        within the limit, of more queries for good. BudgetExceeded with nothing changed."""
+        bound = self._bound()
+        if bound is None or not self.books.apart:
+            return
+        queries = queries if self.has_far and queries > 1 else 0
+        if self._left(bound, queries) + _SLAB_BYTES < 0:
+            self.trim()
+            bound = self._bound() or 0
+        if (left := self._left(bound, queries) + _SLAB_BYTES) < 0:
+            raise self._exceeded(bound, -left)
+        self._queries = max(self._queries, queries)
 
     def reserve_pages(self, needed: list[int]) -> None:
         """Makes sure of so many free pages in each pool. BudgetExceeded with nothing changed."""
@@ -119,7 +137,7 @@ class Slabs:
         """Bytes of a new page of each pool, with its entry and its part of a slab's books."""
         grain = self._grain()
         sizes = [self._near_bytes(p) for p in range(self._store.n_pools)]
-        entry = self.books.page or ENTRY_BYTES
+        entry = self.books.per_page or ENTRY_BYTES
         return [size + entry + -(-self.books.slab // max(1, grain // size)) for size in sizes]
 
     def _near_bytes(self, pool: int) -> int:
@@ -150,10 +168,12 @@ class Slabs:
             return self.limit
         return now + left if self.limit is None else min(self.limit, now + left)
 
-    def _left(self, bound: int) -> int:
-        """Bytes that pages of a new slab may take: books may yet grow to the most that they take."""
-        now = self._store.metadata_bytes + self._store.workspace_bytes
-        return bound - self.held - max(now, self.books.of(self._pages(), len(self._tensors))) - _SLAB_BYTES
+    def _left(self, bound: int, queries: int = 0) -> int:
+        """Bytes that pages of a new slab may take: books may yet grow to the most that they take, and with so many queries."""
+        tables, workspace = self._store.metadata_bytes, self._store.workspace_bytes
+        beside = _QUERY_BYTES * max(self._queries, queries)
+        most = self.books.most(self._pages(), len(self._tensors), tables, max(0, workspace - beside))
+        return bound - self.held - most - beside - _SLAB_BYTES
 
     def _pages(self) -> int:
         return sum(self._store.pool(p)["total"] for p in range(self._store.n_pools))
@@ -231,10 +251,12 @@ class Slabs:
             bound = self._bound() or 0
             room = self._room(pool, bound, needed)
         if room < short:
-            whose = "limit is" if bound == self.limit else "the ledger leaves a limit of"
-            more = self._missing(needed)
-            raise BudgetExceeded(f"budget: {whose} {bound} bytes, {self.nbytes()} are in use, {more} more are needed")
+            raise self._exceeded(bound, self._missing(needed))
         return min(wanted, room)
+
+    def _exceeded(self, bound: int, more: int) -> BudgetExceeded:
+        whose = "limit is" if bound == self.limit else "the ledger leaves a limit of"
+        return BudgetExceeded(f"budget: {whose} {bound} bytes, {self.nbytes()} are in use, {more} more are needed")
 
     def _room(self, pool: int, bound: int, needed: list[int]) -> int:
         """Pages that a new slab of a pool may have, so that other pools find what they still need."""
@@ -330,7 +352,8 @@ class Slabs:
         self._charges.settle(now)
 
     def check(self) -> None:
-        """BudgetExceeded where tables that were copied have passed the limit."""
+        """BudgetExceeded where tables that were copied have passed the limit, or what calls on them work in would."""
+        self.admit(0)
         if self.limit is not None and (now := self.nbytes()) > self.limit:
             raise BudgetExceeded(f"budget: limit is {self.limit} bytes, {now} would be in use")
 

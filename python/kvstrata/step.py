@@ -69,6 +69,7 @@ class Step:
             self._cut = [i for i, n in self._counts.items() if drops and n > TURN_ABOVE]
             self._cache._charge(self._counts, self._cut)
             self._cache._plans.before(self._counts, self._cut)
+            self._cache._slabs.admit(max(self._counts.values()) if self._past else 0)
             if not self._cut:
                 self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
         except BaseException:

@@ -9,7 +9,7 @@ from typing import Literal
 from kvstrata import holdings
 from kvstrata._C import Store
 from kvstrata.budget import Budget
-from kvstrata.budget.room import keeps_scores
+from kvstrata.budget.costs import keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
 from kvstrata.policy import Policy
 from kvstrata.policy.base import FULL, Reading

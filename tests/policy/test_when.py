@@ -11,8 +11,9 @@ from test_budgets import COMPRESSING
 from torch import Tensor
 
 from kvstrata import Budget, Cache, LayerSpec, Shape
+from kvstrata.budget.costs import page_costs
 from kvstrata.budget.protect import pages
-from kvstrata.budget.room import page_costs, room
+from kvstrata.budget.room import room
 from kvstrata.policy import NAMED
 from kvstrata.policy.base import FULL, Policy
 

@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from kvstrata import pools
 from kvstrata.budget.allocate import Uniform
-from kvstrata.budget.protect import ENTRY_BYTES, LEAST_CHUNK, PAGE_BOOKS, concretise, least_limit, limit_bytes, pages
+from kvstrata.budget.books import SLAB, books, workspace
+from kvstrata.budget.costs import far_books, page_costs
+from kvstrata.budget.protect import LEAST_CHUNK, concretise, least_limit, limit_bytes, pages
 from kvstrata.budget.units import Budget
-from kvstrata.config import DTYPES, SLOTS, Shape, Unsupported
-from kvstrata.ops import summary_bytes
-from kvstrata.policy.base import FULL, STATES, Policy
+from kvstrata.config import SLOTS, Shape, Unsupported
+from kvstrata.policy.base import FULL, Policy
 
-FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
 PIECE = 64
 """A limit's share (one part in so many) that is kept free for the plan that rewrites a row: less than a row takes where rows
 are few. At the least two pages of each format, into which one page with its part-filled neighbours goes."""
 SLACK = 32
 """A limit's share (one part in so many) that free pages of part-filled slabs may take: two slabs of a 64th."""
 
-_SCORES = 68
-"""Bytes of a page's scores, with their part of the room to grow."""
-_SUMMARY, _NEAR_SLOT, _CHECKSUM = 12, 16, 8
-"""Bytes of a summary's part of a block's head and of room to grow; of a Near copy's place; of a Far page's checksum."""
-_SLAB, _SLABS = 128, PIECE + 16
-"""Bytes that the books of a slab take; slabs of a cache that is full, with those that are made and emptied by a plan."""
-_ROW, _ROW_SCORES = 280, 512
-"""Bytes that the tables of a row, and its scores, take however few entries it has."""
+_SLABS = PIECE + 16
+"""Slabs of a cache that is full, with those that are made and emptied by a plan."""
 
 LEAST_RING = 8
 LEAST_QUERIES = 8
 REFERENCE = 2048
-
-
-def page_costs(shape: Shape, layer: int, policy: Policy) -> Mapping[int, int]:
-    """Bytes of one page of a layer by state: payload, positions, table entry, scores where the policy keeps them."""
-    dim = shape.layers[layer].head_dim
-    beside = PAGE_BOOKS + (_SCORES if keeps_scores(policy) else 0) + _summary_bytes(policy, dim)
-    full = pools.page_bytes(FORMATS[DTYPES[shape.dtype]], dim)
-    return {FULL: full + beside} | {STATES[f]: pools.page_bytes(f, dim) + beside for f in policy.formats}
-
-
-def far_books(shape: Shape, layer: int, policy: Policy) -> int:
-    """Near bytes that a Far page of a layer takes: its positions, entry, summary and checksum."""
-    return PAGE_BOOKS + _CHECKSUM + _summary_bytes(policy, shape.layers[layer].head_dim)
-
-
-def _summary_bytes(policy: Policy, head_dim: int) -> int:
-    """Of one page's summary, with its part of a block's head and of room to grow."""
-    if policy.selector is None:
-        return 0
-    return summary_bytes(head_dim, policy.selector.kind) // SLOTS + _SUMMARY
-
-
-def keeps_scores(policy: Policy) -> bool:
-    """Whether scores outlive a plan: they join new ones, or are mass that adds up."""
-    return policy.scorer is not None and (policy.combine != "replace" or "mass" in policy.scorer.needs)
 
 
 @dataclass(frozen=True)
@@ -118,36 +84,6 @@ def _recalled(policy: Policy, shape: Shape, batch: int) -> int:
     )
 
 
-@dataclass(frozen=True)
-class Books:
-    """What tables, scores, rings, centres and the workspace of decoding take at the most, in bytes. fixed: however few pages
-    there are; page, slab: for each of these."""
-
-    fixed: int = 0
-    page: int = 0
-    slab: int = 0
-
-    def of(self, pages: int, slabs: int) -> int:
-        """Bytes with so many pages and slabs in all."""
-        return self.fixed + pages * self.page + slabs * self.slab
-
-
-def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
-    """The books of ``batch`` sequences that hold so many bytes at the most."""
-    each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
-    planned = [s for s in shape.layers if s.window is None]
-    each += (
-        2 * policy.queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in planned)
-    )  # a step's own, too
-    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
-    beside = ENTRY_BYTES + (_SCORES if keeps_scores(policy) else 0)
-    if policy.selector is not None:
-        beside += max(_summary_bytes(policy, s.head_dim) for s in shape.layers)
-        near_pages = policy.selector.native(policy.sinks, policy.window or SLOTS).near_pages
-        each += near_pages * _NEAR_SLOT * shape.rows
-    return Books(batch * each + _workspace(policy, shape, limit, batch), beside, _SLAB)
-
-
 def _slabs(limit: int, page: int) -> int:
     """Slabs of a cache that is full; its smallest pages have so many bytes, small slabs one or two of them."""
     return min(_SLABS, limit // (2 * page))
@@ -158,23 +94,8 @@ def _of_more(policy: Policy, shape: Shape, limit: int, batch: int, first: int, l
     have to fit the last."""
     smallest = min(min(page_costs(shape, i, policy).values()) for i, _ in shape.kinds)
     slabs = first // smallest // max(1, last // PIECE // smallest) - _slabs(limit, smallest)
-    grown = _workspace(policy, shape, max(first, limit), batch) - _workspace(policy, shape, limit, batch)
-    return max(0, slabs) * _SLAB + grown
-
-
-def _workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
-    """Of decoding: partial results of each row's chunks of 8 pages, as many pages as the limit may buy; by thread, queries,
-    logits of a block of pages and half a decoded page (``csrc/cpu/attend_plan.cpp``)."""
-    rows = batch * shape.rows
-    most = 0
-    for i, s in shape.kinds:
-        group, entries = s.q_heads // s.kv_heads, limit // (rows * min(page_costs(shape, i, policy).values())) + 1
-        dim = -(-s.head_dim // 16) * 16
-        partial = max(-(-entries // 64), min(128, -(-entries // 8))) * (group * (dim + 1) * 4 + 64)
-        mass = group * (entries * SLOTS + 1) * 4 if policy.massed else 0
-        scratch = (group * (4 * dim + 288) + SLOTS * dim) * 4 + 512
-        most = max(most, batch * s.kv_heads * (32 + partial + mass) + torch.get_num_threads() * scratch)
-    return most
+    grown = workspace(policy, shape, max(first, limit), batch) - workspace(policy, shape, limit, batch)
+    return max(0, slabs) * SLAB + grown
 
 
 def fit(
@@ -228,8 +149,8 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
 
 def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
     """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit
-    are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics read
-    go. An eighth is enough where what is not held Near is not lost. ValueError where even then nothing is left.
+    are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics
+    read go. An eighth is enough where what is not held Near is not lost. ValueError where even then nothing is left.
 
     A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
     what the policy wants: three quarters of the rest are left then.

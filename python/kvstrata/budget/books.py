@@ -1,0 +1,164 @@
+"""What a cache holds beside its slabs, at the most: tables, scores, rings, centres, summaries, and what calls work in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvstrata import _C
+from kvstrata.budget.costs import FAR_PAGE, SCORES, keeps_scores, page_costs, summary
+from kvstrata.budget.protect import ENTRY_BYTES, pages
+from kvstrata.config import SLOTS, LayerSpec, Shape
+from kvstrata.policy.base import Policy
+
+SLAB = 128
+"""Bytes that the books of a slab take."""
+_ROW, _ROW_SCORES = 280, 512
+"""Bytes that the tables of a row, and its scores, take however few entries it has."""
+_BLOCK = 104
+"""Bytes of the head of a row's last block of summaries, with its place; its lanes may be empty."""
+_NEAR_COPY = 12
+"""Bytes of a Near copy's place."""
+_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 88, 32
+"""Bytes of what a call says of a row: to attend, to select, and how its work is cut."""
+_HOLD = 4
+"""Pages by which the tail of a row may be longer while a step is recorded."""
+
+
+@dataclass(frozen=True)
+class Books:
+    """What tables, scores, rings, centres and the workspace of decoding take at the most, in bytes. fixed: however few pages
+    there are; page, slab: for each of these; work, work_page: of recall, what its calls work in, which else is in ``fixed``."""
+
+    fixed: int = 0
+    page: int = 0
+    slab: int = 0
+    work: int = 0
+    work_page: int = 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether what calls work in is known for itself, and with it all that a step may take."""
+        return self.work > 0
+
+    def of(self, pages: int, slabs: int) -> int:
+        """Bytes with so many pages and slabs in all."""
+        return self.fixed + pages * self.page + slabs * self.slab + self.work + pages * self.work_page
+
+    def most(self, pages: int, slabs: int, tables: int, workspace: int) -> int:
+        """Bytes that may yet be with so many pages and slabs, where tables and workspace take so much now."""
+        if not self.apart:
+            return max(tables + workspace, self.of(pages, slabs))
+        tables = max(tables, self.fixed + pages * self.page + slabs * self.slab)
+        return tables + max(workspace, self.work + pages * self.work_page)
+
+    @property
+    def per_page(self) -> int:
+        """Bytes with each page more."""
+        return self.page + self.work_page
+
+
+def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
+    """The books of ``batch`` sequences that hold so many bytes at the most."""
+    each = (_ROW + (_ROW_SCORES if keeps_scores(policy) else 0)) * shape.rows
+    planned = [s for s in shape.layers if s.window is None]
+    queries = 2 * policy.queries  # a step's own, too
+    each += queries * sum(s.q_heads * s.head_dim * shape.dtype.itemsize for s in planned)
+    each += sum(s.kv_heads * (4 * s.head_dim + 64) for s in planned) if policy.formats else 0
+    beside = ENTRY_BYTES + (SCORES if keeps_scores(policy) else 0)
+    indexed = [s for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
+    if not indexed or (policy.selector is None and not policy.archives):
+        return Books(batch * each + workspace(policy, shape, limit, batch), beside, SLAB)
+    reads, near_pages = (0, 0) if policy.selector is None else _native(policy)
+    if policy.selector is not None:
+        beside += max(summary(policy, s.head_dim) for s in indexed)
+        each += sum(s.kv_heads * (_BLOCK + SLOTS * summary(policy, s.head_dim)) for s in indexed)
+    if policy.archives:
+        beside += FAR_PAGE
+        each += sum(s.kv_heads for s in indexed) * _NEAR_COPY * _doubled(near_pages)
+    work = max(_recalling(policy, s, batch, reads) for s in set(indexed))
+    others = workspace(policy, shape, limit, batch) if len(indexed) < len(shape.layers) else 0
+    return Books(batch * each, beside, SLAB, max(work, others), _recalling_page(policy, indexed, batch))
+
+
+def _native(policy: Policy) -> tuple[int, int]:
+    """Pages that a row reads in a step, and Near copies that it keeps."""
+    assert policy.selector is not None
+    reading = policy.selector.native(policy.sinks, policy.window or SLOTS)
+    return reading.widest, reading.near_pages
+
+
+def _doubled(n: int) -> int:
+    """Places of a list that has grown to n."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
+# --- what calls work in -----------------------------------------------------------------------------------------------------
+
+
+def workspace(policy: Policy, shape: Shape, limit: int, batch: int) -> int:
+    """Of decoding over all that a row holds: partial results of each row's chunks of 8 pages, as many pages as the limit may
+    buy; by thread, queries, logits of a block of pages and half a decoded page (``csrc/cpu/attend_plan.cpp``)."""
+    rows = batch * shape.rows
+    most = 0
+    for i, s in shape.kinds:
+        entries = limit // (rows * min(page_costs(shape, i, policy).values())) + 1
+        mass = _group(s) * (entries * SLOTS + 1) * 4 if policy.massed else 0
+        most = max(most, _attending(s, batch, entries, mass))
+    return most
+
+
+def _attending(s: LayerSpec, batch: int, entries: int, more: int = 0) -> int:
+    """Bytes in which a step of one token attends to so many entries of each row of a layer; more: of a row beside."""
+    group, dim = _group(s), -(-s.head_dim // 16) * 16
+    partial = max(-(-entries // 64), min(128, -(-entries // 8))) * (group * (dim + 1) * 4 + 64)
+    scratch = (group * (4 * dim + 288) + SLOTS * dim) * 4 + 512
+    return batch * s.kv_heads * (_PLAN_ROW + partial + more) + torch.get_num_threads() * scratch
+
+
+def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: int) -> int:
+    """Bytes in which a step of one token selects ``reads`` pages and attends in two parts, however long its rows are: the
+    larger of two workspaces, and the parts with their lists (``csrc/cpu/score_pages.cpp``, ``csrc/store/recall.cpp``)."""
+    group, dim, rows = _group(s), s.head_dim, batch * s.kv_heads
+    grown = s.kv_heads * max(batch, 2 * (batch - 1))  # places of what was enlarged for more rows
+    steady = pages(policy.sinks) + pages(policy.window or SLOTS) + 2 + _HOLD
+    longest = max(reads, steady)
+    threads = min(torch.get_num_threads(), rows)
+    select = 0 if policy.selector is None else _scan(s, rows, SLOTS, threads, _estimates(policy))
+    count = 3 if _estimates(policy) else 2
+    parts = count * (group * dim * 4 + group * 4) + group * 4 + reads * 12 + 4 + _SELECT_ROW
+    lists = _ATTEND_ROW * rows + 2 * 8 * _doubled(rows) + 8 * _doubled(rows + 1) + 6 * _doubled(rows * longest)
+    return max(select, _attending(s, batch, longest)) + 128 + grown * parts + lists + 12 * _doubled(reads)
+
+
+def _recalling_page(policy: Policy, indexed: list[LayerSpec], batch: int) -> int:
+    """Bytes for each page of the cache, of which a row holds no more than its part: a thread's logits of the row's entries, and
+    the list of those that are read through the ring."""
+    threads = min(torch.get_num_threads(), batch * max(s.kv_heads for s in indexed))
+    entry = 12 if policy.archives else 0
+    if policy.selector is not None:
+        entry += max(_scan_entry(s, threads) for s in indexed)
+    entry += 4 if _estimates(policy) else 0  # its place in the zone
+    return -(-entry // sum(s.kv_heads for s in indexed))
+
+
+def _scan_entry(s: LayerSpec, threads: int) -> int:
+    """Bytes for each summary in which a selection works."""
+    few, many = (_scan(s, threads, n, threads, True) for n in (1024, 2048))
+    return -(-(many - few) // 1024)
+
+
+def _scan(s: LayerSpec, rows: int, entries: int, threads: int, estimates: bool) -> int:
+    """Bytes in which a selection from so many summaries of each row works, and then the estimate of the others."""
+    group, dim = _group(s), s.head_dim
+    select = _C.select_workspace_bytes(rows, group, dim, entries, threads)
+    return max(select, _C.estimate_workspace_bytes(rows, group, dim, entries, threads)) if estimates else select
+
+
+def _estimates(policy: Policy) -> bool:
+    return policy.selector is not None and policy.selector.kind == "mean_value"
+
+
+def _group(s: LayerSpec) -> int:
+    return s.q_heads // s.kv_heads

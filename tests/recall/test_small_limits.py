@@ -1,0 +1,125 @@
+"""Small limits in bytes of caches that select: whatever rows, heads and tokens, no call leaves a byte more behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from archived import Fed, fed, small
+
+from kvstrata import Budget, Cache, LayerSpec, Policy, Sequence, Shape
+from kvstrata.budget.books import books
+from kvstrata.config import BudgetExceeded
+from kvstrata.policy.base import Policy as Composed
+from kvstrata.recall import PageMeans
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def within(cache: Cache) -> None:
+    report = cache.report()
+    assert report.limit_bytes is not None
+    assert report.nbytes <= report.limit_bytes and report.peak_bytes <= report.limit_bytes
+
+
+def fed_within(pair: Fed, seqs: list[Sequence], lengths: list[int]) -> bool:
+    """A step, after each layer of which the limit holds; False where it was refused with nothing changed."""
+    cache, tokens = pair.cache, [pair.drawn(i, sum(lengths)) for i in range(len(pair.cache.shape.layers))]
+    before = [cache.logical_length(s) for s in seqs]
+    try:
+        with cache.step(seqs, lengths) as step:
+            for layer, (q, k, v) in enumerate(tokens):
+                step.attend(layer, q, k, v)
+                assert cache.nbytes() <= cache._slabs.limit
+    except ValueError as error:  # BudgetExceeded, or too little for sinks and windows of so many
+        assert str(error).startswith("budget: ")
+        assert [cache.logical_length(s) for s in seqs] == before
+        within(cache)
+        return False
+    pair.note(seqs, lengths, [(k, v) for _, k, v in tokens])
+    within(cache)
+    return True
+
+
+STEPS = [[1] * 3, [1] * 3, [70, 1, 0], *[[1] * 3] * 20, [5, 5, 5], [1, 1, 330], *[[1] * 3] * 10, [90, 90, 2], [1] * 3]
+
+
+@pytest.mark.parametrize("per", ["cache", "sequence"])
+@pytest.mark.parametrize("far", ["auto", None])
+@pytest.mark.parametrize(
+    ("heads", "group", "dim", "layers", "pages"),
+    [
+        (1, 16, 32, 1, 4),
+        (2, 16, 128, 1, 1),
+        (4, 16, 32, 2, 33),
+        (1, 1, 64, 3, 12),
+        (2, 8, 64, 2, 9),
+        (1, 12, 128, 2, 4),
+    ],
+)
+def test_no_call_passes_the_limit(
+    heads: int, group: int, dim: int, layers: int, pages: int, far: Any, per: str, threads: int
+) -> None:
+    """Prompts, turns and decoding of three ragged sequences, and forks, until nothing goes any more; from limits on that have
+    no place for the first token."""
+    shape = Shape([LayerSpec(heads, heads * group, dim)] * layers, torch.bfloat16)
+    ring = 64 * 2 * 16 * dim * 2
+    fed_ones = refused = 0
+    for times in (1.1, 1.4, 2.0, 3.1):
+        limit = int(ring * times) + 30_000 * heads
+        try:
+            pair = fed(small(pages, chunk=64), shape, budget=Budget.bytes(limit, per=per), far=far)
+            seqs = pair.new(3)
+        except ValueError:  # not even the ring, or sinks and window
+            refused += 1
+            continue
+        if fed_within(pair, seqs, [300, 40, 130]):
+            fed_ones += 1
+        for lengths in STEPS:
+            refused += not fed_within(pair, seqs, lengths)
+        for _ in range(3):
+            try:
+                seqs.append(pair.fork(seqs[0])[0])
+            except BudgetExceeded:
+                refused += 1
+            within(pair.cache)
+            refused += not fed_within(pair, seqs[1:], [1] * (len(seqs) - 1))
+    assert fed_ones > 0 or per == "cache"
+
+
+def test_what_calls_work_in_is_known(threads: int) -> None:
+    """The books of a cache that selects are above what it has, whatever it reads, and not far above."""
+    shape = Shape([LayerSpec(2, 16, 64)] * 2, torch.bfloat16)
+    for pages, batch in ((1, 1), (12, 4), (33, 2)):
+        pair = fed(small(pages), shape)
+        seqs, store = pair.new(batch), pair.cache._store
+        for n in (1, 1, 900, *[1] * 20, 2, 1):
+            pair.feed(seqs, [n] * batch)
+            known = books(pair.cache.policy, shape, 1 << 24, batch)
+            held = sum(store.pool(p)["total"] for p in range(store.n_pools))
+            asked = 8 * 900 if pair.cache.logical_length(seqs[0]) > 2 else 0
+            assert store.workspace_bytes <= known.work + held * known.work_page + asked
+            slabs = len(pair.cache._slabs._tensors)
+            assert store.metadata_bytes <= known.fixed + held * known.page + slabs * known.slab
+        assert known.of(held, slabs) <= 2.5 * (store.workspace_bytes + store.metadata_bytes)
+
+
+def test_a_policy_that_selects_and_archives_nothing() -> None:
+    """Its books have their place, too."""
+    policy: Policy = Composed("reads", selector=PageMeans(79 + 48), sinks=32, window=16)
+    shape = Shape([LayerSpec(1, 16, 64)] * 2, torch.bfloat16)
+    pair = fed(policy, shape, budget="256KiB")
+    seqs, done = pair.new(2), 0
+    assert fed_within(pair, seqs, [60, 40])
+    while fed_within(pair, seqs, [1, 1]):
+        done += 1
+    assert done > 50
+    pair.check_contents()
