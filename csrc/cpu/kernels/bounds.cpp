@@ -33,7 +33,7 @@ bool stretch(float* lo, float* hi, const float* x, int32_t n) {
 }
 
 // Each channel's bound is the larger of its two products: that with hi where q is positive, else that with lo.
-template <int Heads>
+template <int Heads, bool Capped>
 KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
                                const float* log_count, float* x, int64_t stride, float* most) {
     const unsigned char *const lower = block, *const upper = block + upper_offset(q.dim);
@@ -54,21 +54,29 @@ KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned cha
     const V count = load(log_count);
     const uint16_t there = differ(count, set1(-__builtin_inff()));
     uint16_t bad = 0;
+#pragma GCC unroll 4
     for (int g = 0; g < Heads; ++g) {
-        bad |= put_score(q, first + g, add(even[g], odd[g]), count, there, x + (first + g) * stride, most);
+        bad |= put_score<Capped>(q, first + g, add(even[g], odd[g]), count, there, x + (first + g) * stride, most);
     }
+    return bad;
+}
+
+template <bool Capped>
+KV_INLINE uint16_t score_all(const PageQuery& q, const unsigned char* block, const unsigned char* ahead,
+                             const float* log_count, float* x, int64_t stride, float* most) {
+    int g = 0;
+    uint16_t bad = 0;
+    for (; g + kHeads <= q.rows; g += kHeads) {
+        bad |= score_heads<kHeads, Capped>(q, g, block, ahead, log_count, x, stride, most);
+    }
+    for (; g < q.rows; ++g) bad |= score_heads<1, Capped>(q, g, block, ahead, log_count, x, stride, most);
     return bad;
 }
 
 uint16_t score_bounds(const PageQuery& q, const unsigned char* block, const unsigned char* ahead,
                       const float* log_count, float* x, int64_t stride, float* most) {
-    int g = 0;
-    uint16_t bad = 0;
-    for (; g + kHeads <= q.rows; g += kHeads) {
-        bad |= score_heads<kHeads>(q, g, block, ahead, log_count, x, stride, most);
-    }
-    for (; g < q.rows; ++g) bad |= score_heads<1>(q, g, block, ahead, log_count, x, stride, most);
-    return bad;
+    return q.softcap > 0 ? score_all<true>(q, block, ahead, log_count, x, stride, most)
+                         : score_all<false>(q, block, ahead, log_count, x, stride, most);
 }
 
 }  // namespace

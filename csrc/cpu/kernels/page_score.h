@@ -8,12 +8,15 @@ namespace {
 
 // Sixteen pages of head g: x, and their largest per lane so far. `rest` is added to the logit; `there`: the pages with a visible
 // slot, the others get -inf. Returns those of them that cannot be ranked.
+template <bool Capped>
 KV_INLINE uint16_t put_score(const PageQuery& q, int g, V dot, V rest, uint16_t there, float* x, float* most) {
     const V factor = set1(q.factor[g]), minus_inf = set1(-__builtin_inff());
-    V score = fma(factor, dot, rest);
-    if (q.softcap > 0) {
+    V score;
+    if constexpr (Capped) {
         const V cap = set1(q.softcap);
         score = add(mul(cap, tanh(div(mul(factor, dot), cap))), rest);
+    } else {
+        score = fma(factor, dot, rest);
     }
     const uint16_t finite = less(bits_and(score, 0x7FFFFFFFu), set1(__builtin_inff()));
     score = blend(there, score, minus_inf);

@@ -49,11 +49,12 @@ KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
 }
 #endif
 
-template <int Heads>
+template <int Heads, bool Capped>
 KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
                                const float* log_count, float* x, int64_t stride, float* most) {
     I even[Heads], odd[Heads];
     for (int g = 0; g < Heads; ++g) even[g] = odd[g] = none();
+#pragma GCC unroll 2
     for (int d = 0; d < q.dim; d += 8) {  // dim is a multiple of 16
         prefetch(ahead + d * kSlots);
         prefetch(ahead + (d + 4) * kSlots);
@@ -68,26 +69,34 @@ KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned cha
     const V count = load(log_count);
     const uint16_t there = differ(count, set1(kMinusInf));
     uint16_t bad = 0;
+#pragma GCC unroll 4
     for (int g = 0; g < Heads; ++g) {
         const V shift = set1(static_cast<float>(q.shift[first + g]));  // below 2^24: exact
         const V dot = mul(sub(to_f32(add(even[g], odd[g])), shift), load(scale));
         const V curved = fma(set1(q.curvature[first + g]), load(scale + kSlots), count);
-        bad |= put_score(q, first + g, dot, curved, there, x + (first + g) * stride, most);
+        bad |= put_score<Capped>(q, first + g, dot, curved, there, x + (first + g) * stride, most);
     }
+    return bad;
+}
+
+template <bool Capped>
+KV_INLINE uint16_t score_all(const PageQuery& q, const unsigned char* block, const unsigned char* ahead,
+                             const float* log_count, float* x, int64_t stride, float* most) {
+    for (int line = 0; line < 3; ++line) prefetch(ahead + (q.dim + 4 * line) * kSlots);  // what follows the means
+    int g = 0;
+    uint16_t bad = 0;
+    for (; g + kHeads <= q.rows; g += kHeads) {
+        bad |= score_heads<kHeads, Capped>(q, g, block, ahead, log_count, x, stride, most);
+    }
+    for (; g + 2 <= q.rows; g += 2) bad |= score_heads<2, Capped>(q, g, block, ahead, log_count, x, stride, most);
+    if (g < q.rows) bad |= score_heads<1, Capped>(q, g, block, ahead, log_count, x, stride, most);
     return bad;
 }
 
 uint16_t score_block(const PageQuery& q, const unsigned char* block, const unsigned char* ahead, const float* log_count,
                      float* x, int64_t stride, float* most) {
-    for (int line = 0; line < 3; ++line) prefetch(ahead + (q.dim + 4 * line) * kSlots);  // what follows the means
-    int g = 0;
-    uint16_t bad = 0;
-    for (; g + kHeads <= q.rows; g += kHeads) {
-        bad |= score_heads<kHeads>(q, g, block, ahead, log_count, x, stride, most);
-    }
-    for (; g + 2 <= q.rows; g += 2) bad |= score_heads<2>(q, g, block, ahead, log_count, x, stride, most);
-    if (g < q.rows) bad |= score_heads<1>(q, g, block, ahead, log_count, x, stride, most);
-    return bad;
+    return q.softcap > 0 ? score_all<true>(q, block, ahead, log_count, x, stride, most)
+                         : score_all<false>(q, block, ahead, log_count, x, stride, most);
 }
 
 void count_votes(const float* e, int64_t stride, const float* share, int32_t rows, int32_t n, bool sum,
