@@ -98,10 +98,11 @@ def account(ladder: Ladder, before: Seen) -> tuple[Tensor, Tensor, Tensor]:
     assert group is not None and before.tier is not None
     state, tier, out = before.state.clone(), before.tier.clone(), torch.full_like(group, -1)
     for r in range(len(group)):
-        most, most_new = 0, 0
+        pages, most, most_new = list(pages_of(before, group, r)), 0, 0
         if before.allowance is not None:
-            most, most_new = int(before.allowance.bytes[r]) // PAGE, before.allowance.spare // PAGE
-        for page in sorted(pages_of(before, group, r), key=lambda p: (-p.mass, p.number)):
+            most, most_new = max(0, int(before.allowance.bytes[r])) // PAGE, before.allowance.spare // PAGE
+        most_new += max(0, most - sum(not page.new for page in pages))
+        for page in sorted(pages, key=lambda p: (-p.mass, p.number)):
             stays = page.whole and most > 0 and (most_new > 0 or not page.new)
             if stays:
                 most, most_new = most - 1, most_new - page.new
@@ -176,7 +177,6 @@ def test_any_rows(least: int, state: str, native: int) -> None:
             new = group[r][stays & (group[r] >= 0)].unique()
             old = before.entry[r][stays & (group[r] < 0)].unique()  # type: ignore[index]
             assert len(new) + len(old) <= max(0, int(before.allowance.bytes[r])) // PAGE
-            assert len(new) <= before.allowance.spare // PAGE
             kept, gone = kept + len(new) + len(old), gone + int((tier[r] > before.tier[r]).sum())
     assert kept > 100 and gone > 1000
 
@@ -250,16 +250,19 @@ def test_what_is_quantized_and_near_stays() -> None:
 
 
 @pytest.mark.parametrize("spare", [0, 1, 4, 30])
-def test_new_pages_that_there_is_room_for(spare: int) -> None:
-    """They stand beside what they replace: the best of them stay, and of those that are together as many as there are bytes."""
+@pytest.mark.parametrize("most", [18, 20, 23])
+def test_new_pages_that_there_is_room_for(most: int, spare: int) -> None:
+    """They stand beside what they replace: as many of the best stay as the row has bytes for beside the 20 pages that are
+    together already, and the spare ones; of those, as many as there are bytes."""
     grouped = torch.zeros(1, 32 + 30 * 16 + 16, dtype=torch.uint8)
     grouped[0, 32 : 32 + 20 * 16] = GROUPED
     before = near(seen(torch.arange(grouped.shape[1])[None], 16, grouped))
     score = torch.arange(grouped.shape[1])[None] * 1.0  # the new ones are the best
-    _, tier, group = planned(Ladder(Position()), scored(before, allowed(1, 18, spare), score))
-    new, stays = min(spare, 10), (tier[0, 32:-16] == NEAR).view(30, 16)
+    _, tier, group = planned(Ladder(Position()), scored(before, allowed(1, most, spare), score))
+    new, stays = min(spare + max(0, most - 20), 10), (tier[0, 32:-16] == NEAR).view(30, 16)
+    old = min(20, most - new)
     assert stays.all(1).tolist() == stays.any(1).tolist()
-    assert stays[:, 0].tolist() == [False] * (2 + new) + [True] * (18 - new) + [False] * (10 - new) + [True] * new
+    assert stays[:, 0].tolist() == [False] * (20 - old) + [True] * old + [False] * (10 - new) + [True] * new
     assert (group[0, 352:512] >= 0).all(), "each of them is made"
 
 

@@ -41,8 +41,8 @@ class Ladder(Archive):
     attention mass per byte stay Full and Near, as many as its allowance pays; the others are quantized and archived. A page
     that went down is read where it is, or from its Near copy; it does not come back.
 
-    New pages that stay Near stand beside those that they replace until a row's plan is done: no more of them than the
-    allowance has spare bytes for. No allowance: all goes Far. The parameters are Archive's. Ours.
+    New pages that stay Near stand beside those that they replace until a row's plan is done: no more of them than what the row
+    holds leaves of its bytes, and the allowance's spare ones. No allowance: all goes Far. The parameters are Archive's. Ours.
     """
 
     state: str = "int8"
@@ -76,14 +76,14 @@ class Ladder(Archive):
 
 
 def _pages(allowance: Allowance, row: int) -> tuple[int, int]:
-    """Full pages that a row's bytes pay, and new ones that there is room for beside those that they replace."""
+    """Full pages that a row's bytes pay, and by how many they may be more while new ones stand beside what they replace."""
     cost = allowance.page_bytes[FULL]
     return max(0, int(allowance.bytes[row])) // cost, allowance.spare // cost
 
 
-def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, most_new: int) -> Tensor:
-    """bool [N]: tokens of the at most ``most`` pages of highest mass, at most ``most_new`` of them new, all of whose tokens are
-    movable. Ties: the page of the lower number."""
+def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, spare: int) -> Tensor:
+    """bool [N]: tokens of the at most ``most`` pages of highest mass, no more of them new than leave it at ``most`` and
+    ``spare`` with those that the row holds, all of whose tokens are movable. Ties: the page of the lower number."""
     some = (movable | new).nonzero().flatten()
     numbers, index = torch.unique(page[some], return_inverse=True)
     n = len(numbers)
@@ -92,6 +92,7 @@ def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, 
     is_new = torch.zeros(n, dtype=torch.bool).index_fill_(0, index[new[some]], True)
     order = mass.sort(descending=True, stable=True).indices
     order = order[whole[order]]
+    most_new = max(0, most - int((~is_new).sum())) + spare
     order = order[~is_new[order] | (is_new[order].cumsum(0) <= most_new)][:most]
     keep = torch.zeros(n, dtype=torch.bool).index_fill_(0, order, True)
     stays = torch.zeros_like(movable)
