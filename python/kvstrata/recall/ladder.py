@@ -56,7 +56,7 @@ class Ladder(Archive):
         movable = new | (together & (seen.state == FULL))  # without a Far tier, what is quantized stays Near
         moved = torch.where(seen.grouped == GROUPED, MOVED, PROVISIONAL_GROUP + MOVED) + seen.entry
         page = torch.where(new, plan.group, moved).to(torch.int32)
-        stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new)
+        stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new, together)
         down = movable & ~stays
         return Plan(
             state=torch.where(down, self.native_state, seen.state).to(torch.uint8),
@@ -64,14 +64,18 @@ class Ladder(Archive):
             group=torch.where(new | down, page, -1).to(torch.int32),
         )
 
-    def near(self, seen: Seen, page: Tensor, movable: Tensor, new: Tensor) -> Tensor:
+    def near(self, seen: Seen, page: Tensor, movable: Tensor, new: Tensor, together: Tensor) -> Tensor:
         """bool [R, N]: tokens whose page stays Near. page: i32 [R, N]; movable: tokens that are Full and Near now; new: those
-        whose page is a new one, which needs each of its tokens to be so."""
+        whose page is a new one, which needs each of its tokens to be so; together: those of the Near pages that earlier plans
+        made, whose bytes the row holds until this plan is done."""
         stays = torch.zeros_like(movable)
         if seen.allowance is None or seen.score is None:
             return stays
+        assert seen.entry is not None
         for r in range(len(page)):
-            stays[r] = _best(page[r], seen.score[r], movable[r], new[r], *_pages(seen.allowance, r))
+            most, spare = _pages(seen.allowance, r)
+            free = max(0, most - len(seen.entry[r, together[r]].unique()))
+            stays[r] = _best(page[r], seen.score[r], movable[r], new[r], most, free + spare)
         return stays
 
 
@@ -81,9 +85,9 @@ def _pages(allowance: Allowance, row: int) -> tuple[int, int]:
     return max(0, int(allowance.bytes[row])) // cost, allowance.spare // cost
 
 
-def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, spare: int) -> Tensor:
-    """bool [N]: tokens of the at most ``most`` pages of highest mass, no more of them new than leave it at ``most`` and
-    ``spare`` with those that the row holds, all of whose tokens are movable. Ties: the page of the lower number."""
+def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, most_new: int) -> Tensor:
+    """bool [N]: tokens of the at most ``most`` pages of highest mass, at most ``most_new`` of them new, all of whose tokens are
+    movable. Ties: the page of the lower number."""
     some = (movable | new).nonzero().flatten()
     numbers, index = torch.unique(page[some], return_inverse=True)
     n = len(numbers)
@@ -92,7 +96,6 @@ def _best(page: Tensor, score: Tensor, movable: Tensor, new: Tensor, most: int, 
     is_new = torch.zeros(n, dtype=torch.bool).index_fill_(0, index[new[some]], True)
     order = mass.sort(descending=True, stable=True).indices
     order = order[whole[order]]
-    most_new = max(0, most - int((~is_new).sum())) + spare
     order = order[~is_new[order] | (is_new[order].cumsum(0) <= most_new)][:most]
     keep = torch.zeros(n, dtype=torch.bool).index_fill_(0, order, True)
     stays = torch.zeros_like(movable)
