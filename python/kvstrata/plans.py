@@ -238,7 +238,8 @@ class Plans:
         if seen.tier is not None:  # books of Far pages are Near
             each -= far_books(cache.shape, seen.layer, cache.policy) * -(-((seen.tier == FAR).sum(1)) // SLOTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
-        return Allowance(each, costs, self._last_share(seen.layer, ids), spare=cache._slabs.spare())
+        spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
+        return Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
 
     def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
         """The share of a layer's rows that stays Full by the statistics of the last plan, f32 [R]; None: the planner's own."""

@@ -146,17 +146,17 @@ class Slabs:
             return _POSITION_BYTES + 8
         return self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
 
-    def spare(self) -> int:
-        """Bytes of pages that a plan may have lent before it frees any."""
-        return max(0, self._spare(self._costs()))
+    def spare(self, parts: int = 1) -> int:
+        """Bytes of pages that a plan may have lent before it frees any; of a limit that is so many limits, by one of them."""
+        return max(0, self._spare(self._costs(), parts))
 
-    def _spare(self, costs: list[int]) -> int:
+    def _spare(self, costs: list[int], parts: int = 1) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
         bound = self._bound()
         if bound is None:
             return _UNLIMITED
         left = self._left(bound) - len(costs) * self.books.slab  # the last slab of each pool may be a small one
-        return min(left, max(bound // PIECE, 2 * sum(costs)))
+        return min(left, max(bound // parts // PIECE, 2 * sum(costs)))
 
     def _bound(self) -> int | None:
         """The limit, or what a ledger leaves where that is less."""

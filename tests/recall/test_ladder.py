@@ -92,16 +92,24 @@ def pages_of(before: Seen, group: Tensor, row: int) -> Iterator[Page]:
         yield Page(number, new, columns, mass, whole)
 
 
+def held(before: Seen, row: int) -> set[int]:
+    """Entries of the row's Near pages that plans have made."""
+    assert before.tier is not None and before.grouped is not None and before.entry is not None
+    near = before.stored[row] & (before.tier[row] == NEAR) & (before.grouped[row] != UNGROUPED)
+    return set(before.entry[row][near].tolist())
+
+
 def account(ladder: Ladder, before: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """State, tier and group as they should be planned; pages of new tokens are Archive's."""
     group = Archive(ladder.packer, ladder.state, ladder.segment, ladder.segment_min).plan(before).group
     assert group is not None and before.tier is not None
     state, tier, out = before.state.clone(), before.tier.clone(), torch.full_like(group, -1)
     for r in range(len(group)):
-        most, most_new = 0, 0
+        pages, most, most_new = list(pages_of(before, group, r)), 0, 0
         if before.allowance is not None:
-            most, most_new = int(before.allowance.bytes[r]) // PAGE, before.allowance.spare // PAGE
-        for page in sorted(pages_of(before, group, r), key=lambda p: (-p.mass, p.number)):
+            most, most_new = max(0, int(before.allowance.bytes[r])) // PAGE, before.allowance.spare // PAGE
+        most_new += max(0, most - len(held(before, r)))
+        for page in sorted(pages, key=lambda p: (-p.mass, p.number)):
             stays = page.whole and most > 0 and (most_new > 0 or not page.new)
             if stays:
                 most, most_new = most - 1, most_new - page.new
@@ -175,8 +183,9 @@ def test_any_rows(least: int, state: str, native: int) -> None:
             stays &= (group[r] >= 0) | (before.grouped[r] != UNGROUPED)
             new = group[r][stays & (group[r] >= 0)].unique()
             old = before.entry[r][stays & (group[r] < 0)].unique()  # type: ignore[index]
-            assert len(new) + len(old) <= max(0, int(before.allowance.bytes[r])) // PAGE
-            assert len(new) <= before.allowance.spare // PAGE
+            most = max(0, int(before.allowance.bytes[r])) // PAGE
+            assert len(new) + len(old) <= most
+            assert len(new) <= max(0, most - len(held(before, r))) + before.allowance.spare // PAGE
             kept, gone = kept + len(new) + len(old), gone + int((tier[r] > before.tier[r]).sum())
     assert kept > 100 and gone > 1000
 
@@ -250,17 +259,35 @@ def test_what_is_quantized_and_near_stays() -> None:
 
 
 @pytest.mark.parametrize("spare", [0, 1, 4, 30])
-def test_new_pages_that_there_is_room_for(spare: int) -> None:
-    """They stand beside what they replace: the best of them stay, and of those that are together as many as there are bytes."""
+@pytest.mark.parametrize("most", [18, 20, 23])
+def test_new_pages_that_there_is_room_for(most: int, spare: int) -> None:
+    """They stand beside what they replace: as many of the best stay as the row has bytes for beside the 20 pages that are
+    together already, and the spare ones; of those, as many as there are bytes."""
     grouped = torch.zeros(1, 32 + 30 * 16 + 16, dtype=torch.uint8)
     grouped[0, 32 : 32 + 20 * 16] = GROUPED
     before = near(seen(torch.arange(grouped.shape[1])[None], 16, grouped))
     score = torch.arange(grouped.shape[1])[None] * 1.0  # the new ones are the best
-    _, tier, group = planned(Ladder(Position()), scored(before, allowed(1, 18, spare), score))
-    new, stays = min(spare, 10), (tier[0, 32:-16] == NEAR).view(30, 16)
+    _, tier, group = planned(Ladder(Position()), scored(before, allowed(1, most, spare), score))
+    new, stays = min(spare + max(0, most - 20), 10), (tier[0, 32:-16] == NEAR).view(30, 16)
+    old = min(20, most - new)
     assert stays.all(1).tolist() == stays.any(1).tolist()
-    assert stays[:, 0].tolist() == [False] * (2 + new) + [True] * (18 - new) + [False] * (10 - new) + [True] * new
+    assert stays[:, 0].tolist() == [False] * (20 - old) + [True] * old + [False] * (10 - new) + [True] * new
     assert (group[0, 352:512] >= 0).all(), "each of them is made"
+
+
+def test_pages_that_are_put_together_anew_are_held_meanwhile() -> None:
+    """They are paid for until the plan is done, so that there is no room beside them but the spare bytes."""
+    grouped = torch.zeros(1, 32 + 16 * 16 + 16, dtype=torch.uint8)
+    grouped[0, 32:-32] = PROVISIONAL
+    before = near(seen(torch.arange(grouped.shape[1])[None], 16, grouped))
+    score = torch.arange(grouped.shape[1])[None] * 1.0
+    for most, spare in ((15, 0), (15, 5), (18, 0), (18, 20)):
+        sight = scored(before, allowed(1, most, spare), score)
+        _, tier, group = planned(Ladder(Position(), segment=256, segment_min=256), sight)
+        stays = (tier[0, 32:-16] == NEAR).view(16, 16)[:, 0].tolist()
+        new = min(most - 15 + spare, most, 16)
+        assert (group[0, 32:-16] >= 0).all()
+        assert stays == [False] * (16 - new) + [True] * new
 
 
 @pytest.mark.parametrize("what", ["far", "quantized"])

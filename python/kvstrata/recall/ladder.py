@@ -41,8 +41,8 @@ class Ladder(Archive):
     attention mass per byte stay Full and Near, as many as its allowance pays; the others are quantized and archived. A page
     that went down is read where it is, or from its Near copy; it does not come back.
 
-    New pages that stay Near stand beside those that they replace until a row's plan is done: no more of them than the
-    allowance has spare bytes for. No allowance: all goes Far. The parameters are Archive's. Ours.
+    New pages that stay Near stand beside those that they replace until a row's plan is done: no more of them than what the row
+    holds leaves of its bytes, and the allowance's spare ones. No allowance: all goes Far. The parameters are Archive's. Ours.
     """
 
     state: str = "int8"
@@ -56,7 +56,7 @@ class Ladder(Archive):
         movable = new | (together & (seen.state == FULL))  # without a Far tier, what is quantized stays Near
         moved = torch.where(seen.grouped == GROUPED, MOVED, PROVISIONAL_GROUP + MOVED) + seen.entry
         page = torch.where(new, plan.group, moved).to(torch.int32)
-        stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new)
+        stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new, together)
         down = movable & ~stays
         return Plan(
             state=torch.where(down, self.native_state, seen.state).to(torch.uint8),
@@ -64,19 +64,23 @@ class Ladder(Archive):
             group=torch.where(new | down, page, -1).to(torch.int32),
         )
 
-    def near(self, seen: Seen, page: Tensor, movable: Tensor, new: Tensor) -> Tensor:
+    def near(self, seen: Seen, page: Tensor, movable: Tensor, new: Tensor, together: Tensor) -> Tensor:
         """bool [R, N]: tokens whose page stays Near. page: i32 [R, N]; movable: tokens that are Full and Near now; new: those
-        whose page is a new one, which needs each of its tokens to be so."""
+        whose page is a new one, which needs each of its tokens to be so; together: those of the Near pages that earlier plans
+        made, whose bytes the row holds until this plan is done."""
         stays = torch.zeros_like(movable)
         if seen.allowance is None or seen.score is None:
             return stays
+        assert seen.entry is not None
         for r in range(len(page)):
-            stays[r] = _best(page[r], seen.score[r], movable[r], new[r], *_pages(seen.allowance, r))
+            most, spare = _pages(seen.allowance, r)
+            free = max(0, most - len(seen.entry[r, together[r]].unique()))
+            stays[r] = _best(page[r], seen.score[r], movable[r], new[r], most, free + spare)
         return stays
 
 
 def _pages(allowance: Allowance, row: int) -> tuple[int, int]:
-    """Full pages that a row's bytes pay, and new ones that there is room for beside those that they replace."""
+    """Full pages that a row's bytes pay, and by how many they may be more while new ones stand beside what they replace."""
     cost = allowance.page_bytes[FULL]
     return max(0, int(allowance.bytes[row])) // cost, allowance.spare // cost
 
