@@ -231,7 +231,8 @@ void run(const char* op, const ops::SelectParams& p, bool choose) {
     FirstUnranked unranked;
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
         const Scratch scratch(p, entries, worker);
-        unranked.note(r, Selection(p, p.rows[r], scratch).run(choose));
+        p.rows[r].unranked = Selection(p, p.rows[r], scratch).run(choose);
+        unranked.note(r, p.rows[r].unranked);
     });
     unranked.refuse(op);
 }

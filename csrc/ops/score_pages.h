@@ -46,6 +46,7 @@ struct SelectRow {                       // one (sequence, KV head)
     int32_t zone_most = 0;
     int32_t zone_count = 0;  // out
     float* votes = nullptr;  // [most] out: of the selected ones; or null
+    int32_t unranked = -1;   // out: the first entry whose x is not finite, or -1
 };
 
 struct SelectParams {

@@ -97,9 +97,11 @@ void Store::cluster(int layer, std::span<const SeqId> seqs, const int32_t* segme
             work.push_back({s.keys.data(), nullptr, s.page_of.data(), static_cast<int32_t>(s.columns.size()), 0});
         }
         ops::ClusterParams p{work.data(), static_cast<int32_t>(work.size()), dim, iters, nullptr, threads_};
-        std::vector<unsigned char> memory(static_cast<size_t>(ops::cluster_workspace_bytes(p)) + 64);
+        const bool greedy = iters < 0;
+        const int64_t bytes = greedy ? ops::cluster_greedy_workspace_bytes(p) : ops::cluster_workspace_bytes(p);
+        std::vector<unsigned char> memory(static_cast<size_t>(bytes) + 64);
         p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-        ops::cluster(p);
+        greedy ? ops::cluster_greedy(p) : ops::cluster(p);
         for (size_t i = 0; i < segments.size(); ++i) {
             const Segment& s = segments[i];
             int32_t* const out = group + s.row * columns;

@@ -6,7 +6,9 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
+#include "common/check.h"
 #include "ops/merge.h"
 #include "ops/summarize.h"
 #include "ops/supported.h"
@@ -73,6 +75,43 @@ void Store::summarize_sealed(Sequence& s, int layer, int head) {
     std::vector<pages::Fresh> pages;
     for (int e = index.count(); e < row.sealed; ++e) pages.push_back({row.page[e], row.visible[e], 0, {}});
     summarize(s, layer, head, pages, nullptr, index);
+}
+
+// A Far page is read through the first place of the ring. Nothing has changed if one cannot be read.
+void Store::summarize_anew(SummaryKind kind) {
+    check(!open_, "summarize_anew: a step is open, expected none");
+    const SummaryKind before = std::exchange(options_.recall.kind, kind);
+    std::vector<std::pair<Index*, Index>> made;
+    try {
+        for (auto& [id, s] : sequences_) {
+            for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+                for (int h = 0; recalls(l) && h < layers_[l].kv_heads; ++h) {
+                    made.emplace_back(&s->indices[first_row_[l] + h], summarized(*s, l, h));
+                }
+            }
+        }
+    } catch (...) {
+        options_.recall.kind = before;
+        throw;
+    }
+    for (auto& [place, index] : made) *place = std::move(index);
+}
+
+// The index of a row, made of its pages.
+Index Store::summarized(Sequence& s, int layer, int head) {
+    Index index(layers_[layer].head_dim, options_.recall.kind);
+    const pages::Row& row = row_of(s, layer, head);
+    for (int e = 0; e < row.sealed; ++e) {
+        PageId page = row.page[e];
+        if (far(page)) {
+            const PageId stage = ring_of(page_pool(page))[0];
+            read_far(page, stage);
+            page = stage;
+        }
+        const pages::Fresh one{page, row.visible[e], 0, {}};
+        summarize(s, layer, head, {&one, 1}, nullptr, index);
+    }
+    return index;
 }
 
 // Before a row's table takes a plan: summaries of what stays, then those of the new pages.

@@ -1,9 +1,11 @@
 // What a step of one token reads: the pages that the summaries promise most of, and what that is estimated to miss.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "common/check.h"
 #include "store/store.h"
 
 namespace kvstrata::store {
@@ -57,8 +59,31 @@ void Store::select_pages(int layer, const AttendCall& call) {
         parts_.select.data(), n,       group,    shape.head_dim, options_.dtype, call.scale,  recall.weight,
         recall.aggregate,     nullptr, threads_, recall.kind,    call.softcap,   recall.mass, recall.least};
     p.workspace = workspace(ops::select_workspace_bytes(p));
-    ops::select(p);
+    try {
+        ops::select(p);
+    } catch (const Invalid&) {
+        refuse_unranked(layer);
+        throw;
+    }
     for (int r = 0; recall.most > 0 && r < n; r += shape.kv_heads) share_pages(r, shape.kv_heads);
+}
+
+// Says of which token's page a selection could not tell the mass, or of which query.
+void Store::refuse_unranked(int layer) {
+    const int heads = layers_[layer].kv_heads;
+    for (size_t r = 0; r < parts_.select.size(); ++r) {
+        const int entry = parts_.select[r].unranked;
+        if (entry < 0) continue;
+        const pages::Row& row = *parts_.rows[r];
+        const int32_t position =
+            pages::pool_of(pools_, row.page[entry]).positions(row.page[entry])[std::countr_zero(row.alive[entry])];
+        throw Invalid(message("attend: layer ", layer, ", head ", r % heads, " of the ", r / heads,
+                              ". sequence of the step: the"
+                              " query or keys of the page of position ",
+                              position,
+                              " are not finite; expected finite ones,"
+                              " such a page could not be found again"));
+    }
 }
 
 // Places for the zone of a row: its share of the pages that are not read, and those that sharing may take from it.

@@ -234,13 +234,14 @@ class Store {
 
     // Recall (recall.cpp)
     void set_recall(const Recall& recall) { options_.recall = recall; }
-    bool shrink_near();  // Near copies to the K of a step, from now on; whether they were more
+    void summarize_anew(SummaryKind kind);  // every sealed page, into summaries of another kind
+    bool shrink_near();                     // Near copies to the K of a step, from now on; whether they were more
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
     Waiting waiting(int layer, std::span<const SeqId> seqs);
     void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
-                 int iters);  // tokens of one segment of a row into groups of one number each
+                 int iters);  // tokens of one segment of a row into groups of one number each; iters < 0: greedily
 
     // What a policy sees (look.cpp). R = seqs x heads, in that order; N = columns
     int64_t columns(int layer, std::span<const SeqId> seqs);  // most stored tokens of any of their rows
@@ -304,6 +305,7 @@ class Store {
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
                    Index& out);
+    Index summarized(Sequence& s, int layer, int head);
     void summarize_sealed(Sequence& s, int layer, int head);
     void join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh);
     bool any_far(int layer) const;
@@ -320,6 +322,7 @@ class Store {
     template <class Each>
     void attend_part(int layer, const AttendCall& call, int part, Each each);
     void select_pages(int layer, const AttendCall& call);
+    void refuse_unranked(int layer);
     void share_pages(int first, int rows);
     void estimate_rest(int layer, const AttendCall& call);
     int zone_room(const pages::Row& row) const;

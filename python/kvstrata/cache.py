@@ -226,19 +226,26 @@ class Cache:
         assert self._step is step
         self._step = None
 
-    def set_selector(self, selector: Selector) -> None:
-        """Another selector for the live cache, from the next step on. ValueError where the policy has none, as no page is
-        summarized then; and for one that does not go with its sinks and window."""
+    def set_selector(self, selector: Selector, *, summarize: bool = False) -> None:
+        """Another selector for the live cache, from the next step on.
+
+        summarize: every stored page is read once and summarized anew, where the selector ranks by summaries of another kind;
+        a byte limit counts them from the next step on. ValueError where the policy has no selector, as no page is summarized
+        then; for one that does not go with its sinks and window; and for another kind without ``summarize``.
+        """
         if self.policy.selector is None:
             raise ValueError(f"set_selector: policy {self.policy.name!r} selects nothing, expected one with a selector")
         if self._step is not None:
             raise RuntimeError("set_selector: a step is open, its pages are reserved for the present selector")
+        reading = native_reading(selector.native(self.policy.sinks, self.policy.window or 0))
         if selector.kind != self.policy.selector.kind:
-            raise ValueError(
-                f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
-                f" {self.policy.selector.kind}; expected summarize({selector.kind!r}) before"
-            )
-        self._store.set_recall(native_reading(selector.native(self.policy.sinks, self.policy.window or 0)))
+            if not summarize:
+                raise ValueError(
+                    f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
+                    f" {self.policy.selector.kind}; expected summarize=True, which reads them all once"
+                )
+            self._store.summarize_anew(reading[4])
+        self._store.set_recall(reading)
         self._store.set_mass_floor(selector.mass_floor)
         self.policy = replace(self.policy, selector=selector)
         self._limit.select(selector)

@@ -97,7 +97,7 @@ class Rows:
         self._store.score_pages(self._layer, self._ids, *how)
         return out
 
-    def cluster(self, segment: Tensor, iters: int) -> Tensor:
+    def cluster(self, segment: Tensor, iters: int | None) -> Tensor:
         if segment.dtype != torch.int32 or segment.shape != (self._rows, self._columns):
             raise ValueError(
                 f"cluster: segment is {segment.dtype} {list(segment.shape)}, expected torch.int32"
@@ -105,7 +105,7 @@ class Rows:
             )
         segment, group = segment.contiguous(), torch.empty(self._rows, self._columns, dtype=torch.int32)
         where = (segment.data_ptr(), group.data_ptr(), self._columns)
-        self._store.cluster(self._layer, self._ids, *where, iters, torch.get_num_threads())
+        self._store.cluster(self._layer, self._ids, *where, -1 if iters is None else iters, torch.get_num_threads())
         return group
 
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:

@@ -34,7 +34,7 @@ def test_a_name_is_its_policy(name: str) -> None:
     made = policy.resolve(name)
     assert made.name == name and made == NAMED[name]()
     assert made.window is None or made.window >= made.queries
-    assert made.sinks == {"full": 0, "streaming": 4, "icecache": 32}.get(name, 16)
+    assert made.sinks == {"full": 0, "streaming": 4, "icecache": 32, "strata": 32}.get(name, 16)
     hash(made)
 
 
@@ -71,7 +71,7 @@ def test_settings_of_the_papers() -> None:
     assert code.planner == ThreeStates("int8", cover=False) and code.formats == ("int8",)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMED if n not in ("full", "streaming", "icecache")])
+@pytest.mark.parametrize("name", [n for n in NAMED if n not in ("full", "streaming", "icecache", "strata", "quest")])
 def test_every_policy_takes_window_sinks_interval_chunk(name: str) -> None:
     make: Callable[..., Policy] = NAMED[name]
     got = make(window=96, sinks=3, interval=32, chunk=256)

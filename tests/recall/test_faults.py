@@ -204,7 +204,10 @@ def test_a_key_that_is_no_number() -> None:
             k[100, 0, 3] = torch.nan
             step.attend(layer, q, k, v)
     for _ in range(2):
-        with pytest.raises(ValueError, match="select: the logits of row 0, entry .* are not finite"):
+        with pytest.raises(
+            ValueError,
+            match="attend: layer 0, head 0 of the 0. sequence of the step: .* page of position .* are not finite",
+        ):
             pair.feed([seq], [1])
         assert pair.cache.logical_length(seq) == 600
     pair.cache.free([seq])

@@ -142,7 +142,7 @@ def test_the_weight_of_the_selector_counts(weight: float) -> None:
         ("int8",),
         32,
         16,
-        selector=PageMeans(256, "max", weight),
+        selector=PageMeans(256, aggregate="max", spread_weight=weight),
     )
     asked = Asked(fed(mine, SHAPE, budget="256MiB"))
     seqs = asked.pair.new(2)

@@ -16,6 +16,7 @@ from kvstrata.policy.keydiff import KeyDiversity, keydiff
 from kvstrata.policy.keynorm import KeyNorm, keynorm
 from kvstrata.policy.kivi import QuantizeAll, kivi
 from kvstrata.policy.pyramidkv import pyramidkv
+from kvstrata.policy.quest import quest
 from kvstrata.policy.snapkv import WindowVote, snapkv
 from kvstrata.policy.strata import strata
 from kvstrata.policy.streaming import SinksAndTail, streaming
@@ -32,6 +33,7 @@ NAMED: dict[str, Callable[[], Policy]] = {
     "keynorm": keynorm,
     "keydiff": keydiff,
     "arkv": arkv,
+    "quest": quest,
     "icecache": icecache,
     "strata": strata,
 }
@@ -77,6 +79,7 @@ __all__ = [
     "keynorm",
     "kivi",
     "pyramidkv",
+    "quest",
     "resolve",
     "snapkv",
     "strata",

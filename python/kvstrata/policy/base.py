@@ -67,9 +67,10 @@ class Reader(Protocol):
         """f32 [R, N]: each token's part of the share of attention that its page receives from the last ``queries`` queries, as
         summaries estimate it: of Far pages too, 0 for sinks and tail. Only under a policy that selects."""
 
-    def cluster(self, segment: Tensor, iters: int) -> Tensor:
+    def cluster(self, segment: Tensor, iters: int | None) -> Tensor:
         """i32 [R, N]: tokens of one number of a row resemble each other, at most 16 of them, -1: none. segment i32 [R, N]:
-        tokens that are clustered together, -1: none (:func:`kvstrata.ops.cluster`)."""
+        tokens that are clustered together, -1: none. iters: of :func:`kvstrata.ops.cluster`; None: by
+        :func:`kvstrata.ops.cluster_greedy`."""
 
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
         """f32 [R, G, 3]: ARKV's entropy, variance and kurtosis of the attention of the last ``queries`` queries."""

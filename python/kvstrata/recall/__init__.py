@@ -3,7 +3,18 @@
 from kvstrata.recall.archive import Archive
 from kvstrata.recall.far import Far
 from kvstrata.recall.ladder import Ladder, PageMass
-from kvstrata.recall.packers import KMeans, Position
-from kvstrata.recall.selectors import PageMeans
+from kvstrata.recall.packers import Greedy, KMeans, Position
+from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans
 
-__all__ = ["Archive", "Far", "KMeans", "Ladder", "PageMass", "PageMeans", "Position"]
+__all__ = [
+    "Archive",
+    "Bounds",
+    "Far",
+    "Greedy",
+    "KMeans",
+    "Ladder",
+    "MassThreshold",
+    "PageMass",
+    "PageMeans",
+    "Position",
+]

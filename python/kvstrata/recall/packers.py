@@ -31,6 +31,19 @@ class KMeans:
 
 
 @dataclass(frozen=True)
+class Greedy:
+    """Tokens about the one farthest from the others: one page after another, of the unplaced key of largest norm and the 15 of
+    largest inner product with it. What k-means is to be compared with: O(T^2) for a segment. Source:
+    :func:`kvstrata.ops.cluster_greedy`.
+    """
+
+    def group(self, seen: Seen, segment: Tensor) -> Tensor:
+        """As in :class:`KMeans`."""
+        assert seen.read is not None
+        return seen.read.cluster(segment, None)
+
+
+@dataclass(frozen=True)
 class Position:
     """Tokens that follow each other: no clustering. What clustering is to be compared with."""
 
