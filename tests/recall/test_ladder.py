@@ -165,7 +165,7 @@ def test_any_rows(least: int, state: str, native: int) -> None:
     """What the account says; no token without a state, no more bits than before, nothing comes back, no page too many stays
     and none has more than 16 tokens."""
     ladder, kept, gone = Ladder(Position(), state, 768, least), 0, 0
-    for seed in range(12):
+    for seed in range(7):
         before = drawn(seed, native)
         clean = replace(before, score=before.score.nan_to_num(0.0, 0.0, 0.0))  # type: ignore[union-attr]
         got, want = planned(ladder, before), account(ladder, clean)
@@ -187,7 +187,7 @@ def test_any_rows(least: int, state: str, native: int) -> None:
             assert len(new) + len(old) <= most
             assert len(new) <= max(0, most - len(held(before, r))) + before.allowance.spare // PAGE
             kept, gone = kept + len(new) + len(old), gone + int((tier[r] > before.tier[r]).sum())
-    assert kept > 100 and gone > 1000
+    assert kept > 50 and gone > 500
 
 
 def test_the_pages_of_highest_mass_stay() -> None:

@@ -98,8 +98,9 @@ def check_row(got: Tensor, row: Table, want: Tensor, q: Tensor) -> None:
     assert (got[count - int(tail) : count] == 0).all(), "the tail"
 
 
-@pytest.mark.parametrize("budget", ["3MiB", "256MiB"])
-@pytest.mark.parametrize("state", ["full", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("state", "budget"), [("full", "3MiB"), ("int8", "3MiB"), ("int4", "3MiB"), ("int8", "256MiB")]
+)
 def test_mass_between_steps(state: str, budget: str) -> None:
     """Ragged rows, among them one that is empty, one that is all sinks and tail, and one with fewer queries than are asked for;
     Far pages and none."""
@@ -109,7 +110,7 @@ def test_mass_between_steps(state: str, budget: str) -> None:
     asked.check(seqs, 16)
     for lengths in ([1, 1, 1, 1, 0], [3, 1, 16, 1, 0], [1, 90, 1, 1, 0]):
         asked.feed(seqs, lengths)
-        for n in (1, 5, 16, 40):
+        for n in (1, 5, 40):
             asked.check(seqs, n)
     asked.check(seqs[::-1], 16)
     asked.check([seqs[1]], 16, scale=0.7)
