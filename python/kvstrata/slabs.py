@@ -85,15 +85,19 @@ class Slabs:
     def admit(self, queries: int) -> None:
         """Before a step of recall, in which each sequence reads what it holds with so many queries at the most: its books are
         within the limit, of more queries for good. BudgetExceeded with nothing changed."""
-        bound = self._bound()
-        if bound is None or not self.books.apart:
+        if self._bound() is None or not self.books.apart:
             return
         queries = queries if self.has_far and queries > 1 else 0
-        if self._left(bound, queries) + _SLAB_BYTES < 0:
+
+        def short() -> int:
+            return -self._left(self._bound() or 0, queries) - _SLAB_BYTES
+
+        if short() > 0:
             self.trim()
-            bound = self._bound() or 0
-        if (left := self._left(bound, queries) + _SLAB_BYTES) < 0:
-            raise self._exceeded(bound, -left)
+        if short() > 0 and self._store.shrink_near():
+            self.trim()
+        if (more := short()) > 0:
+            raise self._exceeded(self._bound() or 0, more)
         self._queries = max(self._queries, queries)
 
     def reserve_pages(self, needed: list[int]) -> None:

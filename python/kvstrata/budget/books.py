@@ -10,20 +10,21 @@ from kvstrata import _C
 from kvstrata.budget.costs import FAR_PAGE, SCORES, keeps_scores, page_costs, summary
 from kvstrata.budget.protect import ENTRY_BYTES, pages
 from kvstrata.config import SLOTS, LayerSpec, Shape
-from kvstrata.policy.base import Policy
+from kvstrata.ops import summary_bytes
+from kvstrata.policy.base import Policy, Reading
 
 SLAB = 128
 """Bytes that the books of a slab take."""
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
-_BLOCK = 104
-"""Bytes of the head of a row's last block of summaries, with its place; its lanes may be empty."""
-_NEAR_COPY = 12
-"""Bytes of a Near copy's place."""
-_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 88, 32
+_BLOCK, _NEAR_COPY = 104, 12
+"""Bytes of a row's last block of summaries, beside them, with its place in a list; of a Near copy's place."""
+_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 112, 32
 """Bytes of what a call says of a row: to attend, to select, and how its work is cut."""
 _HOLD = 4
 """Pages by which the tail of a row may be longer while a step is recorded."""
+_LINE, _MANY = 64, 1 << 16
+"""Bytes to which the parts of a workspace are rounded; entries from which its bytes for each are found."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,16 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     indexed = [s for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
     if not indexed or (policy.selector is None and not policy.archives):
         return Books(batch * each + workspace(policy, shape, limit, batch), beside, SLAB)
-    reads, near_pages = (0, 0) if policy.selector is None else _native(policy)
+    reads = Reading(0, 0) if policy.selector is None else policy.selector.native(policy.sinks, policy.window or SLOTS)
     if policy.selector is not None:
         beside += max(summary(policy, s.head_dim) for s in indexed)
-        each += sum(s.kv_heads * (_BLOCK + SLOTS * summary(policy, s.head_dim)) for s in indexed)
+        each += sum(s.kv_heads * (_BLOCK + summary_bytes(s.head_dim, reads.kind)) for s in indexed)
     if policy.archives:
         beside += FAR_PAGE
-        each += sum(s.kv_heads for s in indexed) * _NEAR_COPY * _doubled(near_pages)
+        each += sum(s.kv_heads for s in indexed) * _NEAR_COPY * _doubled(reads.near_pages)
     work = max(_recalling(policy, s, batch, reads) for s in set(indexed))
     others = workspace(policy, shape, limit, batch) if len(indexed) < len(shape.layers) else 0
-    return Books(batch * each, beside, SLAB, max(work, others), _recalling_page(policy, indexed, batch))
-
-
-def _native(policy: Policy) -> tuple[int, int]:
-    """Pages that a row reads in a step, and Near copies that it keeps."""
-    assert policy.selector is not None
-    reading = policy.selector.native(policy.sinks, policy.window or SLOTS)
-    return reading.widest, reading.near_pages
+    return Books(batch * each, beside, SLAB, max(work, others), _recalling_page(policy, indexed, batch, reads))
 
 
 def _doubled(n: int) -> int:
@@ -117,47 +111,41 @@ def _attending(s: LayerSpec, batch: int, entries: int, more: int = 0) -> int:
     return batch * s.kv_heads * (_PLAN_ROW + partial + more) + torch.get_num_threads() * scratch
 
 
-def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: int) -> int:
-    """Bytes in which a step of one token selects ``reads`` pages and attends in two parts, however long its rows are: the
-    larger of two workspaces, and the parts with their lists (``csrc/cpu/score_pages.cpp``, ``csrc/store/recall.cpp``)."""
-    group, dim, rows = _group(s), s.head_dim, batch * s.kv_heads
+def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
+    """Bytes in which a step of one token selects pages and attends in parts, however long its rows are: the largest of its
+    workspaces, and the parts with their lists (``csrc/store/recall.cpp``, Parts)."""
+    group, dim, rows, widest = _group(s), s.head_dim, batch * s.kv_heads, reads.widest
     grown = s.kv_heads * max(batch, 2 * (batch - 1))  # places of what was enlarged for more rows
     steady = pages(policy.sinks) + pages(policy.window or SLOTS) + 2 + _HOLD
-    longest = max(reads, steady)
-    threads = min(torch.get_num_threads(), rows)
-    select = 0 if policy.selector is None else _scan(s, rows, SLOTS, threads, _estimates(policy))
-    count = 3 if _estimates(policy) else 2
-    parts = count * (group * dim * 4 + group * 4) + group * 4 + reads * 12 + 4 + _SELECT_ROW
+    longest = max(widest, steady)
+    parts = (3 if reads.estimate else 2) * group * (dim + 1) * 4 + group * 4 + _SELECT_ROW + 4
+    parts += widest * (4 + (4 if reads.most else 0) + (8 if reads.estimate else 0))
     lists = _ATTEND_ROW * rows + 2 * 8 * _doubled(rows) + 8 * _doubled(rows + 1) + 6 * _doubled(rows * longest)
-    return max(select, _attending(s, batch, longest)) + 128 + grown * parts + lists + 12 * _doubled(reads)
+    most = _attending(s, batch, longest)
+    if policy.selector is not None:
+        most = max(most, _scanning(s, batch, SLOTS, reads)[0], _scanning(s, batch, widest + SLOTS, reads)[1])
+    return most + 2 * _LINE + grown * parts + lists + 12 * _doubled(widest)
 
 
-def _recalling_page(policy: Policy, indexed: list[LayerSpec], batch: int) -> int:
-    """Bytes for each page of the cache, of which a row holds no more than its part: a thread's logits of the row's entries, and
-    the list of those that are read through the ring."""
-    threads = min(torch.get_num_threads(), batch * max(s.kv_heads for s in indexed))
+def _recalling_page(policy: Policy, indexed: list[LayerSpec], batch: int, reads: Reading) -> int:
+    """Bytes for each page of the cache, of which a row holds no more than its part: a thread's logits of the row's entries, the
+    list of those that are read through the ring, and those of the rows of a layer that stand in by their means."""
     entry = 12 if policy.archives else 0
     if policy.selector is not None:
-        entry += max(_scan_entry(s, threads) for s in indexed)
-    entry += 4 if _estimates(policy) else 0  # its place in the zone
-    return -(-entry // sum(s.kv_heads for s in indexed))
+        for i, share in enumerate((1.0, reads.estimate)):
+            many, none = (max(_scanning(s, batch, n, reads)[i] for s in indexed) for n in (_MANY, 0))
+            entry = max(entry, (12 if policy.archives else 0) + int((many - none) / _MANY * share) + 1)
+    each = -(-entry // sum(s.kv_heads for s in indexed))
+    return each + int(8 * reads.estimate / len(indexed) + 1) if reads.estimate else each
 
 
-def _scan_entry(s: LayerSpec, threads: int) -> int:
-    """Bytes for each summary in which a selection works."""
-    few, many = (_scan(s, threads, n, threads, True) for n in (1024, 2048))
-    return -(-(many - few) // 1024)
-
-
-def _scan(s: LayerSpec, rows: int, entries: int, threads: int, estimates: bool) -> int:
-    """Bytes in which a selection from so many summaries of each row works, and then the estimate of the others."""
-    group, dim = _group(s), s.head_dim
-    select = _C.select_workspace_bytes(rows, group, dim, entries, threads)
-    return max(select, _C.estimate_workspace_bytes(rows, group, dim, entries, threads)) if estimates else select
-
-
-def _estimates(policy: Policy) -> bool:
-    return policy.selector is not None and policy.selector.kind == "mean_value"
+def _scanning(s: LayerSpec, batch: int, entries: int, reads: Reading) -> tuple[int, int]:
+    """Bytes in which pages are selected among so many entries of each row of a layer, and in which so many stand in."""
+    rows, threads = batch * s.kv_heads, torch.get_num_threads()
+    room = min(threads, rows) * 6 * _LINE
+    select: int = _C.select_workspace_bytes(rows, _group(s), s.head_dim, entries, threads)
+    estimate: int = _C.estimate_workspace_bytes(rows, _group(s), s.head_dim, entries, threads) if reads.estimate else 0
+    return select + room, estimate + room
 
 
 def _group(s: LayerSpec) -> int:
