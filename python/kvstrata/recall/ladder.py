@@ -74,7 +74,7 @@ class Ladder(Archive):
         assert seen.entry is not None
         for r in range(len(page)):
             most, spare = _pages(seen.allowance, r)
-            free = max(0, most - len(seen.entry[r, together[r]].unique()))
+            free = max(0, most - len(torch.unique(seen.entry[r, together[r]])))
             stays[r] = _best(page[r], seen.score[r], movable[r], new[r], most, free + spare)
         return stays
 
