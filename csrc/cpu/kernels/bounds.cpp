@@ -1,7 +1,6 @@
 // Bounds of keys by channel, and sixteen pages' bounds against query heads.
 #include "cpu/kernels/level.h"
 #if KV_OWN_KERNELS
-#include "common/layout.h"
 #include "cpu/kernels/page_score.h"
 
 namespace kvstrata::cpu::KV_ISA {
@@ -36,7 +35,7 @@ bool stretch(float* lo, float* hi, const float* x, int32_t n) {
 template <int Heads, bool Capped>
 KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
                                const float* log_count, float* x, int64_t stride, float* most) {
-    const unsigned char *const lower = block, *const upper = block + upper_offset(q.dim);
+    const unsigned char *const lower = block, *const upper = block + q.dim * 2 * kSlots;  // common/layout.h
     V even[Heads], odd[Heads];
     for (int g = 0; g < Heads; ++g) even[g] = odd[g] = zero();
     for (int d = 0; d < q.dim; d += 2) {
