@@ -93,8 +93,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
           ", expected a multiple of ", kSlots, " where pages are selected");
     check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
-    check(options_.recall.near_pages >= options_.recall.widest(), "Store: near_pages is ", options_.recall.near_pages,
-          ", expected at least the ", options_.recall.widest(), " pages that a step reads");
+    set_recall(options_.recall);
 }
 
 int Store::pool_of(int layer, State state, Tier tier) const {
@@ -164,6 +163,8 @@ void Store::hold_ring() {
 
 void Store::shrink_ring(int pages) {
     check(pages >= 2 && pages <= options_.ring, "shrink_ring: pages is ", pages, ", expected 2..", options_.ring);
+    check(options_.recall.near_pages > 0 || pages >= options_.recall.widest(), "shrink_ring: pages is ", pages,
+          ", expected the ", options_.recall.widest(), " that a step reads, as rows keep no copies");
     for (const auto& [id, s] : sequences_) {
         check(s->length == 0, "shrink_ring: sequence ", id, " has tokens, expected none");
     }

@@ -170,12 +170,21 @@ void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
     misses_count_ += static_cast<int64_t>(misses.size());
 }
 
+void Store::set_recall(const Recall& recall) {
+    const int near = recall.near_pages, reads = recall.widest();
+    const bool through_ring = near == 0 && (options_.far.empty() || reads <= options_.ring);
+    check(near >= reads || through_ring, "set_recall: near_pages is ", near, ", expected at least the ", reads,
+          " pages that a step reads, or 0 where the ring of ", options_.ring, " holds them");
+    options_.recall = recall;
+}
+
 bool Store::shrink_near() {
-    const int widest = options_.recall.widest();
-    if (options_.recall.near_pages <= widest) return false;
-    options_.recall.near_pages = widest;
+    const int widest = options_.recall.widest(), now = options_.recall.near_pages;
+    const int less = now > widest ? widest : widest <= options_.ring ? 0 : now;
+    if (less == now) return false;
+    options_.recall.near_pages = less;
     for (auto& [id, s] : sequences_) {
-        for (pages::Row& row : s->rows) row.near.shrink(widest, pools_);
+        for (pages::Row& row : s->rows) row.near.shrink(less, pools_);
     }
     return true;
 }
@@ -193,17 +202,6 @@ void Store::begin_parts(int layer) {
             if (recalls(layer)) parts_.indices.push_back(&s.sequence->indices[first_row_[layer] + h]);
         }
     }
-}
-
-// Entries of row r to the list of its next call: `each` names them to its argument. Near copies stand for Far pages.
-template <class Each>
-void Store::list(int r, Each each) {
-    const pages::Row& row = *parts_.rows[r];
-    each([&](int e) {
-        const int slot = row.near.slot(e);
-        parts_.pages.push_back(slot >= 0 ? row.near.slots[slot].page : row.page[e]);
-        parts_.masks.push_back(row.visible[e]);
-    });
 }
 
 // Row r of the call over the list [first, end) into a part's place: out [T, G, D] and lse [T, G] from token tokens[0] on.
@@ -238,74 +236,6 @@ void Store::write_out(const ops::AttendRow& whole, int t, std::span<const float*
     }
     for (int g = 0; whole.lse && g < group; ++g)
         whole.lse[token * whole.lse_stride_t + g * whole.lse_stride_g] = lse[g];
-}
-
-// --- steps of one token ----------------------------------------------------------------------------------------------------------
-
-void Store::attend_selected(int layer, const AttendCall& call) {
-    const LayerShape& shape = layers_[layer];
-    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
-    const int n = static_cast<int>(attend_rows_.size());
-    begin_parts(layer);
-    ++clock_;
-    for (int part = 0; part < 2; ++part) {
-        parts_.out[part].resize(static_cast<size_t>(n) * group * dim);
-        parts_.lse[part].resize(static_cast<size_t>(n) * group);
-    }
-    attend_part(layer, call, 0, [this](int r, auto add) {
-        const pages::Row& row = *parts_.rows[r];
-        for (int e = 0, first = first_indexed(row); e < first; ++e) add(e);
-        for (int e = row.sealed; e < row.entries(); ++e) add(e);
-    });
-    select_pages(layer, call);
-    for (int r = 0; r < n; ++r) {
-        parts_.far.clear();
-        const ops::SelectRow& chosen = parts_.select[r];
-        for (int i = 0; i < chosen.count; ++i) {
-            if (far(parts_.rows[r]->page[chosen.selected[i]])) parts_.far.push_back(chosen.selected[i]);
-        }
-        fetch(*parts_.rows[r], parts_.far);
-    }
-    attend_part(layer, call, 1, [this](int r, auto add) {
-        const ops::SelectRow& chosen = parts_.select[r];
-        for (int i = 0; i < chosen.count; ++i) add(chosen.selected[i]);
-    });
-    const size_t parts = options_.recall.estimate > 0.0f ? 3 : 2;
-    if (parts == 3) estimate_rest(layer, call);
-    for (int r = 0; r < n; ++r) {
-        const int64_t at = static_cast<int64_t>(r) * group;
-        const float *outs[3], *lses[3];
-        for (size_t part = 0; part < parts; ++part) {
-            outs[part] = parts_.out[part].data() + at * dim;
-            lses[part] = parts_.lse[part].data() + at;
-        }
-        float lse[ops::kMaxGroup];
-        write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
-        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r]);
-    }
-    settle_workspace();
-}
-
-// One list of every row into its part; only the first part has the call's own tokens and sink logits.
-template <class Each>
-void Store::attend_part(int layer, const AttendCall& call, int part, Each each) {
-    const LayerShape& shape = layers_[layer];
-    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
-    const int n = static_cast<int>(parts_.whole.size());
-    parts_.pages.clear();
-    parts_.masks.clear();
-    parts_.ends.assign(1, 0);
-    for (int r = 0; r < n; ++r) {
-        list(r, [&](auto add) { each(r, add); });
-        parts_.ends.push_back(parts_.pages.size());
-    }
-    for (int r = 0; r < n; ++r) {
-        const int64_t at = static_cast<int64_t>(r) * group;
-        attend_rows_[r] = part_row(r, group, dim, parts_.ends[r], parts_.ends[r + 1],
-                                   parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
-        if (part > 0) attend_rows_[r].own = 0, attend_rows_[r].sinks = nullptr;
-    }
-    attend_now(layer, call, DType::f32);
 }
 
 // --- steps of several tokens over Far pages --------------------------------------------------------------------------------------
@@ -344,12 +274,11 @@ void Store::stream_row(int layer, const AttendCall& call, int r) {
         if (part > 0) now.own = 0, now.sinks = nullptr;
         attend_now(layer, call, DType::f32);
     };
-    parts_.pages.clear();
-    parts_.masks.clear();
+    begin_lists();
     parts_.far.clear();
-    list(r, [&](auto add) {
-        for (int e = 0; e < row.entries(); ++e) far(row.page[e]) ? parts_.far.push_back(e) : add(e);
-    });
+    for (int e = 0; e < row.entries(); ++e) {
+        far(row.page[e]) ? parts_.far.push_back(e) : list_page(row, e, row.page[e]);
+    }
     attend(0);
     const float* const outs[2] = {parts_.out[0].data(), parts_.out[1].data()};
     const float* const lses[2] = {parts_.lse[0].data(), parts_.lse[1].data()};

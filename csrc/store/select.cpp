@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "ops/supported.h"
 #include "store/store.h"
 
 namespace kvstrata::store {
@@ -19,6 +20,106 @@ float logaddexp(float a, float b) {
 }
 
 }  // namespace
+
+// Sinks and tail, then what is selected by them, then what is estimated of the rest: merged in this order.
+void Store::attend_selected(int layer, const AttendCall& call) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    const int n = static_cast<int>(attend_rows_.size());
+    begin_parts(layer);
+    ++clock_;
+    for (int part = 0; part < 2; ++part) {
+        parts_.out[part].resize(static_cast<size_t>(n) * group * dim);
+        parts_.lse[part].resize(static_cast<size_t>(n) * group);
+    }
+    begin_lists();
+    for (int r = 0; r < n; ++r) {
+        const pages::Row& row = *parts_.rows[r];
+        for (int e = 0, first = first_indexed(row); e < first; ++e) list_page(row, e, row.page[e]);
+        for (int e = row.sealed; e < row.entries(); ++e) list_page(row, e, row.page[e]);
+        parts_.ends.push_back(parts_.pages.size());
+    }
+    attend_lists(layer, call, 0, 0, n);
+    select_pages(layer, call);
+    for (int first = 0; first < n;) {
+        const int end = list_selected(first);
+        attend_lists(layer, call, 1, first, end);
+        first = end;
+    }
+    const size_t parts = options_.recall.estimate > 0.0f ? 3 : 2;
+    if (parts == 3) estimate_rest(layer, call);
+    for (int r = 0; r < n; ++r) {
+        const int64_t at = static_cast<int64_t>(r) * group;
+        const float *outs[3], *lses[3];
+        for (size_t part = 0; part < parts; ++part) {
+            outs[part] = parts_.out[part].data() + at * dim;
+            lses[part] = parts_.lse[part].data() + at;
+        }
+        float lse[ops::kMaxGroup];
+        write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
+        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r]);
+    }
+    settle_workspace();
+}
+
+void Store::begin_lists() {
+    parts_.pages.clear();
+    parts_.masks.clear();
+    parts_.ends.assign(1, 0);
+}
+
+void Store::list_page(const pages::Row& row, int entry, PageId page) {
+    parts_.pages.push_back(page);
+    parts_.masks.push_back(row.visible[entry]);
+}
+
+// Lists what rows from `first` on have selected; where it is read from files, into Near copies, or, where rows keep none, into
+// the ring, for as many rows as that holds. Returns the row after the last one listed.
+int Store::list_selected(int first) {
+    begin_lists();
+    size_t used = 0;
+    int r = first;
+    for (; r < static_cast<int>(parts_.rows.size()); ++r) {
+        pages::Row& row = *parts_.rows[r];
+        const ops::SelectRow& chosen = parts_.select[r];
+        parts_.far.clear();
+        for (int i = 0; i < chosen.count; ++i) {
+            if (far(row.page[chosen.selected[i]])) parts_.far.push_back(chosen.selected[i]);
+        }
+        const bool copies = options_.recall.near_pages > 0;
+        if (copies) fetch(row, parts_.far);
+        if (!copies && r > first && used + parts_.far.size() > static_cast<size_t>(options_.ring)) break;
+        for (int i = 0; i < chosen.count; ++i) {
+            const int e = chosen.selected[i];
+            PageId page = row.page[e];
+            if (far(page) && copies) page = row.near.slots[row.near.slot(e)].page;
+            if (far(page)) {
+                const PageId stage = ring_of(page_pool(page))[used++];
+                read_far(page, stage);
+                ++misses_count_;
+                page = stage;
+            }
+            list_page(row, e, page);
+        }
+        parts_.ends.push_back(parts_.pages.size());
+    }
+    return r;
+}
+
+// The lists of rows first..end into their part's places; only the first part has the call's own tokens and sink logits.
+void Store::attend_lists(int layer, const AttendCall& call, int part, int first, int end) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    attend_rows_.resize(end - first);
+    for (int r = first; r < end; ++r) {
+        const int64_t at = static_cast<int64_t>(r) * group;
+        ops::AttendRow& row = attend_rows_[r - first];
+        row = part_row(r, group, dim, parts_.ends[r - first], parts_.ends[r - first + 1],
+                       parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
+        if (part > 0) row.own = 0, row.sinks = nullptr;
+    }
+    attend_now(layer, call, DType::f32);
+}
 
 void Store::select_pages(int layer, const AttendCall& call) {
     const LayerShape& shape = layers_[layer];

@@ -43,7 +43,7 @@ struct LayerShape {
 // What a step of one token reads of what is neither sink nor tail; others read all.
 struct Recall {
     int pages = 0;       // K of each row; 0: every step reads all
-    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least what it may read
+    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least what it may read, or 0
     float weight = 1.0f;
     ops::Aggregate aggregate = ops::Aggregate::sum;
     SummaryKind kind = SummaryKind::mean;
@@ -233,9 +233,9 @@ class Store {
     int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
 
     // Recall (recall.cpp)
-    void set_recall(const Recall& recall) { options_.recall = recall; }
+    void set_recall(const Recall& recall);
     void summarize_anew(SummaryKind kind);  // every sealed page, into summaries of another kind
-    bool shrink_near();                     // Near copies to the K of a step, from now on; whether they were more
+    bool shrink_near();                     // Near copies to what a step reads, then to none; whether there were more
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
@@ -313,14 +313,14 @@ class Store {
     void attend_streamed(int layer, const AttendCall& call);
     void fetch(pages::Row& row, std::span<const int32_t> entries);
     void begin_parts(int layer);
-    template <class Each>
-    void list(int r, Each each);
     ops::AttendRow part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
                             const int32_t* tokens) const;
     void write_out(const ops::AttendRow& whole, int t, std::span<const float* const> outs,
                    std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const;
-    template <class Each>
-    void attend_part(int layer, const AttendCall& call, int part, Each each);
+    void begin_lists();
+    void list_page(const pages::Row& row, int entry, PageId page);
+    int list_selected(int first);
+    void attend_lists(int layer, const AttendCall& call, int part, int first, int end);
     void select_pages(int layer, const AttendCall& call);
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);

@@ -62,26 +62,31 @@ def room(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int,
     widest = max(s.kv_heads * costs[i][FULL] for i, s in shape.kinds)
     unplanned = max(widest * (policy.chunk // SLOTS + 1), whole * (policy.interval // SLOTS))
     smallest = min(min(cost.values()) for cost in costs.values())
-    beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest)) + _recalled(policy, shape, batch)
-    content = limit - limit // SLACK - batch * (whole * held + sliding + unplanned) - beside
+    beside = books(policy, shape, limit, batch).of(0, _slabs(limit, smallest))
+    ring, copies = _recalled(policy, shape, batch)
+    content = limit - limit // SLACK - batch * (whole * held + sliding + unplanned) - beside - ring - copies
     if falls is not None:
         content -= _of_more(policy, shape, limit, batch, *falls)
+    if content <= 0:  # copies give way: what a step reads goes through the ring
+        content += copies
     rows = max(1, batch * sum(s.kv_heads for _, s in planned))
     piece = max(limit // PIECE, 2 * max(sum(cost.values()) for cost in costs.values()))
     return Room(limit, batch, content - min(piece, content // (rows + 1)))
 
 
-def _recalled(policy: Policy, shape: Shape, batch: int) -> int:
-    """What a Far tier has Near: a ring of each head dimension, and of each row the copies of what a step reads."""
+def _recalled(policy: Policy, shape: Shape, batch: int) -> tuple[int, int]:
+    """What a Far tier has Near: a ring of each head dimension, and of each row the copies of what a step reads, which may go
+    where the ring holds as many."""
     if not policy.archives or policy.selector is None:
-        return 0
-    copies = policy.selector.native(policy.sinks, policy.window or SLOTS).widest
+        return 0, 0
+    reading = policy.selector.native(policy.sinks, policy.window or SLOTS)
+    copies = reading.widest if reading.near_pages else 0
     state = getattr(policy.planner, "native_state", FULL)
     indexed = [(i, s) for i, s in enumerate(shape.layers) if s.window is None and i not in policy.dense_layers]
     ring = {s.head_dim: policy.ring * page_costs(shape, i, policy)[state] for i, s in indexed}
-    return sum(ring.values()) + batch * copies * sum(
-        s.kv_heads * page_costs(shape, i, policy)[state] for i, s in indexed
-    )
+    near = batch * copies * sum(s.kv_heads * page_costs(shape, i, policy)[state] for i, s in indexed)
+    fixed = sum(ring.values())
+    return (fixed, near) if copies <= policy.ring else (fixed + near, 0)
 
 
 def _slabs(limit: int, page: int) -> int:
@@ -191,9 +196,14 @@ def _tail_bytes(policy: Policy, shape: Shape, batch: int) -> int:
     return policy.window // SLOTS * batch * sum(s.kv_heads * page_costs(shape, i, policy)[FULL] for i, s in planned)
 
 
+def _reads(policy: Policy) -> int:
+    """Pages that a row reads in a step of one token."""
+    return 0 if policy.selector is None else policy.selector.native(policy.sinks, policy.window or SLOTS).widest
+
+
 def _smaller(policy: Policy) -> Policy | None:
     assert policy.window is not None
-    if policy.archives and policy.ring >= 2 * LEAST_RING:
+    if policy.archives and policy.ring >= 2 * max(LEAST_RING, _reads(policy)):
         return replace(policy, ring=policy.ring // 2)
     if policy.chunk >= 4 * LEAST_CHUNK:
         return replace(policy, chunk=policy.chunk // 2 // SLOTS * SLOTS)

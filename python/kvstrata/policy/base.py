@@ -296,7 +296,12 @@ class Policy:
                 f"policy {self.name}: formats is {self.formats}, expected it to have {state!r}, in which its planner archives"
             )
         if self.selector is not None:
-            self.selector.native(self.sinks, self.window)
+            reading = self.selector.native(self.sinks, self.window)
+            if self.archives and reading.near_pages == 0 and reading.widest > self.ring:
+                raise ValueError(
+                    f"policy {self.name}: ring is {self.ring}, expected at least the {reading.widest} pages that a step reads,"
+                    " as rows keep no Near copies"
+                )
 
     @property
     def archives(self) -> bool:

@@ -17,8 +17,8 @@ class TopPages:
 
     budget: tokens that a row reads in a step of one token, sinks and tail included; aggregate: the votes of a KV head's query
     heads, "sum" or "max"; near_pages: Near copies of Far pages that a row keeps (None: twice what a step reads, at most
-    32,767); mass_floor: 0..1, steps that are estimated to read less of a head's attention mass are counted. ValueError for
-    parameters.
+    32,767; 0: none, each step reads its pages through the ring), fewer where a limit is short; mass_floor: 0..1, steps that are
+    estimated to read less of a head's attention mass are counted. ValueError for parameters.
     """
 
     budget: int = 256
@@ -53,8 +53,8 @@ class TopPages:
         """As the store takes it. ValueError where Near pages are fewer than are read."""
         pages = self.pages(sinks, window)
         near = min(2 * pages, MAX_NEAR_PAGES) if self.near_pages is None else self.near_pages
-        if not pages <= near <= MAX_NEAR_PAGES:
-            expected = f"at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
+        if near and not pages <= near <= MAX_NEAR_PAGES:
+            expected = f"0, or at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
             raise ValueError(f"{self._name}: near_pages is {near}, expected {expected}")
         return self._read(Reading(pages, near, aggregate=("sum", "max").index(self.aggregate)))
 
@@ -126,11 +126,12 @@ class MassThreshold(PageMeans):
 
     def _read(self, reading: Reading) -> Reading:
         most = int(self.reach * reading.pages)
-        if self.near_pages is not None and most > reading.near_pages:
+        if self.near_pages and most > self.near_pages:
             raise ValueError(
-                f"{self._name}: near_pages is {reading.near_pages}, expected at least {most}, reach x pages"
+                f"{self._name}: near_pages is {self.near_pages}, expected 0 or at least {most}, reach x pages"
             )
-        reading = super()._read(reading)._replace(most=most, near_pages=max(most, reading.near_pages))
+        near = max(most, reading.near_pages) if reading.near_pages else 0
+        reading = super()._read(reading)._replace(most=most, near_pages=near)
         return reading._replace(mass=self.mass, least=min(self.least, reading.pages))
 
 
