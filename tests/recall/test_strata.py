@@ -160,6 +160,18 @@ def test_a_limit_that_holds_all_equals_full() -> None:
     pair.check_contents()
 
 
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+def test_a_limit_that_hardly_holds_all(chunk: int) -> None:
+    """What the sequences do not need yet has room for the pages of a chunk: nothing goes down early."""
+    pair = fed(quick(chunk=chunk), budget="4MiB")
+    seqs = pair.new(2)
+    pair.feed(seqs, [600, 90])
+    for _ in range(20):
+        pair.feed(seqs, [1, 1])
+    assert pair.cache.policy.chunk == chunk and pair.cache.report().counts["archived"] == 0
+    assert pair.cache.report().nbytes > 1.5 * (1 << 20)
+
+
 def test_all_is_read_from_both_tiers() -> None:
     """Full archived tokens: exact attention, wherever they lie."""
     pair = fed(quick(40, state="full"), budget="6MiB")
@@ -252,11 +264,12 @@ def test_without_a_far_tier(state: str) -> None:
 
 
 def test_without_a_far_tier_plans_leave_old_pages_alone() -> None:
-    pair = fed(quick(), budget="4MiB", far=None)
+    pair = fed(quick(), budget="2MiB", far=None)
     (seq,) = pair.new()
     pair.feed([seq], [900])
     for _ in range(4):
         pair.feed([seq], [16])
+    assert pair.cache.report().states["int8"] > 1500
     for h in range(2):
         before = set(pair.cache._store.row(seq.id, 0, h)[0])
         pair.feed([seq], [16])
