@@ -239,7 +239,23 @@ class Plans:
             each -= far_books(cache.shape, seen.layer, cache.policy) * -(-((seen.tier == FAR).sum(1)) // SLOTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
         spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
-        return Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
+        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
+        if cache.policy.archives and not cache._slabs.has_far:
+            return self._all_near(seen, allowance)
+        return allowance
+
+    def _all_near(self, seen: Seen, allowance: Allowance) -> Allowance:
+        """Without a Far tier every page is Near: the bytes are what is left once all of them are in the state of archived ones,
+        and a Full page costs what it takes beyond that; where it takes no more, all may stay Full."""
+        costs, state = allowance.page_bytes, int(getattr(self._cache.policy.planner, "native_state", FULL))
+        more = costs[FULL] - costs[state]
+        if more == 0:
+            return replace(allowance, bytes=torch.full_like(allowance.bytes, 1 << 40), spare=1 << 40)
+        pages = -(-(seen.stored & ~seen.protected).sum(1) // SLOTS)
+        left = allowance.bytes - costs[state] * pages
+        return replace(
+            allowance, bytes=left, page_bytes={**costs, FULL: more}, spare=allowance.spare * more // costs[FULL]
+        )
 
     def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
         """The share of a layer's rows that stays Full by the statistics of the last plan, f32 [R]; None: the planner's own."""

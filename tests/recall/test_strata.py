@@ -160,6 +160,18 @@ def test_a_limit_that_holds_all_equals_full() -> None:
     pair.check_contents()
 
 
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+def test_a_limit_that_hardly_holds_all(chunk: int) -> None:
+    """What the sequences do not need yet has room for the pages of a chunk: nothing goes down early."""
+    pair = fed(quick(chunk=chunk), budget="4MiB")
+    seqs = pair.new(2)
+    pair.feed(seqs, [600, 90])
+    for _ in range(20):
+        pair.feed(seqs, [1, 1])
+    assert pair.cache.policy.chunk == chunk and pair.cache.report().counts["archived"] == 0
+    assert pair.cache.report().nbytes > 1.5 * (1 << 20)
+
+
 def test_all_is_read_from_both_tiers() -> None:
     """Full archived tokens: exact attention, wherever they lie."""
     pair = fed(quick(40, state="full"), budget="6MiB")
@@ -251,12 +263,27 @@ def test_without_a_far_tier(state: str) -> None:
     pair.check_contents(state == "full")
 
 
-def test_without_a_far_tier_plans_leave_old_pages_alone() -> None:
-    pair = fed(quick(), budget="4MiB", far=None)
+@pytest.mark.parametrize("state", ["full", "int8"])
+def test_without_a_far_tier_as_much_is_held_as_if_all_were_archived(state: str) -> None:
+    """Full pages give way to those that have to be Near too."""
+    held = []
+    for policy in (quick(state=state), small(state=state, chunk=256)):
+        pair = fed(policy, budget="2MiB", far=None)
+        (seq,) = pair.new()
+        while tried(pair, [seq], [32]):
+            within(pair)
+        held.append(pair.cache.logical_length(seq))
+    assert held[0] >= 0.9 * held[1], held
+
+
+@pytest.mark.parametrize(("state", "tokens"), [("full", 700), ("int8", 900)])
+def test_without_a_far_tier_plans_leave_old_pages_alone(state: str, tokens: int) -> None:
+    pair = fed(quick(state=state), budget="2MiB", far=None)
     (seq,) = pair.new()
-    pair.feed([seq], [900])
+    pair.feed([seq], [tokens])
     for _ in range(4):
         pair.feed([seq], [16])
+    assert state == "full" or pair.cache.report().states["int8"] > 1500
     for h in range(2):
         before = set(pair.cache._store.row(seq.id, 0, h)[0])
         pair.feed([seq], [16])

@@ -53,7 +53,8 @@ class Ladder(Archive):
         assert seen.tier is not None and seen.grouped is not None and seen.entry is not None
         new = plan.group >= 0
         together = seen.stored & ~seen.protected & (seen.tier == NEAR) & (seen.grouped != UNGROUPED)
-        movable = new | (together & (seen.state == FULL))  # without a Far tier, what is quantized stays Near
+        together &= seen.state == FULL  # without a Far tier, what is quantized stays Near
+        movable = new | together
         moved = torch.where(seen.grouped == GROUPED, MOVED, PROVISIONAL_GROUP + MOVED) + seen.entry
         page = torch.where(new, plan.group, moved).to(torch.int32)
         stays = self.near(seen, page, movable & (seen.state == FULL) & (seen.tier == NEAR), new, together)
@@ -66,7 +67,7 @@ class Ladder(Archive):
 
     def near(self, seen: Seen, page: Tensor, movable: Tensor, new: Tensor, together: Tensor) -> Tensor:
         """bool [R, N]: tokens whose page stays Near. page: i32 [R, N]; movable: tokens that are Full and Near now; new: those
-        whose page is a new one, which needs each of its tokens to be so; together: those of the Near pages that earlier plans
+        whose page is a new one, which needs each of its tokens to be so; together: those of the Full pages that earlier plans
         made, whose bytes the row holds until this plan is done."""
         stays = torch.zeros_like(movable)
         if seen.allowance is None or seen.score is None:
