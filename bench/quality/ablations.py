@@ -35,15 +35,18 @@ from kvstrata.policy import (
     icecache,
     keydiff,
     kivi,
+    quest,
     strata,
     streaming,
 )
 from kvstrata.policy.arkv import FULL_SHARE, KERNEL
+from kvstrata.policy.base import Selector
 from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
 from kvstrata.quality.run import MODES, Config, Key, Record, Run
 from kvstrata.quality.tasks import RETRIEVAL
-from kvstrata.recall import Archive, Position
+from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position
+from kvstrata.recall.archive import Packer
 
 OQ = {"E": 0, "V": 1, "K": 2}
 
@@ -62,10 +65,15 @@ def mass(formats: tuple[str, ...]) -> Policy:
     return replace(policy, name="knapsack", planner=planner, allocator=Knapsack(formats), formats=formats[1:])
 
 
-def packed(packer: Position, spread_weight: float = 1.0) -> Policy:
+def packed(packer: Packer, spread_weight: float = 1.0) -> Policy:
     """icecache with other pages."""
     policy = icecache(spread_weight=spread_weight)
     return replace(policy, planner=Archive(packer))
+
+
+def selected(selector: Selector) -> Policy:
+    """icecache that reads other pages."""
+    return replace(icecache(), selector=selector)
 
 
 VARIANTS: dict[str, tuple[str, Policy]] = {
@@ -102,6 +110,11 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "icecache w 0": ("so, pages ranked by their means alone", icecache(spread_weight=0.0)),
     "icecache position w 0": ("both", packed(Position(), spread_weight=0.0)),
     "icecache near K": ("so, with as few Near pages as are read", icecache(near_pages=12)),
+    "icecache greedy": ("so, pages about the keys farthest from the mean", packed(Greedy())),
+    "icecache bounds": ("so, pages ranked by the bounds of their keys", selected(Bounds())),
+    "icecache estimate": ("so, what is not read stands in by the means of its pages", selected(PageMeans(estimate=1.0))),
+    "icecache shared": ("so, heads of a layer share what they read, by votes", selected(MassThreshold())),
+    "quest": ("pages in the order of position, ranked by bounds, all layers", quest(256, dense_layers=())),
     "icecache max": ("so, the largest vote of a group's heads", icecache(aggregate="max")),
     "icecache int8": ("so, archived as int8", icecache(state="int8")),
     "icecache int4": ("so, archived as int4", icecache(state="int4")),

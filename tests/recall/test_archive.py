@@ -291,10 +291,10 @@ def test_parameters_that_are_refused(settings: dict, message: str) -> None:  # t
     [
         ({"budget": 78}, "budget is 78 tokens, expected at least 79"),
         ({"budget": 0}, "budget is 0, expected at least 1 token"),
-        ({"near_pages": 11}, "near_pages is 11, expected at least the 12 pages that a step reads"),
+        ({"near_pages": 11}, "near_pages is 11, expected 0, or at least the 12 pages that a step reads"),
         (
             {"near_pages": 32768},
-            "near_pages is 32768, expected at least the 12 pages that a step reads and at most 32767",
+            "near_pages is 32768, expected 0, or at least the 12 pages that a step reads and at most 32767",
         ),
         ({"aggregate": "mean"}, "aggregate is 'mean', expected 'sum' or 'max'"),
         ({"spread_weight": -0.5}, "spread_weight is -0.5, expected a finite number >= 0"),
@@ -312,7 +312,7 @@ def test_the_largest_parameters_that_are_not_refused() -> None:
     """A segment as long as the op can cluster, and Near copies by default as many as can be numbered."""
     assert Archive(segment=65536, segment_min=65536).segment == 65536
     assert PageMeans(79 + 16 * 20000).native(32, 16)[:2] == (20001, 32767)
-    with pytest.raises(ValueError, match="near_pages is 32767, expected at least the 32768 pages"):
+    with pytest.raises(ValueError, match="near_pages is 32767, expected 0, or at least the 32768 pages"):
         PageMeans(63 + 16 * 32768).native(32, 16)
 
 

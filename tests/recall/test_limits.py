@@ -13,7 +13,7 @@ from kvstrata.config import BudgetExceeded
 from kvstrata.recall import Far
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 4, torch.bfloat16)
-LIMIT = 2 << 20
+LIMIT = 3 << 19
 
 
 class Watched:
@@ -89,7 +89,7 @@ def test_near_copies_give_way() -> None:
         within(pair)
     recall, store = pair.cache.report().recall, pair.cache._store
     assert recall is not None and recall.hits > 0 and recall.misses > 0
-    assert not store.shrink_near(), "it was made smaller on the way"
+    assert store.shrink_near() and not store.shrink_near(), "it was made smaller on the way, once"
     pair.check_contents()
 
 

@@ -146,7 +146,7 @@ def test_a_cache_that_shrinks() -> None:
         pages = named.drawn(list(range(PAGES)), pages)
         named.read([seq], pages)
     held = store.pool(0)["used"]
-    assert store.shrink_near() and not store.shrink_near()
+    assert store.shrink_near()
     assert held - store.pool(0)["used"] == ROWS * 2 * K
     before = store.fetched()
     named.check(named.read([seq], pages), pages)
@@ -155,6 +155,14 @@ def test_a_cache_that_shrinks() -> None:
         pages = named.drawn(list(range(PAGES)), pages)
         named.check(named.read([seq], pages), pages)
     assert held - store.pool(0)["used"] == ROWS * 2 * K, "and it stays small"
+    before = store.fetched()
+    assert store.shrink_near() and not store.shrink_near(), "then there are none"
+    assert held - store.pool(0)["used"] == ROWS * 3 * K
+    for _ in range(40):
+        pages = named.drawn(list(range(PAGES)), pages)
+        named.check(named.read([seq], pages), pages)
+    assert store.fetched() == (before[0], before[1] + 40 * ROWS * K)
+    assert held - store.pool(0)["used"] == ROWS * 3 * K
 
 
 @pytest.mark.parametrize("near", [K, 2 * K, 3 * K])

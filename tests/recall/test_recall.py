@@ -192,6 +192,14 @@ def test_nor_a_small_ring(ring: int, wanted: list[Tensor]) -> None:
     assert but_for_turns(walk(replace(small(4), ring=ring)), wanted)
 
 
+@pytest.mark.parametrize("ring", [4, 7, 64])
+def test_neither_do_rows_without_copies(ring: int, wanted: list[Tensor]) -> None:
+    """What a step reads goes through the ring, of as many rows at a time as it holds."""
+    assert but_for_turns(walk(replace(small(4, near_pages=0), ring=ring)), wanted)
+    with pytest.raises(ValueError, match="ring is 3, expected at least the 4 pages that a step reads"):
+        replace(small(4, near_pages=0), ring=3)
+
+
 @pytest.mark.parametrize("low", [PageMeans(79, near_pages=8), PageMeans(79 + 48, aggregate="max", near_pages=8)])
 def test_another_selector_in_between_changes_no_bit(low: PageMeans, wanted: list[Tensor]) -> None:
     """High, Low, High, Low on a live cache: High answers as if it had never been Low."""
