@@ -28,6 +28,8 @@ void Store::attend_selected(int layer, const AttendCall& call) {
     const int n = static_cast<int>(attend_rows_.size());
     begin_parts(layer);
     ++clock_;
+    const int audited = audited_row(n);
+    if (audited >= 0) audit(layer, call, audited);
     for (int part = 0; part < 2; ++part) {
         parts_.out[part].resize(static_cast<size_t>(n) * group * dim);
         parts_.lse[part].resize(static_cast<size_t>(n) * group);
@@ -57,7 +59,8 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         }
         float lse[ops::kMaxGroup];
         write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
-        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r]);
+        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r],
+                      r == audited ? parts_.exact.data() : nullptr);
     }
     settle_workspace();
 }
@@ -255,8 +258,9 @@ void Store::estimate_rest(int layer, const AttendCall& call) {
     ops::estimate(p);
 }
 
-// read [2][G]: of the parts of a row that were read; rest [G]; left: the share of attention that its selection gave up to others.
-void Store::note_captured(const float* const* read, const float* rest, int group, float left) {
+// read [2][G]: of the parts of a row that were read; rest [G]; left: the share of attention that its selection gave up to
+// others; exact [G], or null: of all that the row holds.
+void Store::note_captured(const float* const* read, const float* rest, int group, float left, const float* exact) {
     for (int g = 0; g < group; ++g) {
         const float lse = logaddexp(read[0][g], read[1][g]);
         const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
@@ -265,7 +269,27 @@ void Store::note_captured(const float* const* read, const float* rest, int group
         captured_.least = std::min(captured_.least, share);
         captured_.below += share < mass_floor_;
         ++captured_.count;
+        if (!exact) continue;
+        audited_.estimated += share;
+        audited_.exact += std::min(1.0f, std::exp(lse - exact[g]));
+        ++audited_.count;
     }
+}
+
+// The row of this call that is to be read whole, or -1: one in each `audit` passes over the layers, each time another layer.
+int Store::audited_row(int rows) const {
+    if (options_.recall.audit <= 0) return -1;
+    int layers = 0;
+    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) layers += recalls(l);
+    const int period = options_.recall.audit * layers + 1;  // no multiple of the layers
+    return clock_ % period ? -1 : clock_ / period % rows;
+}
+
+void Store::audit(int layer, const AttendCall& call, int r) {
+    const int group = layers_[layer].q_heads / layers_[layer].kv_heads;
+    attend_rows_.resize(1);
+    stream_row(layer, call, r);
+    parts_.exact.assign(parts_.lse[0].begin(), parts_.lse[0].begin() + group);
 }
 
 }  // namespace kvstrata::store

@@ -51,6 +51,7 @@ struct Recall {
     float mass = 0.0f;      // share of attention at which a row stops, 0: none,
     int least = 0;          // but for so many pages
     float estimate = 0.0f;  // of the pages that are not read, the share that stand in by their means
+    int audit = 0;          // of so many steps, one row of one layer is read whole to compare; 0: none
 
     int widest() const { return most > 0 ? most : pages; }
 };
@@ -155,6 +156,12 @@ struct Captured {
     int64_t count = 0, below = 0;  // below the floor
 };
 
+// Likewise of rows that were read whole beside: the share as it was estimated, and as it was.
+struct Audited {
+    double estimated = 0.0, exact = 0.0;
+    int64_t count = 0;
+};
+
 // Scratch of a call that attends in parts, kept between calls.
 struct Parts {
     std::vector<ops::AttendRow> whole;  // the rows of the call
@@ -166,6 +173,7 @@ struct Parts {
     std::vector<size_t> ends;  // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
     std::vector<float> votes;  // of the selected pages, if rows share them
+    std::vector<float> exact;  // [G] log-sum-exps of the row that is audited
     std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
     std::vector<ops::SelectRow> select;
     std::vector<pages::Miss> misses;
@@ -238,6 +246,7 @@ class Store {
     bool shrink_near();                     // Near copies to what a step reads, then to none; whether there were more
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
+    const Audited& audited() const { return audited_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
     Waiting waiting(int layer, std::span<const SeqId> seqs);
     void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
@@ -325,8 +334,10 @@ class Store {
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);
     void estimate_rest(int layer, const AttendCall& call);
+    int audited_row(int rows) const;
+    void audit(int layer, const AttendCall& call, int r);
     int zone_room(const pages::Row& row) const;
-    void note_captured(const float* const* read, const float* rest, int group, float left);
+    void note_captured(const float* const* read, const float* rest, int group, float left, const float* exact);
     void stream_row(int layer, const AttendCall& call, int r);
     void attend_now(int layer, const AttendCall& call, DType out_dtype);
     State state_of(PageId page) const { return kinds_[page_pool(page)].state; }
@@ -356,6 +367,7 @@ class Store {
     std::vector<std::vector<PageId>> rings_;  // [pools], of Far ones: Near pages of the same format
     float mass_floor_ = 0.0f;
     Captured captured_;
+    Audited audited_;
     int64_t hits_ = 0, misses_count_ = 0;
     int32_t clock_ = 0;  // steps that selected
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;

@@ -74,6 +74,7 @@ def _recall(cache: Cache) -> Recall | None:
         return None
     total, least, count, below = cache._store.captured()
     hits, misses = cache._store.fetched()
+    estimated, exact, audited = cache._store.audited()
     return Recall(
         captured=total / count if count else 1.0,
         least_captured=least,
@@ -81,6 +82,9 @@ def _recall(cache: Cache) -> Recall | None:
         selections=count,
         hits=hits,
         misses=misses,
+        audited=audited,
+        audited_estimate=estimated / audited if audited else 1.0,
+        audited_exact=exact / audited if audited else 1.0,
     )
 
 

@@ -15,7 +15,8 @@ class Recall:
 
     captured, least_captured: the share of a query head's attention mass that was read, mean and minimum over selections, as the
     pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's
-    mass_floor; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and those read.
+    mass_floor; audited: query heads of rows that were read whole beside, and of those audited_estimate and audited_exact, the
+    mean share as estimated and as it was; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and those read.
     """
 
     captured: float
@@ -24,6 +25,9 @@ class Recall:
     selections: int
     hits: int
     misses: int
+    audited: int = 0
+    audited_estimate: float = 1.0
+    audited_exact: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Report:
         if self.recall is not None:
             seen = self.recall
             rows["captured mass, estimated"] = f"{seen.captured:.3f}, least {seen.least_captured:.3f}"
+            if seen.audited:
+                exact = f"{seen.audited_exact:.3f}, estimated {seen.audited_estimate:.3f}"
+                rows["captured mass, audited"] = f"{exact} ({seen.audited:,} heads)"
             rows["selections below the floor"] = f"{seen.below_floor:,} of {seen.selections:,}"
             rows["Far pages found Near"] = f"{seen.hits:,} of {seen.hits + seen.misses:,}"
         for name, value in (rows | {k: str(v) for k, v in self.counts.items()}).items():

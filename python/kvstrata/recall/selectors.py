@@ -18,7 +18,8 @@ class TopPages:
     budget: tokens that a row reads in a step of one token, sinks and tail included; aggregate: the votes of a KV head's query
     heads, "sum" or "max"; near_pages: Near copies of Far pages that a row keeps (None: twice what a step reads, at most
     32,767; 0: none, each step reads its pages through the ring), fewer where a limit is short; mass_floor: 0..1, steps that are
-    estimated to read less of a head's attention mass are counted. ValueError for parameters.
+    estimated to read less of a head's attention mass are counted; audit: of so many steps, one row of one layer is read whole, so
+    that its true share stands beside the estimate (0: none). ValueError for parameters.
     """
 
     budget: int = 256
@@ -26,6 +27,7 @@ class TopPages:
     aggregate: Literal["sum", "max"] = "sum"
     near_pages: int | None = None
     mass_floor: float = 0.9
+    audit: int = 0
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -33,6 +35,8 @@ class TopPages:
         if self.aggregate not in ("sum", "max"):
             raise ValueError(f"{self._name}: aggregate is {self.aggregate!r}, expected 'sum' or 'max'")
         self._check_share("mass_floor")
+        if self.audit < 0:
+            raise ValueError(f"{self._name}: audit is {self.audit}, expected at least 0 steps")
 
     def reading(self, budget: int) -> Self:
         """The same, with another budget."""
@@ -56,7 +60,8 @@ class TopPages:
         if near and not pages <= near <= MAX_NEAR_PAGES:
             expected = f"0, or at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
             raise ValueError(f"{self._name}: near_pages is {near}, expected {expected}")
-        return self._read(Reading(pages, near, aggregate=("sum", "max").index(self.aggregate)))
+        aggregate = ("sum", "max").index(self.aggregate)
+        return self._read(Reading(pages, near, aggregate=aggregate, audit=self.audit))
 
     def _read(self, reading: Reading) -> Reading:
         """What the selector has of its own."""
