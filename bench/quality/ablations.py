@@ -45,7 +45,7 @@ from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
 from kvstrata.quality.run import MODES, Config, Key, Record, Run
 from kvstrata.quality.tasks import RETRIEVAL
-from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position
+from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position, TopPages, TopTokens
 from kvstrata.recall.archive import Packer
 
 OQ = {"E": 0, "V": 1, "K": 2}
@@ -113,6 +113,8 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "icecache greedy": ("so, pages about the keys farthest from the mean", packed(Greedy())),
     "icecache bounds": ("so, pages ranked by the bounds of their keys", selected(Bounds())),
     "icecache estimate": ("so, what is not read stands in by the means of its pages", selected(PageMeans(estimate=1.0))),
+    "top pages": ("so, the pages of highest true mass (an oracle)", selected(TopPages())),
+    "top tokens": ("so, the tokens of highest true mass (an oracle)", selected(TopTokens())),
     "icecache shared": ("so, heads of a layer share what they read, by votes", selected(MassThreshold())),
     "quest": ("pages in the order of position, ranked by bounds, all layers", quest(256, dense_layers=())),
     "icecache max": ("so, the largest vote of a group's heads", icecache(aggregate="max")),
@@ -129,7 +131,9 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
 
 def make(name: str, model: Any, budget: Budget | None, tokens: int) -> Any:
     """An empty cache of a variant."""
-    return KVCache.for_model(model, policy=VARIANTS[name][1], budget=in_bytes(budget, model, tokens))
+    policy = VARIANTS[name][1]
+    far = None if isinstance(policy.selector, TopPages | TopTokens) else "auto"  # oracles read all to choose
+    return KVCache.for_model(model, policy=policy, budget=in_bytes(budget, model, tokens), far=far)
 
 
 POLICIES |= {name: partial(make, name) for name in VARIANTS}  # at import: workers of a run import this file, too

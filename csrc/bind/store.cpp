@@ -29,13 +29,21 @@ store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse,
             scale,     softcap,     threads};
 }
 
-using RecallTuple = std::tuple<int, int, float, int, int, int, float, int, float, int>;  // as store::Recall
+using RecallTuple = std::tuple<int, int, float, int, int, int, float, int, float, int, int>;  // as store::Recall
 
 store::Recall recall(const RecallTuple& r) {
-    const auto [pages, near_pages, weight, aggregate, kind, most, mass, least, estimate, audit] = r;
-    return {
-        pages, near_pages, weight, static_cast<ops::Aggregate>(aggregate), static_cast<SummaryKind>(kind), most, mass,
-        least, estimate,   audit};
+    const auto [pages, near_pages, weight, aggregate, kind, most, mass, least, estimate, oracle, audit] = r;
+    return {pages,
+            near_pages,
+            weight,
+            static_cast<ops::Aggregate>(aggregate),
+            static_cast<SummaryKind>(kind),
+            most,
+            mass,
+            least,
+            estimate,
+            static_cast<store::Oracle>(oracle),
+            audit};
 }
 
 std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
@@ -105,7 +113,7 @@ void bind_store(py::module_& m) {
     py::class_<Store>(m, "Store")
         .def(py::init(&create), py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
-             py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0},
+             py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
              py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)

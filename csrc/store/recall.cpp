@@ -31,8 +31,8 @@ void* moved(void* base, int64_t elements, DType type) {
 int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
-           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(exact) + of(left) + of(pages) +
-           of(masks) + of(selected) + of(far) + of(select) + of(misses);
+           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(picked) + of(exact) + of(left) +
+           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -175,6 +175,8 @@ void Store::set_recall(const Recall& recall) {
     const bool through_ring = near == 0 && (options_.far.empty() || reads <= options_.ring);
     check(near >= reads || through_ring, "set_recall: near_pages is ", near, ", expected at least the ", reads,
           " pages that a step reads, or 0 where the ring of ", options_.ring, " holds them");
+    check(recall.oracle == Oracle::none || options_.far.empty(),
+          "set_recall: an oracle reads every token to choose, expected no Far tier");
     options_.recall = recall;
 }
 

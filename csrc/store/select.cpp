@@ -42,7 +42,8 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         parts_.ends.push_back(parts_.pages.size());
     }
     attend_lists(layer, call, 0, 0, n);
-    select_pages(layer, call);
+    const bool exactly = options_.recall.oracle != Oracle::none;
+    exactly ? select_exactly(layer, call) : select_pages(layer, call);
     for (int first = 0; first < n;) {
         const int end = list_selected(first);
         attend_lists(layer, call, 1, first, end);
@@ -103,6 +104,8 @@ int Store::list_selected(int first) {
                 page = stage;
             }
             list_page(row, e, page);
+            if (!parts_.picked.empty())
+                parts_.masks.back() = parts_.picked[chosen.selected + i - parts_.selected.data()];
         }
         parts_.ends.push_back(parts_.pages.size());
     }
@@ -258,13 +261,14 @@ void Store::estimate_rest(int layer, const AttendCall& call) {
     ops::estimate(p);
 }
 
-// read [2][G]: of the parts of a row that were read; rest [G]; left: the share of attention that its selection gave up to
+// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; left: the share of attention that its selection gave up to
 // others; exact [G], or null: of all that the row holds.
 void Store::note_captured(const float* const* read, const float* rest, int group, float left, const float* exact) {
     for (int g = 0; g < group; ++g) {
         const float lse = logaddexp(read[0][g], read[1][g]);
         const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
-        const float share = of_rest * (1.0f - std::min(left, 1.0f));
+        float share = of_rest * (1.0f - std::min(left, 1.0f));
+        if (options_.recall.oracle != Oracle::none) share = std::min(1.0f, std::exp(lse - rest[g]));
         captured_.sum += share;
         captured_.least = std::min(captured_.least, share);
         captured_.below += share < mass_floor_;

@@ -27,6 +27,7 @@
 #include "store/far.h"
 #include "store/index.h"
 #include "store/queries.h"
+#include "store/reading.h"
 #include "store/repack.h"
 
 namespace kvstrata::store {
@@ -38,22 +39,6 @@ struct LayerShape {
     int32_t q_heads;
     int32_t head_dim;
     int32_t window;  // sliding window in tokens; 0: full attention
-};
-
-// What a step of one token reads of what is neither sink nor tail; others read all.
-struct Recall {
-    int pages = 0;       // K of each row; 0: every step reads all
-    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least what it may read, or 0
-    float weight = 1.0f;
-    ops::Aggregate aggregate = ops::Aggregate::sum;
-    SummaryKind kind = SummaryKind::mean;
-    int most = 0;           // pages of one row, where the rows of a sequence share K each by their votes; 0: K
-    float mass = 0.0f;      // share of attention at which a row stops, 0: none,
-    int least = 0;          // but for so many pages
-    float estimate = 0.0f;  // of the pages that are not read, the share that stand in by their means
-    int audit = 0;          // of so many steps, one row of one layer is read whole to compare; 0: none
-
-    int widest() const { return most > 0 ? most : pages; }
 };
 
 struct Options {
@@ -147,38 +132,6 @@ struct PlanColumns {
     RowPlan row(int64_t r) const {
         return {state + r * columns, tier ? tier + r * columns : nullptr, group ? group + r * columns : nullptr};
     }
-};
-
-// Of the attention mass of selecting steps, the share that they are estimated to have read, over rows and query heads.
-struct Captured {
-    double sum = 0.0;
-    float least = 1.0f;
-    int64_t count = 0, below = 0;  // below the floor
-};
-
-// Likewise of rows that were read whole beside: the share as it was estimated, and as it was.
-struct Audited {
-    double estimated = 0.0, exact = 0.0;
-    int64_t count = 0;
-};
-
-// Scratch of a call that attends in parts, kept between calls.
-struct Parts {
-    std::vector<ops::AttendRow> whole;  // the rows of the call
-    std::vector<pages::Row*> rows;
-    std::vector<const Index*> indices;
-    std::vector<float> out[3], lse[3], rest;  // of the parts [rows, T, G, D], [rows, T, G], and of what is not read
-    std::vector<PageId> pages;                // the lists of a part, one after another
-    std::vector<uint16_t> masks;
-    std::vector<size_t> ends;  // [rows + 1]
-    std::vector<int32_t> tokens, selected, zone, far;
-    std::vector<float> votes;  // of the selected pages, if rows share them
-    std::vector<float> exact;  // [G] log-sum-exps of the row that is audited
-    std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
-    std::vector<ops::SelectRow> select;
-    std::vector<pages::Miss> misses;
-
-    int64_t bytes() const;
 };
 
 struct PoolInfo {
@@ -334,6 +287,8 @@ class Store {
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);
     void estimate_rest(int layer, const AttendCall& call);
+    void select_exactly(int layer, const AttendCall& call);
+    std::vector<float> true_shares(int layer, const AttendCall& call, int r, int first);
     int audited_row(int rows) const;
     void audit(int layer, const AttendCall& call, int r);
     int zone_room(const pages::Row& row) const;

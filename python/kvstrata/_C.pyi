@@ -239,7 +239,7 @@ def scale_groups(format: int, head_dim: int) -> int: ...
 def supported() -> Supported: ...
 
 # --- the store
-_Recall = tuple[int, int, float, int, int, int, float, int, float, int]
+_Recall = tuple[int, int, float, int, int, int, float, int, float, int, int]
 _Strides = tuple[int, int, int, int]  # address, elements per sequence, per token, per head
 
 class Store:

@@ -14,9 +14,10 @@ class Recall:
     """What selecting steps read, since the cache was made.
 
     captured, least_captured: the share of a query head's attention mass that was read, mean and minimum over selections, as the
-    pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's
-    mass_floor; audited: query heads of rows that were read whole beside, and of those audited_estimate and audited_exact, the
-    mean share as estimated and as it was; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and those read.
+    pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's mass_floor;
+    audited: query heads of rows that were read whole beside, and of those audited_estimate and audited_exact, the mean share as
+    estimated and as it was; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and
+    those read.
     """
 
     captured: float

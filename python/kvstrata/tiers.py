@@ -68,7 +68,7 @@ def _limits(tier: Far | str | None) -> object:
     return tier is not None, tier.bytes if isinstance(tier, Far) else None
 
 
-def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, float, int, float, int]:
+def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, float, int, float, int, int]:
     """As the binding takes it."""
     kind = ("mean", "bounds", "mean_value").index(reading.kind)
     return (*reading[:4], kind, *reading[5:])

@@ -174,7 +174,8 @@ class Reading(NamedTuple):
     pages: K of each row; near_pages: Near copies of Far pages that a row keeps; weight: of the spread; aggregate: 0 sum, 1 max;
     kind: of summaries; most: pages of one row where those of a sequence's rows share K each, 0: K; mass: share of attention at
     which a row stops, 0: none, but for ``least`` pages; estimate: share of the unread pages that stand in by their means;
-    audit: of so many steps, one row of one layer is read whole to compare, 0: none.
+    oracle: all is read to choose, 1 the best pages, 2 the best tokens, 0: by summaries; audit: of so many steps, one row of one
+    layer is read whole to compare, 0: none.
     """
 
     pages: int
@@ -186,6 +187,7 @@ class Reading(NamedTuple):
     mass: float = 0.0
     least: int = 1
     estimate: float = 0.0
+    oracle: int = 0
     audit: int = 0
 
     @property

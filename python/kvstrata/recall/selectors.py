@@ -12,14 +12,14 @@ MAX_NEAR_PAGES = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
-class TopPages:
+class PageVotes:
     """The pages of highest vote, as many as a budget in tokens holds beside sinks and tail: what selectors have in common.
 
     budget: tokens that a row reads in a step of one token, sinks and tail included; aggregate: the votes of a KV head's query
     heads, "sum" or "max"; near_pages: Near copies of Far pages that a row keeps (None: twice what a step reads, at most
     32,767; 0: none, each step reads its pages through the ring), fewer where a limit is short; mass_floor: 0..1, steps that are
-    estimated to read less of a head's attention mass are counted; audit: of so many steps, one row of one layer is read whole, so
-    that its true share stands beside the estimate (0: none). ValueError for parameters.
+    estimated to read less of a head's attention mass are counted; audit: of so many steps, one row of one layer is read whole,
+    so that its true share stands beside the estimate (0: none). ValueError for parameters.
     """
 
     budget: int = 256
@@ -77,13 +77,13 @@ class TopPages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageMeans(TopPages):
+class PageMeans(PageVotes):
     """The pages of highest estimated attention mass, by their mean keys.
 
     spread_weight: w >= 0 of the second-order term (:func:`kvstrata.ops.score_pages`); estimate: 0..1, the share of the pages
     that are not read which stand in by their mean values, each as so many tokens of its estimated logit, the best first
     (:func:`kvstrata.ops.estimate`; RetroInfer): pages with folded or dropped tokens never do. The rest as in
-    :class:`TopPages`. Source: IceCache (arXiv 2604.10539), with the scan of all means that its public fork has instead of the
+    :class:`PageVotes`. Source: IceCache (arXiv 2604.10539), with the scan of all means that its public fork has instead of the
     tree.
     """
 
@@ -141,12 +141,12 @@ class MassThreshold(PageMeans):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds(TopPages):
+class Bounds(PageVotes):
     """The pages whose largest logit may be highest, by the least and the largest value of their keys in every channel (Quest,
     arXiv 2406.10774).
 
     aggregate: "max" by default. What is reported as captured is a floor then: x bounds a page's mass from above. The rest as
-    in :class:`TopPages`. Deviations: the paper ranks per query head; here a KV head's query heads vote together, by shares of
+    in :class:`PageVotes`. Deviations: the paper ranks per query head; here a KV head's query heads vote together, by shares of
     their sums of bounds.
     """
 
@@ -155,3 +155,25 @@ class Bounds(TopPages):
 
     def _read(self, reading: Reading) -> Reading:
         return reading._replace(kind=self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPages(PageVotes):
+    """The pages of highest true attention mass: every token is read to choose them, so it saves nothing. An oracle, beside
+    which summaries are to be judged; without a Far tier only. As :class:`PageVotes`."""
+
+    kind: ClassVar[SummaryKind] = "mean"
+
+    def _read(self, reading: Reading) -> Reading:
+        return reading._replace(oracle=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTokens(PageVotes):
+    """The tokens of highest true attention mass, as many as the pages of the budget hold: an oracle beside which packing is to
+    be judged, too. As :class:`TopPages`."""
+
+    kind: ClassVar[SummaryKind] = "mean"
+
+    def _read(self, reading: Reading) -> Reading:
+        return reading._replace(oracle=2)

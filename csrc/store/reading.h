@@ -1,0 +1,68 @@
+// What a step of one token reads where not all is read, what is known of that afterwards, and what it works in.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/types.h"
+#include "ops/attend.h"
+#include "ops/score_pages.h"
+#include "pages/near.h"
+#include "pages/row.h"
+#include "store/index.h"
+
+namespace kvstrata::store {
+
+// What is read to choose: summaries; or all, to see what they and the packing lose. `tokens`: the best tokens, not their pages.
+enum class Oracle : uint8_t { none = 0, pages = 1, tokens = 2 };
+
+// What a step of one token reads of what is neither sink nor tail; others read all.
+struct Recall {
+    int pages = 0;       // K of each row; 0: every step reads all
+    int near_pages = 0;  // C: Near copies of Far pages that a row keeps, at least what it may read, or 0
+    float weight = 1.0f;
+    ops::Aggregate aggregate = ops::Aggregate::sum;
+    SummaryKind kind = SummaryKind::mean;
+    int most = 0;           // pages of one row, where the rows of a sequence share K each by their votes; 0: K
+    float mass = 0.0f;      // share of attention at which a row stops, 0: none,
+    int least = 0;          // but for so many pages
+    float estimate = 0.0f;  // of the pages that are not read, the share that stand in by their means
+    Oracle oracle = Oracle::none;
+    int audit = 0;  // of so many steps, one row of one layer is read whole to compare; 0: none
+
+    int widest() const { return most > 0 ? most : pages; }
+};
+
+// Of the attention mass of selecting steps, the share that they are estimated to have read, over rows and query heads.
+struct Captured {
+    double sum = 0.0;
+    float least = 1.0f;
+    int64_t count = 0, below = 0;  // below the floor
+};
+
+// Likewise of rows that were read whole beside: the share as it was estimated, and as it was.
+struct Audited {
+    double estimated = 0.0, exact = 0.0;
+    int64_t count = 0;
+};
+
+// Scratch of a call that attends in parts, kept between calls.
+struct Parts {
+    std::vector<ops::AttendRow> whole;  // the rows of the call
+    std::vector<pages::Row*> rows;
+    std::vector<const Index*> indices;
+    std::vector<float> out[3], lse[3], rest;  // of the parts [rows, T, G, D], [rows, T, G], and of what is not read
+    std::vector<PageId> pages;                // the lists of a part, one after another
+    std::vector<uint16_t> masks, picked;      // of a part's lists; of the tokens that an oracle has chosen
+    std::vector<size_t> ends;                 // [rows + 1]
+    std::vector<int32_t> tokens, selected, zone, far;
+    std::vector<float> votes;  // of the selected pages, if rows share them
+    std::vector<float> exact;  // [G] log-sum-exps of the row that is audited
+    std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
+    std::vector<ops::SelectRow> select;
+    std::vector<pages::Miss> misses;
+
+    int64_t bytes() const;
+};
+
+}  // namespace kvstrata::store
