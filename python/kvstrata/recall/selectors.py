@@ -126,6 +126,8 @@ class MassThreshold(PageMeans):
 
     def _read(self, reading: Reading) -> Reading:
         most = int(self.reach * reading.pages)
+        if most > MAX_NEAR_PAGES:
+            raise ValueError(f"{self._name}: reach x pages is {most}, expected at most {MAX_NEAR_PAGES} Near pages")
         if self.near_pages is not None and most > reading.near_pages:
             raise ValueError(
                 f"{self._name}: near_pages is {reading.near_pages}, expected at least {most}, reach x pages"
