@@ -108,8 +108,8 @@ class MassThreshold(PageMeans):
     mass is spread reads more than its part: up to ``reach`` times the budget's pages, within the budget of all rows of a
     sequence and layer together, by vote (the idea of AdaKV, arXiv 2407.11550, for what is read).
 
-    mass: 0..1 (1: no row stops early; 0: all stop at ``least``); least: pages that every row reads, >= 1; reach: >= 1. The votes are summed. ValueError
-    for parameters.
+    mass: 0..1 (1: no row stops early; 0: all stop at ``least``); least: pages that every row reads, >= 1; reach: >= 1. The
+    votes are summed. ValueError for parameters.
     """
 
     mass: float = 1.0
