@@ -5,25 +5,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
 
 import torch
-from archived import SHAPE, Fed, error
+from archived import SHAPE, Fed, error, small
 from choosing import SLOTS, Table, as_sealed, seen, table
 from torch import Tensor
 
 from kvstrata import Cache, Policy, Sequence, Shape, reference
 from kvstrata.policy.base import Reading
+from kvstrata.recall import Archive, KMeans
+from kvstrata.recall.archive import Packer
 
 CLEAR = {"mean": 3e-4, "mean_value": 3e-4, "bounds": 2e-5}
 """Relative error of a vote: means may be rounded either way to 8 bits, bounds of f32 keys are as they are."""
 TRIALS = 6
 
+BUDGET = 32 + 16 + 15 + 4 * 16
+"""Tokens: four pages beside sinks and tail."""
+INT8 = 2e-2
+"""Relative error of attention over int8 pages, queries and weights being rounded too."""
+ROUNDED = 1e-4
+"""Relative error of an output: a value mean may be rounded either way to 8 bits."""
+
 Rows = dict[tuple[Sequence, int, int], Table]
 """By sequence, layer and head."""
+
+
+def policy(selector: Any, packer: Packer | None = None, state: str = "full", **changes: Any) -> Policy:
+    """As :func:`small`, with another selector."""
+    planner = Archive(KMeans() if packer is None else packer, state, 256, 256)
+    return replace(small(state=state, **changes), planner=planner, selector=selector)
 
 
 def tables(pair: Fed, seqs: list[Sequence]) -> Rows:
@@ -210,6 +225,51 @@ def judged(
     return sure
 
 
-def room(made: Ranked, reading: Reading, share: float) -> int:
-    """Pages that a row may estimate: of those that it does not read, beside those of the budget."""
-    return ceil(share * max(0, len(made.indexed) - reading.pages))
+def narrowed(pair: Fed) -> tuple[list[Sequence], Rows]:
+    """A sequence, two forks and another one, of which some were cropped and some have lost tokens; their rows before that."""
+    seqs = pair.new(2)
+    pair.feed(seqs, [700, 760])
+    seqs += pair.fork(seqs[0], 2)
+    for _ in range(40):
+        pair.feed([seqs[2]], [1])
+    pair.feed([seqs[3]], [300])
+    born = tables(pair, seqs)
+    for layer in range(2):
+        positions = pair.cache.materialize(layer, seqs[1])[2]
+        keep = (torch.rand(positions.shape, generator=pair.generator) < 0.8) | (positions < 32)
+        keep[0] |= positions[0] > 400
+        keep[0] &= (positions[0] < 600) | (positions[0] > 650)  # whole pages go, of one row
+        pair.cache.drop(layer, seqs[1], keep)
+    pair.crop(seqs[2], 450)
+    pair.crop(seqs[0], 333)
+    assert sum(not row.slots[: row.sealed].all() for row in tables(pair, seqs).values()) > 8, "pages have holes"
+    return seqs, born
+
+
+def reading_of(pair: Fed) -> Reading:
+    selector = pair.cache.policy.selector
+    assert selector is not None
+    return selector.native(32, 16)
+
+
+def merged(a: Account, reading: Reading) -> tuple[Tensor, list[int]]:
+    """What should come out of a row, and which entries it should estimate."""
+    most = ceil(reading.estimate * max(0, len(a.made.indexed) - reading.pages))
+    zone = a.made.zone(a.chosen, most, a.vote)
+    return a.made.with_rest(a.chosen, zone, reading.weight), zone[zone >= 0].tolist()
+
+
+def estimated(
+    pair: Fed, seqs: list[Sequence], tolerance: float = ROUNDED, born: Rows | None = None
+) -> list[tuple[Account, list[int]]]:
+    """Feeds one token to each; rows whose selection is clear are what was read merged with the estimate of their zones."""
+    found = []
+    for a in accounts(pair, seqs, reading_of(pair), born):
+        want, zone = merged(a, reading_of(pair))
+        if a.clear:
+            found.append((a, zone))
+            assert error(a.got, want) < tolerance
+            if zone:
+                assert error(a.got, a.made.read(a.chosen)[0]) > 10 * tolerance, "the zone counts"
+    assert 2 * len(found) >= len(seqs)
+    return found

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from accounts import Account, Rows, accounts, judged, mild, tables
+from accounts import BUDGET, INT8, Account, accounts, judged, mild, narrowed, policy
 from archived import SHAPE, Fed, small
 from torch import Tensor
 
-from kvstrata import Cache, LayerSpec, Policy, Sequence, Shape
-from kvstrata.recall import Archive, Bounds, KMeans, MassThreshold, PageMeans, Position
+from kvstrata import Cache, LayerSpec, Shape
+from kvstrata.recall import Bounds, KMeans, MassThreshold, PageMeans, Position
 from kvstrata.recall.archive import Packer
-
-BUDGET = 32 + 16 + 15 + 4 * 16
-"""Tokens: four pages beside sinks and tail."""
-INT8 = 2e-2
-"""Relative error of attention over int8 pages, queries and weights being rounded too."""
-
-
-def policy(selector: Any, packer: Packer | None = None, state: str = "full", **changes: Any) -> Policy:
-    """As :func:`small`, with another selector."""
-    planner = Archive(KMeans() if packer is None else packer, state, 256, 256)
-    return replace(small(state=state, **changes), planner=planner, selector=selector)
 
 
 def differ(some: list[Account], pages: int = 4) -> None:
@@ -37,8 +25,7 @@ def differ(some: list[Account], pages: int = 4) -> None:
 
 
 @pytest.mark.parametrize("far", ["auto", None])
-@pytest.mark.parametrize("packer", [Position(), KMeans()])
-@pytest.mark.parametrize("aggregate", ["max", "sum"])
+@pytest.mark.parametrize(("packer", "aggregate"), [(Position(), "max"), (KMeans(), "max"), (KMeans(), "sum")])
 def test_the_pages_of_highest_bounds_are_read(packer: Packer, far: str | None, aggregate: Any) -> None:
     pair = mild(policy(Bounds(BUDGET, aggregate=aggregate), packer), far=far)
     seqs = pair.new(2)
@@ -49,8 +36,8 @@ def test_the_pages_of_highest_bounds_are_read(packer: Packer, far: str | None, a
 
 @pytest.mark.parametrize("dim", [32, 96, 128])
 @pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("packer", [Position(), KMeans()])
-def test_head_dimensions_and_groups(packer: Packer, group: int, dim: int) -> None:
+def test_head_dimensions_and_groups(group: int, dim: int) -> None:
+    packer = Position() if group == 3 else KMeans()
     shape = Shape([LayerSpec(1, group, dim)] * 2, torch.float32)
     pair = mild(policy(Bounds(BUDGET), packer), shape)
     (seq,) = pair.new()
@@ -82,27 +69,6 @@ def test_bounds_follow_their_pages(packer: Packer) -> None:
     differ(some)
     assert pair.cache.report().counts["archived"] > archived + 1000
     assert any(e > 40 for a in some for e in a.chosen), "new pages are among those that are read"
-
-
-def narrowed(pair: Fed) -> tuple[list[Sequence], Rows]:
-    """A sequence, two forks and another one, of which some were cropped and some have lost tokens; their rows before that."""
-    seqs = pair.new(2)
-    pair.feed(seqs, [700, 760])
-    seqs += pair.fork(seqs[0], 2)
-    for _ in range(40):
-        pair.feed([seqs[2]], [1])
-    pair.feed([seqs[3]], [300])
-    born = tables(pair, seqs)
-    for layer in range(2):
-        positions = pair.cache.materialize(layer, seqs[1])[2]
-        keep = (torch.rand(positions.shape, generator=pair.generator) < 0.8) | (positions < 32)
-        keep[0] |= positions[0] > 400
-        keep[0] &= (positions[0] < 600) | (positions[0] > 650)  # whole pages go, of one row
-        pair.cache.drop(layer, seqs[1], keep)
-    pair.crop(seqs[2], 450)
-    pair.crop(seqs[0], 333)
-    assert sum(not row.slots[: row.sealed].all() for row in tables(pair, seqs).values()) > 8, "pages have holes"
-    return seqs, born
 
 
 @pytest.mark.parametrize("packer", [Position(), KMeans()])
@@ -156,7 +122,7 @@ def test_the_floor_is_the_share_where_keys_of_a_page_are_equal() -> None:
 # --- thresholds of mass -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mass", "least"), [(0.5, 1), (0.7, 1), (0.8, 3), (0.9, 2), (0.3, 6)])
+@pytest.mark.parametrize(("mass", "least"), [(0.5, 1), (0.8, 3), (0.9, 2), (0.3, 6)])
 @pytest.mark.parametrize("group", [1, 4])
 def test_the_fewest_pages_that_reach_the_mass(mass: float, least: int, group: int) -> None:
     """Of a budget of eight, which no row may pass."""
@@ -232,7 +198,7 @@ def test_no_mass_is_reached_by_the_least_pages(least: int) -> None:
 @pytest.mark.parametrize("estimate", [0.0, 0.5])
 def test_sequences_of_a_batch_decide_alone(estimate: float) -> None:
     """Four ragged ones are four batches of one, bit for bit."""
-    lengths, alone = [900, 300, 612, 90], []
+    lengths = [900, 300, 612, 90]
     selector = MassThreshold(BUDGET, mass=0.8, reach=2.5, estimate=estimate)
 
     def walk(which: list[int]) -> list[list[Tensor]]:
