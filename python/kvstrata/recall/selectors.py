@@ -9,6 +9,8 @@ from kvstrata.config import SLOTS
 from kvstrata.policy.base import Reading, SummaryKind
 
 MAX_NEAR_PAGES = (1 << 15) - 1
+LEAST_MASS = 1e-30
+"""A threshold that any page reaches: 0 is none to the store."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class MassThreshold(PageMeans):
     mass is spread reads more than its part: up to ``reach`` times the budget's pages, within the budget of all rows of a
     sequence and layer together, by vote (the idea of AdaKV, arXiv 2407.11550, for what is read).
 
-    mass: 0..1 (1: no row stops early); least: pages that every row reads, >= 1; reach: >= 1. The votes are summed. ValueError
-    for parameters.
+    mass: 0..1 (1: no row stops early; 0: all stop at ``least``); least: pages that every row reads, >= 1; reach: >= 1. The
+    votes are summed. ValueError for parameters.
     """
 
     mass: float = 1.0
@@ -131,13 +133,16 @@ class MassThreshold(PageMeans):
 
     def _read(self, reading: Reading) -> Reading:
         most = int(self.reach * reading.pages)
+        if most > MAX_NEAR_PAGES:
+            raise ValueError(f"{self._name}: reach x pages is {most}, expected at most {MAX_NEAR_PAGES} Near pages")
         if self.near_pages and most > self.near_pages:
             raise ValueError(
                 f"{self._name}: near_pages is {self.near_pages}, expected 0 or at least {most}, reach x pages"
             )
         near = max(most, reading.near_pages) if reading.near_pages else 0
         reading = super()._read(reading)._replace(most=most, near_pages=near)
-        return reading._replace(mass=self.mass, least=min(self.least, reading.pages))
+        mass = 0.0 if self.mass == 1.0 else max(self.mass, LEAST_MASS)  # f32 sums may round to all before all is read
+        return reading._replace(mass=mass, least=min(self.least, reading.pages))
 
 
 @dataclass(frozen=True, kw_only=True)
