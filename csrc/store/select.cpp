@@ -177,19 +177,19 @@ void Store::select_pages(int layer, const AttendCall& call) {
 
 // Says of which token's page a selection could not tell the mass, or of which query.
 void Store::refuse_unranked(int layer) {
-    const int heads = layers_[layer].kv_heads;
-    for (size_t r = 0; r < parts_.select.size(); ++r) {
-        const int entry = parts_.select[r].unranked;
-        if (entry < 0) continue;
-        const pages::Row& row = *parts_.rows[r];
-        const int32_t position =
-            pages::pool_of(pools_, row.page[entry]).positions(row.page[entry])[std::countr_zero(row.alive[entry])];
-        throw Invalid(message("attend: layer ", layer, ", head ", r % heads, " of the ", r / heads,
-                              ". sequence of the step: the"
-                              " query or keys of the page of position ",
-                              position,
-                              " are not finite; expected finite ones,"
-                              " such a page could not be found again"));
+    size_t r = 0;
+    for (size_t b = 0; b < step_.size(); ++b) {
+        for (int h = 0; step_[b].count > 0 && h < layers_[layer].kv_heads; ++h, ++r) {
+            const int entry = parts_.select[r].unranked;
+            if (entry < 0) continue;
+            const PageId page = parts_.rows[r]->page[entry];
+            const int slot = std::countr_zero(parts_.rows[r]->alive[entry]);
+            throw Invalid(message("attend: layer ", layer, ", head ", h, " of the ", b,
+                                  ". sequence of the step: the query or"
+                                  " keys of the page of position ",
+                                  pages::pool_of(pools_, page).positions(page)[slot],
+                                  " are not finite; expected finite ones, such a page could not be found again"));
+        }
     }
 }
 
@@ -197,7 +197,9 @@ void Store::refuse_unranked(int layer) {
 int Store::zone_room(const pages::Row& row) const {
     const float share = options_.recall.estimate;
     if (share == 0.0f) return 0;
-    const int outside = std::max(0, row.sealed - first_indexed(row) - options_.recall.pages);
+    const int read = options_.recall.mass > 0.0f ? std::min(options_.recall.least, options_.recall.pages)
+                                                 : options_.recall.pages;  // at the least
+    const int outside = std::max(0, row.sealed - first_indexed(row) - read);
     return static_cast<int>(std::ceil(share * static_cast<float>(outside))) + options_.recall.widest();
 }
 

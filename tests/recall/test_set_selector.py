@@ -127,7 +127,7 @@ def test_what_set_selector_refuses() -> None:
     pair, seqs = begun(SELECTORS["mean"])
     with pytest.raises(ValueError, match="budget is 70 tokens, expected at least 79"):
         pair.cache.set_selector(Bounds(70), summarize=True)
-    with pytest.raises(ValueError, match="near_pages is 5, expected at least 8, reach x pages"):
+    with pytest.raises(ValueError, match="near_pages is 5, expected 0 or at least 8, reach x pages"):
         pair.cache.set_selector(MassThreshold(BUDGET, near_pages=5))
     assert pair.cache.policy.selector == SELECTORS["mean"]
     with (
@@ -167,7 +167,6 @@ def test_a_key_that_is_no_number_is_named(kind: str, state: str, bad: float) -> 
             assert step.attend(layer, *pair.drawn(layer, 1)).isfinite().all()
 
 
-@pytest.mark.xfail(reason="sequences without a token are not counted")
 def test_its_sequence_is_named_as_the_step_has_it() -> None:
     pair = fed(policy(SELECTORS["mean"]))
     other, seq = pair.new(2)
