@@ -39,6 +39,17 @@ class Bounds:
         elif policy.planner is None and budget.unit == "tokens" and max(lengths) > budget.value:
             raise BudgetExceeded(f"budget: limit is {budget.value} tokens per row, the step needs {max(lengths)}")
 
+    def reserve(self, tokens: int) -> None:
+        """The pages of the open step, of at most so many tokens of a sequence. BudgetExceeded with nothing changed but what has
+        left the Near tier for it."""
+        slabs, whole = self._cache._slabs, (0, len(self._cache.shape.layers), 0, tokens)
+        try:
+            slabs.reserve(*whole)
+        except BudgetExceeded:
+            if not self._cache._plans.give_way():
+                raise
+            slabs.reserve(*whole)
+
     def _fit(self, after: dict[int, int]) -> None:
         """A budget is shared by all sequences: with their number known, and none begun, the policy is fitted anew; the limit
         of a share follows their lengths."""

@@ -100,6 +100,15 @@ class Plans:
         finally:
             self._goal = None
 
+    def give_way(self) -> bool:
+        """Before a step is refused: what can leave the Near tier goes, as far as a limit of an eighth less asks. False where
+        the policy moves nothing."""
+        limit = self._cache._slabs.limit
+        if limit is None or not self._cache.policy.archives or self._cache.policy.allocator is None:
+            return False
+        self.ahead(self._cache._live, limit - limit // 8, len(self._cache._live))
+        return True
+
     def before(self, counts: dict[int, int], cut: list[int]) -> None:
         """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
         the tokens of their interval, others must end within it. Before that, what sequences hold too much since more share

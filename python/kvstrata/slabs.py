@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -75,12 +76,16 @@ class Slabs:
         step = (first_layer, last_layer, first, last)
         if not any(self._store.missing(*step)):
             return
-        try:
-            self.reserve_pages(self._store.needed(*step))
-        except BudgetExceeded:
-            if not self._store.shrink_near():
-                raise
-            self.reserve_pages(self._store.needed(*step))
+        self._reserve(lambda: self._store.needed(*step))
+
+    def _reserve(self, needed: Callable[[], list[int]]) -> None:
+        """Makes sure of so many free pages in each pool; Near copies give way before it is refused."""
+        while True:
+            try:
+                return self.reserve_pages(needed())
+            except BudgetExceeded:
+                if not self._store.shrink_near():
+                    raise
 
     def admit(self, queries: int) -> None:
         """Before a step of recall, in which each sequence reads what it holds with so many queries at the most: its books are
@@ -94,7 +99,7 @@ class Slabs:
 
         if short() > 0:
             self.trim()
-        if short() > 0 and self._store.shrink_near():
+        while short() > 0 and self._store.shrink_near():
             self.trim()
         if (more := short()) > 0:
             raise self._exceeded(self._bound() or 0, more)
@@ -125,12 +130,7 @@ class Slabs:
             self.trim(keep=needed)
             spare = self._spare(costs)
             entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
-        try:
-            self.reserve_pages(needed)
-        except BudgetExceeded:
-            if not self._store.shrink_near():
-                raise
-            self.reserve_pages(needed)
+        self._reserve(lambda: needed)
         return entries
 
     def piece(self) -> int:

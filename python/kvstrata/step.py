@@ -71,7 +71,7 @@ class Step:
             self._cache._plans.before(self._counts, self._cut)
             self._cache._slabs.admit(max(self._counts.values()) if self._past else 0)
             if not self._cut:
-                self._cache._slabs.reserve(0, len(self._cache.shape.layers), 0, self._store.longest)
+                self._cache._bounds.reserve(self._store.longest)
         except BaseException:
             self._store.rollback()
             self._cache._leave(self)
