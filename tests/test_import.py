@@ -59,3 +59,10 @@ def test_import_without_torch(module: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["budget", "policy", "recall"])
+def test_any_module_may_be_the_first(module: str) -> None:
+    code = f"import kvstrata.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

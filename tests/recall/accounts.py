@@ -22,7 +22,7 @@ from kvstrata.recall.archive import Packer
 
 CLEAR = {"mean": 3e-4, "mean_value": 3e-4, "bounds": 2e-5}
 """Relative error of a vote: means may be rounded either way to 8 bits, bounds of f32 keys are as they are."""
-TRIALS = 6
+TRIALS = 4
 
 BUDGET = 32 + 16 + 15 + 4 * 16
 """Tokens: four pages beside sinks and tail."""

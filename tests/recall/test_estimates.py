@@ -22,7 +22,7 @@ def test_the_rest_stands_in_by_its_means(share: float, packer: Any, far: str | N
     pair = mild(policy(PageMeans(BUDGET, estimate=share), packer), far=far)
     seqs = pair.new(2)
     pair.feed(seqs, [900, 600])
-    for _ in range(4):
+    for _ in range(3):
         for a, zone in estimated(pair, seqs):
             rest = len(a.made.indexed) - 4
             assert len(zone) == ceil(share * rest) and not set(zone) & set(a.chosen)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accounts import BUDGET, INT8, Account, accounts, judged, mild, narrowed, policy
-from archived import SHAPE, Fed, small
+from archived import EXACT, SHAPE, Fed, error, small
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Shape
@@ -53,7 +53,7 @@ def test_bounds_of_keys_of_fewer_bits(packer: Packer, far: str | None) -> None:
     (seq,) = pair.new()
     pair.feed([seq], [700])
     assert pair.cache.report().states["int8"] > 0
-    differ([a for _ in range(6) for a in judged(pair, [seq], INT8, clear=2e-3)])
+    differ([a for _ in range(4) for a in judged(pair, [seq], INT8, clear=2e-3)])
 
 
 @pytest.mark.parametrize("packer", [Position(), KMeans()])
@@ -64,7 +64,7 @@ def test_bounds_follow_their_pages(packer: Packer) -> None:
     pair.feed(seqs, [500, 333])
     archived, some = pair.cache.report().counts["archived"], []
     for i in range(300):
-        some += judged(pair, seqs) if i % 20 == 0 else []
+        some += judged(pair, seqs) if i % 30 == 0 else []
         pair.feed(seqs, [1, 1])
     differ(some)
     assert pair.cache.report().counts["archived"] > archived + 1000
@@ -130,13 +130,15 @@ def test_the_fewest_pages_that_reach_the_mass(mass: float, least: int, group: in
     pair = mild(policy(selector), Shape([LayerSpec(2, 2 * group, 64)] * 2, torch.float32))
     seqs = pair.new(2)
     pair.feed(seqs, [900, 500])
-    counts = [len(a.chosen) for _ in range(5) for a in judged(pair, seqs)]
+    counts = [len(a.chosen) for _ in range(3) for a in judged(pair, seqs)]
     assert min(counts) >= least and max(counts) <= 8
     assert any(least < n < 8 for n in counts) or mass == 0.3, "rows differ"
 
 
-@pytest.mark.parametrize(("mass", "least", "reach"), [(1.0, 1, 2.0), (1.0, 3, 3.0), (0.7, 1, 2.0), (0.9, 3, 1.5)])
-@pytest.mark.parametrize("packer", [Position(), KMeans()])
+@pytest.mark.parametrize(
+    ("packer", "mass", "least", "reach"),
+    [(Position(), 1.0, 1, 2.0), (KMeans(), 1.0, 3, 3.0), (Position(), 0.7, 1, 2.0), (KMeans(), 0.9, 3, 1.5)],
+)
 def test_rows_share_the_pages_of_the_budget(packer: Packer, mass: float, least: int, reach: float) -> None:
     """Those of highest vote, K of each row on the average, no row without the least and none beyond its reach."""
     selector = MassThreshold(BUDGET, mass=mass, least=least, reach=reach)
@@ -144,14 +146,15 @@ def test_rows_share_the_pages_of_the_budget(packer: Packer, mass: float, least: 
     seqs = pair.new(2)
     pair.feed(seqs, [900, 600])
     reading, counts = selector.native(32, 16), []
-    for _ in range(3):
+    for _ in range(4):
         every = accounts(pair, seqs, reading)
         for first in range(0, len(every), 3):
             n = [len(a.chosen) for a in every[first : first + 3]]
             assert sum(n) <= 12 and (mass < 1 or sum(n) == 12)
             assert all(least <= m <= int(4 * reach) for m in n)
             counts += n
-        counts += [len(a.chosen) for a in judged(pair, seqs)]
+        assert sum(a.clear for a in every) >= 6
+        assert all(error(a.got, a.made.read(a.chosen)[0]) < EXACT for a in every if a.clear)
     assert min(counts) < 4 < max(counts)
 
 

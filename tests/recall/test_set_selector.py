@@ -36,7 +36,7 @@ def begun(selector: Any, **more: Any) -> tuple[Fed, list[Any]]:
     return pair, seqs
 
 
-def decoded(pair: Fed, seqs: list[Any], steps: int = 40) -> list[Tensor]:
+def decoded(pair: Fed, seqs: list[Any], steps: int = 24) -> list[Tensor]:
     return [x for _ in range(steps) for x in pair.feed(seqs, [1] * len(seqs))]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from kvstrata.policy.base import Policy
-from kvstrata.recall import Archive, KMeans, PageMeans
 
 
 def icecache(
@@ -34,6 +33,8 @@ def icecache(
     and all page means are scanned. Its first two layers are dense and not counted; here none is, and all bytes count. A step
     of several tokens reads everything.
     """
+    from kvstrata.recall import Archive, KMeans, PageMeans  # which itself imports policy.base
+
     return Policy(
         "icecache",
         Archive(KMeans(), state, segment, segment_min),

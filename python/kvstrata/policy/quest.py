@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from kvstrata.policy.base import Policy
-from kvstrata.recall import Archive, Bounds, Position
 
 
 def quest(
@@ -29,6 +28,8 @@ def quest(
     Deviations: the paper keeps all pages near the compute and reads fewer of them; here they are archived, where there is a Far
     tier. It ranks for each query head; here a KV head's query heads vote together.
     """
+    from kvstrata.recall import Archive, Bounds, Position  # which itself imports policy.base
+
     return Policy(
         "quest",
         Archive(Position(), state),

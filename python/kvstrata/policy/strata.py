@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kvstrata.budget import Uniform
 from kvstrata.policy.base import Policy
-from kvstrata.recall import KMeans, Ladder, PageMass, PageMeans
 
 
 def strata(
@@ -30,6 +29,8 @@ def strata(
     "int2"; queries: last ones by which pages are ranked; sinks, window, interval, chunk: multiples of 16; near_pages, segment,
     segment_min: as in :func:`kvstrata.policy.icecache`. ValueError for parameters.
     """
+    from kvstrata.recall import KMeans, Ladder, PageMass, PageMeans  # which itself imports policy.base
+
     return Policy(
         "strata",
         Ladder(KMeans(), state, segment, segment_min),
