@@ -14,7 +14,7 @@ from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, BudgetExceeded, Unsupported
-from kvstrata.policy.base import FAR, FULL, STATES, Allowance, Plan, Seen
+from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
 from kvstrata.sight import address, see
@@ -23,6 +23,9 @@ from kvstrata.timetable import Timetable
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
+
+FRAGMENTS = 4
+"""Pages of a row that are part-filled as groups are no multiples of a page, and its part of free ones in Far slabs."""
 
 log = logging.getLogger("kvstrata")
 
@@ -244,8 +247,9 @@ class Plans:
         cache = self._cache
         rows = sum(cache.shape.layers[i].kv_heads for i in self.layers)
         each = torch.full((seen.positions.shape[0],), self._share() // rows, dtype=torch.int64)
-        if seen.tier is not None:  # books of Far pages are Near
-            each -= far_books(cache.shape, seen.layer, cache.policy) * -(-((seen.tier == FAR).sum(1)) // SLOTS)
+        if cache._slabs.has_far:  # all may go Far, and the books of Far pages are Near
+            movable = (seen.stored & ~seen.protected).sum(1)
+            each -= far_books(cache.shape, seen.layer, cache.policy) * (-(-movable // SLOTS) + FRAGMENTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
         spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
         allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
