@@ -137,6 +137,11 @@ def fit(
     return fitted(policy, shape, limit, len(lengths), falls)
 
 
+def _far_books(policy: Policy, shape: Shape, tokens: int) -> int:
+    """Near bytes that so many tokens of a sequence take once they are Far."""
+    return pages(tokens) * sum(s.kv_heads * far_books(shape, i, policy) for i, s in enumerate(shape.layers))
+
+
 def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[int]) -> int:
     """Bytes that a cache of sequences of so many tokens may hold.
 
@@ -146,8 +151,7 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
     if budget.unit == "share" and budget.at is None:
         least = room(policy, shape, limit, len(lengths)).least() * SLACK // (SLACK - 1)
         if policy.archives:
-            each = sum(s.kv_heads * far_books(shape, i, policy) for i, s in enumerate(shape.layers))
-            least += sum(pages(n) for n in lengths) * each
+            least += sum(_far_books(policy, shape, n) for n in lengths)
         limit = max(limit, least + len(lengths) * shape.rows * max(page_costs(shape, 0, policy).values()))
     return limit
 
@@ -155,7 +159,8 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
 def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
     """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit
     are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics
-    read go. An eighth is enough where what is not held Near is not lost. ValueError where even then nothing is left.
+    read go. An eighth and the books of REFERENCE tokens are enough where what is not held Near is not lost. ValueError where
+    even then nothing is left.
 
     A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
     what the policy wants: three quarters of the rest are left then.
@@ -167,8 +172,8 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         tail = _tail_bytes(policy, shape, batch) if shared else 0
         content = room(policy, shape, limit, batch, falls).content
         smaller = _smaller(policy)
-        if policy.archives and content >= limit // 8:  # what is not held Near is not lost
-            break
+        if policy.archives and content >= limit // 8 + batch * _far_books(policy, shape, REFERENCE):
+            break  # what is not held Near is not lost
         enough = 5 if smaller is not None and smaller.queries == 0 < policy.queries else 6
         if smaller is None or content >= enough * (limit - tail) // 8:
             break

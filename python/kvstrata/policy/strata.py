@@ -10,7 +10,7 @@ def strata(
     budget: int = 256,
     *,
     state: str = "int8",
-    queries: int = 16,
+    queries: int = 8,
     sinks: int = 32,
     window: int = 16,
     near_pages: int | None = None,
