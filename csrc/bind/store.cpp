@@ -134,7 +134,6 @@ void bind_store(py::module_& m) {
         .def("ring_pages", &Store::ring_pages)
         .def("hold_ring", &Store::hold_ring)
         .def("shrink_ring", &Store::shrink_ring)
-        .def("summarize_anew", [](Store& s, int kind) { s.summarize_anew(static_cast<SummaryKind>(kind)); })
         .def("shrink_near", &Store::shrink_near)
         .def("set_recall", [](Store& s, const RecallTuple& r) { s.set_recall(recall(r)); })
         .def("set_mass_floor", &Store::set_mass_floor)

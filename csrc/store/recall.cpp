@@ -4,7 +4,6 @@
 // Parts are merged in a fixed order, and what is read does not depend on where it lay: hit or miss, the same bits.
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -177,7 +176,15 @@ void Store::set_recall(const Recall& recall) {
           " pages that a step reads, or 0 where the ring of ", options_.ring, " holds them");
     check(recall.oracle == Oracle::none || options_.far.empty(),
           "set_recall: an oracle reads every token to choose, expected no Far tier");
+    if (recall.kind != options_.recall.kind) summarize_anew(recall.kind);
     options_.recall = recall;
+    shrink_copies(near);
+}
+
+void Store::shrink_copies(int most) {
+    for (auto& [id, s] : sequences_) {
+        for (pages::Row& row : s->rows) row.near.shrink(most, pools_);
+    }
 }
 
 bool Store::shrink_near() {
@@ -185,9 +192,7 @@ bool Store::shrink_near() {
     const int less = now > widest ? widest : widest <= options_.ring ? 0 : now;
     if (less == now) return false;
     options_.recall.near_pages = less;
-    for (auto& [id, s] : sequences_) {
-        for (pages::Row& row : s->rows) row.near.shrink(less, pools_);
-    }
+    shrink_copies(less);
     return true;
 }
 

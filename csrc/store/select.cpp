@@ -133,6 +133,7 @@ void Store::select_pages(int layer, const AttendCall& call) {
     const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size()), most = recall.widest();
     parts_.selected.resize(static_cast<size_t>(n) * most);
     parts_.votes.resize(recall.most > 0 ? parts_.selected.size() : 0);
+    parts_.picked.clear();
     parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
@@ -288,7 +289,8 @@ int Store::audited_row(int rows) const {
     int layers = 0;
     for (int l = 0; l < static_cast<int>(layers_.size()); ++l) layers += recalls(l);
     const int period = options_.recall.audit * layers + 1;  // no multiple of the layers
-    return clock_ % period ? -1 : clock_ / period % rows;
+    const int round = clock_ / period / layers;             // of all layers, each time another row
+    return clock_ % period ? -1 : round % rows;
 }
 
 void Store::audit(int layer, const AttendCall& call, int r) {

@@ -194,8 +194,7 @@ class Store {
     int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
 
     // Recall (recall.cpp)
-    void set_recall(const Recall& recall);
-    void summarize_anew(SummaryKind kind);  // every sealed page, into summaries of another kind
+    void set_recall(const Recall& recall);  // of another kind of summaries: every sealed page is summarized anew
     bool shrink_near();                     // Near copies to what a step reads, then to none; whether there were more
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
@@ -267,6 +266,8 @@ class Store {
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
                    Index& out);
+    void summarize_anew(SummaryKind kind);
+    void shrink_copies(int most);
     Index summarized(Sequence& s, int layer, int head);
     void summarize_sealed(Sequence& s, int layer, int head);
     void join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh);

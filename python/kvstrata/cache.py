@@ -238,13 +238,11 @@ class Cache:
         if self._step is not None:
             raise RuntimeError("set_selector: a step is open, its pages are reserved for the present selector")
         reading = native_reading(selector.native(self.policy.sinks, self.policy.window or 0))
-        if selector.kind != self.policy.selector.kind:
-            if not summarize:
-                raise ValueError(
-                    f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
-                    f" {self.policy.selector.kind}; expected summarize=True, which reads them all once"
-                )
-            self._store.summarize_anew(reading[4])
+        if selector.kind != self.policy.selector.kind and not summarize:
+            raise ValueError(
+                f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
+                f" {self.policy.selector.kind}; expected summarize=True, which reads them all once"
+            )
         self._store.set_recall(reading)
         self._store.set_mass_floor(selector.mass_floor)
         self.policy = replace(self.policy, selector=selector)

@@ -56,7 +56,7 @@ def test_taking_more_than_is_free_changes_nothing() -> None:
     x = torch.randn(40, DIM)
     lender.store.begin([a], [0, 40], list(range(40)))
     assert lender.store.missing(0, 1, 0, 40) == [2]
-    with pytest.raises(RuntimeError, match="needs 2 pages, 0 are free; the step did not reserve them"):
+    with pytest.raises(RuntimeError, match="needs 2 pages of pool 0, 0 are free; the step did not reserve them"):
         lender.store.append(0, (x.data_ptr(), 0, DIM, DIM), (x.data_ptr(), 0, DIM, DIM), 0, 40, 1)
     lender.store.rollback()
     assert lender.store.stored(a, 0, 0) == 20

@@ -86,3 +86,16 @@ def test_tokens_capture_no_less_than_pages_and_these_no_less_than_summaries_prom
 def test_no_far_tier() -> None:
     with pytest.raises(ValueError, match="an oracle reads every token to choose, expected no Far tier"):
         fed(choosing(TopTokens))
+
+
+def test_an_oracle_in_between_leaves_nothing_behind() -> None:
+    """High, oracle, High: the answers of a cache that never had one."""
+    outputs = []
+    for selector in (TopTokens(127), PageMeans(127)):
+        pair = begun(small(4))
+        (seq,) = pair.pieces
+        pair.cache.set_selector(selector)
+        pair.feed([seq], [1])
+        pair.cache.set_selector(PageMeans(127))
+        outputs.append([out for _ in range(4) for out in pair.feed([seq], [1])])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Shape, ops, reference
 from kvstrata.policy.base import FAR
-from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position
+from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position, TopPages
 from kvstrata.testing import fault
 
 SELECTORS = {
@@ -247,3 +247,30 @@ def test_what_four_pages_hold_of_planted_keys(packer: Any, low: float, high: flo
     share = torch.einsum("qd,psd->qps", queries, pages).mul(64**-0.5).flatten(1).softmax(1).view(20, 256, 16).sum(2)
     held = float(share.gather(1, x[0].topk(4).indices).sum(1).mean())
     assert low <= held <= high
+
+
+def test_a_selector_that_is_refused_leaves_the_summaries() -> None:
+    """Other summaries are made only for a selector that the cache can have."""
+    outputs = []
+    for refused in (True, False):
+        pair = fed(policy(SELECTORS["bounds"]))
+        (seq,) = pair.new()
+        pair.feed([seq], [600])
+        if refused:
+            with pytest.raises(ValueError, match="an oracle reads every token to choose"):
+                pair.cache.set_selector(TopPages(SELECTORS["bounds"].budget), summarize=True)
+        pair.cache.set_selector(SELECTORS["bounds"])
+        outputs.append([out for _ in range(4) for out in pair.feed([seq], [1])])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_copies_go_with_the_selector_that_kept_them() -> None:
+    pair = fed(policy(PageMeans(127)))
+    (seq,) = pair.new()
+    pair.feed([seq], [600])
+    pair.feed([seq], [1])
+    store, held = pair.cache._store, pair.cache._store.pool(0)["used"]
+    pair.cache.set_selector(PageMeans(127, near_pages=0))
+    assert held - store.pool(0)["used"] == 4 * 4, "of two layers and two heads, four pages each"
+    pair.feed([seq], [1])
+    assert store.pool(0)["used"] <= held - 16

@@ -160,14 +160,15 @@ class Pair:
                         assert torch.equal(k[h, :n], torch.stack(row.k))
                         assert torch.equal(v[h, :n], torch.stack(row.v))
 
-    def sealed_pages(self) -> dict[int, bytes]:
-        """Payload and positions of every sealed page, by page id."""
+    def sealed_pages(self) -> dict[tuple[int, int, int, int], bytes]:
+        """Payload and positions of every sealed page, by sequence, layer, head and page: a page that one row frees may be
+        taken by the next."""
         store, out = self.cache._store, {}
         for s in self.model:
             for layer, spec in enumerate(self.cache.shape.layers):
                 for h in range(spec.kv_heads):
                     pages, _, _, sealed = store.row(s.id, layer, h)
-                    out |= {page: self._payload(page) for page in pages[:sealed]}
+                    out |= {(s.id, layer, h, page): self._payload(page) for page in pages[:sealed]}
         return out
 
     def _payload(self, page: int) -> bytes:

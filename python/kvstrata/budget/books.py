@@ -79,8 +79,10 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
         beside += FAR_PAGE
         each += sum(s.kv_heads for s in indexed) * _NEAR_COPY * _doubled(reads.near_pages)
     work = max(_recalling(policy, s, batch, reads) for s in set(indexed))
-    others = workspace(policy, shape, limit, batch) if len(indexed) < len(shape.layers) else 0
-    return Books(batch * each, beside, SLAB, max(work, others), _recalling_page(policy, indexed, batch, reads))
+    reads_all = reads.audit > 0 or reads.oracle > 0  # a row at a time, beside the parts
+    if len(indexed) < len(shape.layers) or reads_all:
+        work = (work if reads_all else 0) + max(work, workspace(policy, shape, limit, batch))
+    return Books(batch * each, beside, SLAB, work, _recalling_page(policy, indexed, batch, reads))
 
 
 def _doubled(n: int) -> int:
@@ -130,11 +132,12 @@ def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
 def _recalling_page(policy: Policy, indexed: list[LayerSpec], batch: int, reads: Reading) -> int:
     """Bytes for each page of the cache, of which a row holds no more than its part: a thread's logits of the row's entries, the
     list of those that are read through the ring, and those of the rows of a layer that stand in by their means."""
-    entry = 12 if policy.archives else 0
+    lists = (12 if policy.archives else 0) + (12 if reads.audit > 0 or reads.oracle > 0 else 0)
+    entry = lists
     if policy.selector is not None:
         for i, share in enumerate((1.0, reads.estimate)):
             many, none = (max(_scanning(s, batch, n, reads)[i] for s in indexed) for n in (_MANY, 0))
-            entry = max(entry, (12 if policy.archives else 0) + int((many - none) / _MANY * share) + 1)
+            entry = max(entry, lists + int((many - none) / _MANY * share) + 1)
     each = -(-entry // sum(s.kv_heads for s in indexed))
     return each + int(8 * reads.estimate / len(indexed) + 1) if reads.estimate else each
 
