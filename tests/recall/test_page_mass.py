@@ -163,7 +163,7 @@ def test_the_weight_of_the_selector_counts(weight: float) -> None:
 
 def test_pages_with_holes() -> None:
     """By the slots that are left, and the summary that was made of all; a page without any leaves the table."""
-    asked = Asked(fed(policy(state="full"), SHAPE, budget="256MiB"))
+    asked = Asked(fed(policy(state="full", queries=16), SHAPE, budget="256MiB"))
     (seq,) = asked.pair.new()
     asked.feed([seq], [500])
     cache = asked.pair.cache
