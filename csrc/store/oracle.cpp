@@ -1,7 +1,5 @@
 // What a selection can be at best: every token is read to choose by its true share of attention. For tests and evaluations.
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <numeric>
 
 #include "ops/mass.h"
@@ -77,10 +75,7 @@ std::vector<float> Store::true_shares(int layer, const AttendCall& call, int r, 
     whole = part_row(r, group, dim, 0, parts_.pages.size(), out.data(), lse.data(), nullptr);
     whole.own = 0, whole.sinks = nullptr, whole.logits = logits.data();
     attend_now(layer, call, DType::f32);
-    for (int g = 0; g < group; ++g) {
-        const float larger = std::max(all[g], lse[g]);
-        all[g] = larger + std::log(std::exp(all[g] - larger) + std::exp(lse[g] - larger));
-    }
+    for (int g = 0; g < group; ++g) all[g] = logaddexp(all[g], lse[g]);
     ops::mass({logits.data(), all, share.data(), 1, group, 1, entries, ops::Reduce::sum, threads_});
     for (int slot = 0; slot < entries * kSlots; ++slot) {
         if (!(row.visible[first + slot / kSlots] >> slot % kSlots & 1)) share[slot] = -1.0f;

@@ -65,4 +65,6 @@ struct Parts {
     int64_t bytes() const;
 };
 
+float logaddexp(float a, float b);  // of two log-sum-exps
+
 }  // namespace kvstrata::store

@@ -14,12 +14,12 @@ namespace {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
+}  // namespace
+
 float logaddexp(float a, float b) {
     const float most = std::max(a, b);
     return most == kMinusInf ? most : most + std::log(std::exp(a - most) + std::exp(b - most));
 }
-
-}  // namespace
 
 // Sinks and tail, then what is selected by them, then what is estimated of the rest: merged in this order.
 void Store::attend_selected(int layer, const AttendCall& call) {
@@ -264,8 +264,8 @@ void Store::estimate_rest(int layer, const AttendCall& call) {
     ops::estimate(p);
 }
 
-// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; left: the share of attention that its selection gave up to
-// others; exact [G], or null: of all that the row holds.
+// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; left: the share of attention that
+// its selection gave up to others; exact [G], or null: of all that the row holds.
 void Store::note_captured(const float* const* read, const float* rest, int group, float left, const float* exact) {
     for (int g = 0; g < group; ++g) {
         const float lse = logaddexp(read[0][g], read[1][g]);
