@@ -49,7 +49,7 @@ store::Recall recall(const RecallTuple& r) {
 std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
                               int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed,
                               const RecallTuple& recalled, const std::vector<int>& dense, const std::vector<int>& far,
-                              int ring) {
+                              int ring, bool sets) {
     std::vector<store::LayerShape> shapes;
     for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
     store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
@@ -58,12 +58,13 @@ std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>&
     options.dense = dense;
     for (int state : far) options.far.push_back(static_cast<State>(state));
     options.ring = ring;
+    options.sets = sets;
     return std::make_unique<Store>(std::move(shapes), std::move(options));
 }
 
-store::RowPlan row_plan(Address state, Address tier, Address group) {
+store::RowPlan row_plan(Address state, Address tier, Address group, Address set) {
     return {reinterpret_cast<const uint8_t*>(state), reinterpret_cast<const uint8_t*>(tier),
-            reinterpret_cast<const int32_t*>(group)};
+            reinterpret_cast<const int32_t*>(group), reinterpret_cast<const pages::SetTag*>(set)};
 }
 
 // One native call per layer and decode step: append, then attend over all that is stored.
@@ -73,6 +74,13 @@ void append_attend(Store& s, int layer, const Strides& q, const Strides& k, cons
     s.set_threads(threads);
     s.append(layer, tensor(k), tensor(v), 0, s.longest());
     s.attend(layer, call(q, out, lse, sinks, out_dtype, scale, softcap, threads));
+}
+
+void attend_beside(Store& s, int layer, SeqId seq, const std::vector<int32_t>& positions, const Strides& q,
+                   const Strides& out, const Strides& lse, int out_dtype, float scale, float softcap, int threads) {
+    const py::gil_scoped_release release;
+    s.set_threads(threads);
+    s.attend_beside(layer, seq, positions, call(q, out, lse, 0, out_dtype, scale, softcap, threads));
 }
 
 py::dict pool_state(const Store& s, int pool) {
@@ -114,7 +122,8 @@ void bind_store(py::module_& m) {
         .def(py::init(&create), py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
              py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
-             py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0)
+             py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0,
+             py::arg("sets") = false)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(
@@ -265,23 +274,51 @@ void bind_store(py::module_& m) {
                                static_cast<ops::PoolKind>(kind), static_cast<ops::PoolDivide>(divide),
                                reinterpret_cast<float*>(out));
              })
-        .def("check_plan",
-             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, Address tier, Address group,
-                int64_t columns, bool protect) {
-                 const store::RowPlan p = row_plan(state, tier, group);
-                 s.check_plan(layer, seqs, {p.state, p.tier, p.group, columns}, protect);
+        .def(
+            "check_plan",
+            [](Store& s, int layer, const std::vector<SeqId>& seqs, Address state, Address tier, Address group,
+               int64_t columns, bool protect, Address set) {
+                const store::RowPlan p = row_plan(state, tier, group, set);
+                s.check_plan(layer, seqs, {p.state, p.tier, p.group, columns, p.set}, protect);
+            },
+            py::arg("layer"), py::arg("seqs"), py::arg("state"), py::arg("tier"), py::arg("group"), py::arg("columns"),
+            py::arg("protect"), py::arg("set") = 0)
+        .def(
+            "plan_piece",
+            [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group,
+               const std::vector<int64_t>& cost, int64_t spare, Address set) {
+                const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group, set), cost, spare);
+                return py::make_tuple(piece.entries, piece.changing, piece.pages);
+            },
+            py::arg("layer"), py::arg("seq"), py::arg("head"), py::arg("state"), py::arg("tier"), py::arg("group"),
+            py::arg("cost"), py::arg("spare"), py::arg("set") = 0)
+        .def(
+            "apply_plan",
+            [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most,
+               Address set) {
+                return s.apply_plan(layer, seq, head, row_plan(state, tier, group, set),
+                                    reinterpret_cast<uint8_t*>(state), most);
+            },
+            py::arg("layer"), py::arg("seq"), py::arg("head"), py::arg("state"), py::arg("tier"), py::arg("group"),
+            py::arg("most"), py::arg("set") = 0)
+        .def("seen", [](const Store& s, int layer, SeqId seq) { return s.seen(layer, s.sequence(seq)); })
+        .def("set_view", [](Store& s, SeqId seq, bool all, const std::vector<pages::SetTag>& sets,
+                            bool halves) { s.set_view(seq, {all, halves, sets}); })
+        .def("view",
+             [](const Store& s, SeqId seq) {
+                 const pages::View& view = s.sequence(seq).view;
+                 return py::make_tuple(view.all, view.sets, view.halves);
              })
-        .def("plan_piece",
-             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group,
-                const std::vector<int64_t>& cost, int64_t spare) {
-                 const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group), cost, spare);
-                 return py::make_tuple(piece.entries, piece.changing, piece.pages);
+        .def("look_sets",
+             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address out, int64_t columns) {
+                 s.look_sets(layer, seqs, reinterpret_cast<pages::SetTag*>(out), columns);
              })
-        .def("apply_plan",
-             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most) {
-                 return s.apply_plan(layer, seq, head, row_plan(state, tier, group), reinterpret_cast<uint8_t*>(state),
-                                     most);
-             });
+        .def("row_sets",
+             [](const Store& s, SeqId seq, int layer, int head) {
+                 const pages::Row& r = s.row(seq, layer, head);
+                 return py::make_tuple(r.set, r.aside);
+             })
+        .def("attend_beside", &attend_beside);
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
     m.def("fault_visits", &fault::visits);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <numeric>
 
 namespace kvstrata::pages {
 namespace {
@@ -37,6 +38,7 @@ void resize(Row& row, int entries) {
     resize(row.visible, entries);
     resize(row.want, entries);
     row.near.resize(entries);
+    if (row.tagged) resize(row.set, entries);
     if (row.noted) resize(row.note, entries, kSlots);
 }
 
@@ -47,6 +49,7 @@ void tighten(Row& row) {
     row.alive.shrink_to_fit();
     row.visible.shrink_to_fit();
     row.want.shrink_to_fit();
+    row.set.shrink_to_fit();
     row.note.shrink_to_fit();
 }
 
@@ -56,13 +59,14 @@ void move_entry(Row& row, int from, int to) {
     row.alive[to] = row.alive[from];
     row.visible[to] = row.visible[from];
     row.want[to] = row.want[from];
+    if (row.tagged) row.set[to] = row.set[from];
     row.near.move(from, to);
     if (row.noted) std::copy_n(&row.note[static_cast<size_t>(from) * kSlots], kSlots, &row.note[to * size_t{kSlots}]);
 }
 
 // Releases entries with no alive slot and closes the gaps; `sealed` follows. Names those that stay.
 void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
-    int kept = 0, sealed = 0;
+    int kept = 0, sealed = 0, aside = 0;
     for (int e = 0; e < row.entries(); ++e) {
         if (!row.alive[e]) {
             pool_of(pools, row.page[e]).release(row.page[e]);
@@ -72,10 +76,12 @@ void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
         if (stay) stay->push_back(e);
         if (kept != e) move_entry(row, e, kept);
         sealed += e < row.sealed;
+        aside += e < row.aside;
         ++kept;
     }
     resize(row, kept);
     row.sealed = sealed;
+    row.aside = aside;
 }
 
 }  // namespace
@@ -83,7 +89,7 @@ void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
 int64_t Row::metadata_bytes() const {
     return static_cast<int64_t>(sizeof(Row) + page.capacity() * sizeof(PageId) +
                                 (alive.capacity() + visible.capacity()) * sizeof(uint16_t) + want.capacity() +
-                                note.capacity() * sizeof(uint32_t)) +
+                                note.capacity() * sizeof(uint32_t) + set.capacity() * sizeof(SetTag)) +
            near.metadata_bytes();
 }
 
@@ -105,6 +111,7 @@ void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
             const PageId page = pool.take();
             resize(row, row.entries() + 1);
             row.page.back() = page;
+            if (row.tagged) row.set.back() = kPending;
         }
         const int last = row.entries() - 1;
         const int first = kSlots - row.room();
@@ -150,6 +157,7 @@ void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fr
         row.page[first + f] = fresh[f].page;
         row.alive[first + f] = row.visible[first + f] = fresh[f].alive;
         row.want[first + f] = fresh[f].want;
+        if (row.tagged) row.set[first + f] = fresh[f].set;
         if (row.noted) std::copy_n(fresh[f].note, kSlots, &row.note[static_cast<size_t>(first + f) * kSlots]);
         row.stored += std::popcount(fresh[f].alive);
     }
@@ -192,6 +200,31 @@ void crop(Row& row, int64_t length, Pools& pools, std::vector<int32_t>* kept) {
     }
 }
 
+void tag(Row& row, std::span<const SetTag> tags) {
+    assert(row.tagged && static_cast<int>(tags.size()) == row.entries());
+    std::copy_n(tags.begin(), row.sealed, row.set.begin());
+}
+
+void arrange(Row& row, const View& view) {
+    if (!row.tagged) return;
+    std::vector<int> order(row.sealed);
+    std::iota(order.begin(), order.end(), 0);
+    const auto shown =
+        std::stable_partition(order.begin(), order.end(), [&](int e) { return !view.shows(row.set[e]); });
+    row.aside = static_cast<int32_t>(shown - order.begin());
+    if (std::is_sorted(order.begin(), order.end())) return;
+    const auto permute = [&](auto& column, size_t each) {
+        auto old = column;
+        for (size_t e = 0; e < order.size(); ++e) std::copy_n(&old[order[e] * each], each, &column[e * each]);
+    };
+    permute(row.page, 1);
+    permute(row.alive, 1);
+    permute(row.visible, 1);
+    permute(row.want, 1);
+    permute(row.set, 1);
+    if (row.noted) permute(row.note, kSlots);
+}
+
 Row share(const Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).share(id);
     Row copy = row;
@@ -202,9 +235,10 @@ Row share(const Row& row, Pools& pools) {
 void release(Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).release(id);
     row.near.release(pools);
-    const bool noted = row.noted;
+    const bool noted = row.noted, tagged = row.tagged;
     row = Row{};
     row.noted = noted;
+    row.tagged = tagged;
 }
 
 void positions(const Row& row, Pools& pools, int32_t* out) {

@@ -6,6 +6,8 @@
 // full format. The last entry of the tail may have room; every append goes there. Tail entries are in position order.
 // A row may carry a note per slot: 32 bits that belong to the row and move with the token (its score), not to the page.
 // A row of a cache with a Far tier may hold Near copies of its Far pages (near.h).
+// A tagged row says of each page to which set it belongs (set.h). Pages that its view leaves out stand first: a view is the rest
+// of the table, and attention reads that as it is.
 #pragma once
 
 #include <bit>
@@ -16,6 +18,7 @@
 #include "common/types.h"
 #include "pages/near.h"
 #include "pages/pool.h"
+#include "pages/set.h"
 
 namespace kvstrata::pages {
 
@@ -28,10 +31,13 @@ struct Row {
     std::vector<uint16_t> visible;
     std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is; and those
     std::vector<uint32_t> note;  // [entries, 16], or empty if the row carries none
+    std::vector<SetTag> set;     // of each page, or empty if the row is not tagged
     NearCopies near;             // of Far pages
     int32_t sealed = 0;          // entries before this one are sealed
     int32_t stored = 0;          // alive slots of all entries
+    int32_t aside = 0;           // leading entries, sealed ones, that the view leaves out
     bool noted = false;          // carries notes
+    bool tagged = false;         // its pages are of sets
 
     int entries() const { return static_cast<int>(page.size()); }
     uint16_t hidden(int entry) const { return static_cast<uint16_t>(alive[entry] & ~visible[entry]); }
@@ -49,7 +55,8 @@ struct Fresh {
     PageId page;
     uint16_t alive;
     uint8_t want;
-    uint32_t note[kSlots];  // of alive slots; not read if the row carries none
+    uint32_t note[kSlots];   // of alive slots; not read if the row carries none
+    SetTag set = kBackbone;  // not read if the row is not tagged
 };
 
 // Pages that appending n tokens will take, a copy of a shared tail page included.
@@ -80,6 +87,12 @@ int64_t drop_before(Row& row, int64_t boundary, Pools& pools);
 
 // Removes every token at position `length` or later. `kept`, if given, names the entries that stay, as they were numbered.
 void crop(Row& row, int64_t length, Pools& pools, std::vector<int32_t>* kept = nullptr);
+
+// Pages of sealed entries that stay are of other sets: tags [entries].
+void tag(Row& row, std::span<const SetTag> tags);
+
+// Puts sealed entries that the view leaves out first, each part in the order in which it stands.
+void arrange(Row& row, const View& view);
 
 // A second row over the same pages, without Near copies of its own.
 Row share(const Row& row, Pools& pools);

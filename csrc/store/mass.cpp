@@ -103,7 +103,7 @@ void Store::add_mass(int layer, const TokenTensor& q, int from, int to, float sc
             add_mass(row_of(*s.sequence, layer, h), mass);
         }
     }
-    settle_workspace();
+    settle_workspace(longest_);
 }
 
 }  // namespace kvstrata::store

@@ -93,6 +93,8 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
           ", expected a multiple of ", kSlots, " where pages are selected");
     check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
+    const bool plain = options_.recall.pages == 0 && options_.far.empty() && !options_.massed;
+    check(!options_.sets || plain, "Store: sets with recall, a Far tier or mass, expected one or the other");
     set_recall(options_.recall);
 }
 
@@ -254,9 +256,9 @@ void* Store::workspace(int64_t bytes) {
 
 // Decoding keeps its workspace. What several queries need is large: it goes with their activations, and must not count
 // against what the cache holds afterwards.
-void Store::settle_workspace() {
-    if (longest_ > 1) std::vector<float>().swap(logits_);
-    if (longest_ <= 1) {
+void Store::settle_workspace(int queries) {
+    if (queries > 1) std::vector<float>().swap(logits_);
+    if (queries <= 1) {
         kept_workspace_ = workspace_.size();
     } else if (workspace_.size() > kept_workspace_) {
         std::vector<unsigned char>(kept_workspace_).swap(workspace_);

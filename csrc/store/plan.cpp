@@ -2,7 +2,7 @@
 // the old ones. What a plan comes to: repack.h.
 //
 // Where memory is short, a row is rewritten piece by piece: the changing pages of fewest survivors first, each piece written
-// and switched before the next, which finds the pages that it freed. Plans with tiers or groups are applied whole: what goes
+// and switched before the next, which finds the pages that it freed. Plans with tiers, groups or sets are applied whole: what goes
 // Far takes no Near page but those of the ring, where it is put together.
 #include <algorithm>
 #include <bit>
@@ -42,6 +42,7 @@ void Store::check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns
 
 void Store::check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect) {
     const RowPlan want = plan.row(line);
+    check(!want.set || row.tagged, "apply_plan: set is given, expected none in a cache without sets");
     std::vector<int32_t> pos(row.stored);
     pages::positions(row, pools_, pos.data());
     int i = 0;
@@ -52,6 +53,7 @@ void Store::check_row_plan(int layer, const pages::Row& row, int64_t line, const
             const State next = static_cast<State>(want.state[i]);
             const Tier tier = want.tier ? static_cast<Tier>(want.tier[i]) : now.tier;
             const bool moves = want.group && want.group[i] >= 0;
+            if (want.set) check_set(row, e, line, i, want.set[i]);
             if (next == now.state && tier == now.tier && !moves) continue;
             const auto at = [&] { return message("apply_plan: state[", line, ", ", i, "] is ", int{want.state[i]}); };
             check(want.state[i] < kStates && (next == State::evicted || pool_of(layer, next, tier) >= 0), at(),
@@ -69,8 +71,15 @@ void Store::check_row_plan(int layer, const pages::Row& row, int64_t line, const
     }
 }
 
+// Pages of the tail are pending, sealed ones of a set.
+void Store::check_set(const pages::Row& row, int entry, int64_t line, int i, pages::SetTag to) const {
+    const bool open = entry >= row.sealed;
+    check(open == (to == pages::kPending) && (open || pages::set_of(to) <= pages::kMaxSet), "apply_plan: set[", line,
+          ", ", i, "] is ", to, open ? ", expected 65535 in the open tail" : ", expected a set below 32767");
+}
+
 // The largest piece of a row's plan whose new pages cost at most `spare` beside those that are free, cost [pools] each; one
-// changing entry at the least. All of a plan with tiers or groups.
+// changing entry at the least. All of a plan with tiers, groups or sets.
 PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
                             int64_t spare) {
     const pages::Row& row = row_of(find(seq, "plan_piece"), layer, head);
@@ -91,7 +100,7 @@ PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan,
         }
         return bytes <= spare;
     };
-    if (fits(row.sealed) || plan.tier || plan.group) return piece;
+    if (fits(row.sealed) || plan.whole()) return piece;
     int low = 1, high = std::max(piece.changing, 1);  // `high` does not fit, unless it is 1
     while (high - low > 1) (fits((low + high) / 2) ? low : high) = (low + high) / 2;
     fits(low);
@@ -136,7 +145,7 @@ struct Store::Writing {
         const size_t first = fresh.size();
         for (size_t b = 0; b < batch.size(); ++b) {
             const PageId page = store.pools_[pool].take();
-            fresh.push_back({page, 0, batch[b].want, {}});
+            fresh.push_back({page, 0, batch[b].want, {}, batch[b].set});
             const PageId to = tier == Tier::far ? store.ring_of(pool)[b] : page;
             for (int slot = 0; slot < batch[b].count; ++slot) {
                 const Survivor& t = from[batch[b].first + slot];
@@ -191,7 +200,7 @@ struct Store::Writing {
 bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most) {
     Sequence& s = find(seq, "apply_plan");
     pages::Row& row = row_of(s, layer, head);
-    if (plan.tier || plan.group) most = row.sealed;
+    if (plan.whole()) most = row.sealed;
     const Repack r = repack(row, plan, most, recalls(layer) ? first_indexed(row) : 0, pools_, kinds_.data());
     if (!r.changes) return false;
     fault::hit("plan.after_check");
@@ -210,7 +219,9 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
     }
     if (recalls(layer)) join_index(s, layer, head, r, writing.summaries);
     const int32_t before = row.stored;
+    if (row.tagged) pages::tag(row, r.tag);
     pages::replace(row, r.keep, writing.fresh, pools_);
+    pages::arrange(row, s.view);
     std::copy(left.begin(), left.end(), state);
     if (row.stored != before) s.floor = std::max(s.floor, base(s, seen(layer, s)));
     return r.changing > most;

@@ -253,7 +253,7 @@ void Store::attend_streamed(int layer, const AttendCall& call) {
     const int n = static_cast<int>(parts_.whole.size());
     attend_rows_.resize(1);
     for (int r = 0; r < n; ++r) stream_row(layer, call, r);
-    settle_workspace();
+    settle_workspace(longest_);
     if (longest_ > 1) {  // large, and gone with the prompt
         for (int part = 0; part < 2; ++part) {
             std::vector<float>().swap(parts_.out[part]);

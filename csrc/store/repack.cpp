@@ -13,9 +13,13 @@ class Packing {
 
     Repack run(int most) {
         r_.keep = row_.alive;
+        r_.tag = row_.set;
         r_.first.resize(row_.entries() + 1, 0);
         for (int e = 0; e < row_.entries(); ++e) r_.first[e + 1] = r_.first[e] + std::popcount(row_.alive[e]);
         for (int e : rewritten(most)) collect(e);
+        for (int e = 0; row_.tagged && e < row_.sealed; ++e) {
+            if (!r_.gone(e)) retag(e);
+        }
         for (int e = 0; e < row_.sealed; ++e) {
             if (joins(e)) collect(e);
         }
@@ -37,10 +41,15 @@ class Packing {
     }
     int32_t group(int i) const { return plan_.group ? plan_.group[i] : -1; }
 
+    pages::SetTag set(int i, int e) const {
+        return plan_.set ? plan_.set[i] : row_.tagged ? row_.set[e] : pages::kBackbone;
+    }
+
     static uint8_t want_of(int32_t group) {
         return group < 0 ? 0 : group < kProvisionalGroup ? pages::kGrouped : pages::kProvisional;
     }
     static bool before(const Survivor& a, const Survivor& b) {
+        if (a.set != b.set) return a.set < b.set;
         return a.group != b.group ? a.group < b.group : a.position < b.position;
     }
 
@@ -49,7 +58,7 @@ class Packing {
         const Kind now = kind(e);
         for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
             if (narrows(e) && plan_.state[i] == 0) continue;  // it only loses its slot
-            if (wanted(i, now) != now || group(i) >= 0) return false;
+            if (wanted(i, now) != now || group(i) >= 0 || set(i, e) != set(r_.first[e], e)) return false;
         }
         return true;
     }
@@ -77,7 +86,15 @@ class Packing {
             row_.want[e] & (pages::kGrouped | pages::kProvisional) || !holds(e))
             return false;
         const Kind now = kind(e);
-        return now.tier == Tier::near && packs_[static_cast<int>(now.state)];
+        const auto& packed = packs_[static_cast<int>(now.state)];
+        return now.tier == Tier::near && std::find(packed.begin(), packed.end(), set(r_.first[e], e)) != packed.end();
+    }
+
+    // A page that stays goes to the set of its tokens.
+    void retag(int e) {
+        const pages::SetTag to = set(r_.first[e], e);
+        r_.changes |= to != r_.tag[e];
+        r_.tag[e] = to;
     }
 
     // Survivors of one entry, each to what it shall become.
@@ -91,11 +108,16 @@ class Packing {
             const int slot = std::countr_zero(m), state = static_cast<int>(next.state);
             const uint32_t note = row_.noted ? row_.note[static_cast<size_t>(e) * kSlots + slot] : 0;
             r_.to[static_cast<int>(next.tier)][state].push_back(
-                {group(i), positions[slot], row_.page[e], slot, now.state, note});
-            packs_[state] |= next.tier == Tier::near && group(i) < 0;
+                {set(i, e), group(i), positions[slot], row_.page[e], slot, now.state, note});
+            if (next.tier == Tier::near && group(i) < 0) packs(state, set(i, e));
         }
         r_.keep[e] = 0;
         r_.changes = true;
+    }
+
+    void packs(int state, pages::SetTag set) {
+        auto& packed = packs_[state];
+        if (std::find(packed.begin(), packed.end(), set) == packed.end()) packed.push_back(set);
     }
 
     // Evicted tokens of the tail, of Far pages and of the first ones leave their slots.
@@ -113,9 +135,10 @@ class Packing {
                 const auto& survivors = r_.to[tier][state];
                 auto& pages = r_.pages[tier][state];
                 for (int i = 0; i < static_cast<int>(survivors.size()); ++i) {
-                    const int32_t group = survivors[i].group;
-                    const bool fresh = pages.empty() || pages.back().count == kSlots || group != survivors[i - 1].group;
-                    if (fresh) pages.push_back({i, 0, want_of(group)});
+                    const Survivor& t = survivors[i];
+                    const bool fresh = pages.empty() || pages.back().count == kSlots ||
+                                       t.group != survivors[i - 1].group || t.set != pages.back().set;
+                    if (fresh) pages.push_back({i, 0, want_of(t.group), t.set});
                     ++pages.back().count;
                 }
             }
@@ -127,7 +150,7 @@ class Packing {
     const int fixed_;
     pages::Pools& pools_;
     const Kind* const kinds_;
-    bool packs_[kStates] = {};  // ungrouped Near tokens
+    std::vector<pages::SetTag> packs_[kStates];  // sets of ungrouped Near tokens
     Repack r_;
 };
 

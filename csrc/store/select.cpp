@@ -63,7 +63,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         note_captured(lses, parts_.rest.data() + at, group, parts_.left[r],
                       r == audited ? parts_.exact.data() : nullptr);
     }
-    settle_workspace();
+    settle_workspace(longest_);
 }
 
 void Store::begin_lists() {

@@ -30,7 +30,10 @@ const pages::Row& Store::row(SeqId seq, int layer, int head) const {
 Sequence Store::blank() const {
     Sequence s;
     s.rows.resize(n_rows_);
-    for (pages::Row& row : s.rows) row.noted = options_.scored;
+    for (pages::Row& row : s.rows) {
+        row.noted = options_.scored;
+        row.tagged = options_.sets;
+    }
     if (!options_.formats.empty()) s.centres.resize(n_rows_);
     s.rings = rings();
     for (size_t l = 0; l < layers_.size() && options_.recall.pages > 0; ++l) {
@@ -86,7 +89,7 @@ void Store::free(std::span<const SeqId> seqs) {
 }
 
 Sequence Store::clone(const Sequence& s) {
-    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices};
+    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices, s.view};
     copy.rows.reserve(n_rows_);
     for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
     return copy;
@@ -168,6 +171,7 @@ void Store::clear(SeqId seq) {
     Sequence& s = find(seq, "clear");
     release(s);
     s.length = s.confirmed = s.floor = 0;
+    s.view = {};
 }
 
 }  // namespace kvstrata::store

@@ -177,10 +177,10 @@ void Store::attend(int layer, const AttendCall& call) {
 ops::AttendRow Store::attend_row(const Sequence& s, int layer, int head) const {
     const pages::Row& row = s.rows[first_row_[layer] + head];
     ops::AttendRow r{};
-    r.pages = row.page.data();
-    r.visible = row.visible.data();
+    r.pages = row.page.data() + row.aside;
+    r.visible = row.visible.data() + row.aside;
     r.centre = centre(s, layer, head);
-    r.entries = row.entries();
+    r.entries = row.entries() - row.aside;
     return r;
 }
 
@@ -196,7 +196,7 @@ void Store::run_attend(int layer, const AttendCall& call) {
                         staged_mass_[b * n_rows_ + first_row_[layer] + h]);
         }
     }
-    settle_workspace();
+    settle_workspace(longest_);
 }
 
 // Attends with the rows as they are filled in.
@@ -245,7 +245,6 @@ void Store::settle(int layer) {
     for (const StepSequence& s : step_) settle(layer, *s.sequence, seen(layer, *s.sequence));
 }
 
-// Tokens of a sequence that a layer has seen: an open step's appended ones count.
 int64_t Store::seen(int layer, const Sequence& s) const {
     if (!open_) return s.length;
     for (const StepSequence& t : step_) {

@@ -54,6 +54,7 @@ struct Options {
     std::vector<int> dense = {};  // layers without selection and Far tier, though their attention is full
     std::vector<State> far = {};  // states in which tokens may go to the Far tier
     int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
+    bool sets = false;            // pages belong to sets; without recall, a Far tier and mass
 };
 
 // What a row's quantized keys are relative to, set when one is first quantized and frozen then.
@@ -70,6 +71,7 @@ struct Sequence {
     std::vector<Centre> centres;   // as rows
     std::vector<QueryRing> rings;  // [L], if queries are remembered
     std::vector<Index> indices;    // as rows, if a step selects
+    pages::View view;              // of a store with sets
 };
 
 // One tensor of a call: element (sequence b, token t, head h) at data + (b * batch + t * token + h * head) elements.
@@ -128,9 +130,11 @@ struct PlanColumns {
     const uint8_t* tier;
     const int32_t* group;
     int64_t columns;
+    const pages::SetTag* set = nullptr;
 
     RowPlan row(int64_t r) const {
-        return {state + r * columns, tier ? tier + r * columns : nullptr, group ? group + r * columns : nullptr};
+        return {state + r * columns, tier ? tier + r * columns : nullptr, group ? group + r * columns : nullptr,
+                set ? set + r * columns : nullptr};
     }
 };
 
@@ -191,7 +195,8 @@ class Store {
     void commit();
     void rollback();
     bool in_step() const { return open_; }
-    int longest() const { return longest_; }  // most tokens that one sequence feeds in the open step
+    int64_t seen(int layer, const Sequence& s) const;  // tokens, those of an open step that a layer has appended too
+    int longest() const { return longest_; }           // most tokens that one sequence feeds in the open step
 
     // Recall (recall.cpp)
     void set_recall(const Recall& recall);  // of another kind of summaries: every sealed page is summarized anew
@@ -225,6 +230,14 @@ class Store {
     void pool_scores(int layer, std::span<const SeqId> seqs, const float* score, int group, int64_t columns, int kernel,
                      ops::PoolKind kind, ops::PoolDivide divide, float* out);  // score [R, group, N] -> [R, N]
 
+    // Sets (sets.cpp)
+    void set_view(SeqId seq, pages::View view);  // what its steps read
+    void look_sets(int layer, std::span<const SeqId> seqs, pages::SetTag* out,
+                   int64_t columns);  // [R, N]; 0 beyond a row
+    // Queries at `positions` [n] that are no tokens of the sequence, over all that a layer's view holds; in a step its tokens
+    // that are appended count. call: q and out [n, Hq, D], lse.
+    void attend_beside(int layer, SeqId seq, std::span<const int32_t> positions, const AttendCall& call);
+
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
     PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
@@ -256,6 +269,7 @@ class Store {
     std::vector<QueryRing> rings() const;
     Sequence clone(const Sequence& s);
     void check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect);
+    void check_set(const pages::Row& row, int entry, int64_t line, int i, pages::SetTag to) const;
     bool recalls(int layer) const { return options_.recall.pages > 0 && indexed(layer); }
     bool indexed(int layer) const;  // its rows may be selected from, and go Far
     int first_indexed(const pages::Row& row) const;
@@ -305,9 +319,8 @@ class Store {
     void views(PoolView* out) const;
     void copy_tail(pages::Row& row, pages::Pool& pool);
     void* workspace(int64_t bytes);
-    void settle_workspace();
+    void settle_workspace(int queries);
     int64_t base(const Sequence& s, int64_t length) const;
-    int64_t seen(int layer, const Sequence& s) const;
 
     std::vector<LayerShape> layers_;
     std::vector<int> first_row_;   // [L]

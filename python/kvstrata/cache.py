@@ -19,6 +19,7 @@ from kvstrata.policy.base import Selector
 from kvstrata.recall import Far
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
+from kvstrata.spans import SpanStep
 from kvstrata.step import Step, packed, padded
 from kvstrata.tiers import make_store, native_reading, read_tokens, resolve_far
 
@@ -217,6 +218,19 @@ class Cache:
             return Step(self, seqs, starts, list(range(columns)) * len(seqs), columns)
         return padded(self, seqs, valid)
 
+    def read(self, seq: Sequence, tokens: int, spans: Items[int], *, compact: bool = True) -> SpanStep:
+        """A step over one sequence under an episodic policy, to be used as a context manager.
+
+        tokens: that it feeds, may be 0; spans: queries of each prompt beside them, which leave nothing behind; compact:
+        whether each layer is planned by what they see, before the next. ValueError for another policy, and a step of nothing.
+        """
+        return SpanStep(self, seq, tokens, list(spans), compact)
+
+    def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False) -> None:
+        """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their
+        better halves alone; None: every set."""
+        self._store.set_view(seq.id, sets is None, list(sets or ()), halves)
+
     def _enter(self, step: Step) -> None:
         if self._step is not None:
             raise RuntimeError("step: another step of this cache is open; a cache serves one thread at a time")
@@ -251,15 +265,16 @@ class Cache:
     # --- plans ------------------------------------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Plans every layer now, and returns what memory that frees."""
-        if self.policy.planner is not None and self._live:
-            self._plans.run(self._live)
-        self.trim()
+        """Plans every layer now, unless the policy is episodic, and returns what memory that frees."""
+        self._plan(self._live)
 
     def end_prefill(self, seqs: Items[Sequence]) -> None:
         """For own loops: the prompt of ``seqs`` is complete. Plans them, and returns what memory that frees."""
-        if self.policy.planner is not None and seqs:
-            self._plans.run([s.id for s in seqs])
+        self._plan([s.id for s in seqs])
+
+    def _plan(self, ids: list[int]) -> None:
+        if self.policy.planner is not None and not self.policy.episodic and ids:
+            self._plans.run(ids)
         self.trim()
 
     def drop(self, layer: int, seq: Sequence, keep: torch.Tensor) -> None:
@@ -292,7 +307,7 @@ class Cache:
     def _after_commit(self, before: dict[int, int], longest: int, cut: list[int]) -> None:
         """before: lengths of the step's sequences before it; longest: the most tokens it fed one; cut: those cut inside it."""
         self._slabs.settle()
-        if self.policy.planner is None:
+        if self.policy.planner is None or self.policy.episodic:
             return
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})

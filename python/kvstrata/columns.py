@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvstrata.policy.base import Seen
+from kvstrata.policy.base import Plan, Seen
 
 
 def wide_columns(found: list[Seen], free: list[Tensor], states: list[int]) -> dict[str, Tensor]:
@@ -44,3 +44,21 @@ def chosen_states(seen: Seen, formats: Tensor, costs: Mapping[int, int]) -> Tens
     rank = (free.cumsum(1) - 1).clamp(0, max(formats.shape[1] - 1, 0))
     chosen = states[formats.long()].to(torch.uint8).gather(1, rank)
     return torch.where(free, chosen, out)
+
+
+def checked(plan: Plan, shape: torch.Size, has_far: bool) -> Plan:
+    """The plan's columns, contiguous: no tier where the cache has no Far tier. ValueError for another dtype or shape."""
+    tier = _column("tier", plan.tier, torch.uint8, shape) if has_far else None
+    group, sets = (
+        _column(name, column, dtype, shape)
+        for name, column, dtype in (("group", plan.group, torch.int32), ("set", plan.set, torch.uint16))
+    )
+    return Plan(_column("state", plan.state, torch.uint8, shape), tier, group, sets)
+
+
+def _column(name: str, column: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+    if column is None:
+        return None
+    if column.dtype != dtype or column.shape != shape:
+        raise ValueError(f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(shape)}")
+    return column.contiguous()

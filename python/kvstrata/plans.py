@@ -12,12 +12,12 @@ from torch import Tensor
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
-from kvstrata.columns import chosen_states, wide_columns
+from kvstrata.columns import checked, chosen_states, wide_columns
 from kvstrata.config import SLOTS, BudgetExceeded, Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
 from kvstrata.policy.choose import at_most
-from kvstrata.rows import Rows
-from kvstrata.sight import address, see
+from kvstrata.rows import Rows, Spans
+from kvstrata.sight import address, see, sets_of
 from kvstrata.statistics import Statistics
 from kvstrata.timetable import Timetable
 
@@ -69,6 +69,14 @@ class Plans:
         if self._cache.policy.allocator is not None:
             seen = replace(seen, allowance=self._equal_share(seen, ids))
         self._apply(seen, ids)
+
+    def compact(self, layer: int, seq: int, spans: Spans) -> None:
+        """One layer of a sequence, by what queries beside its own see of it; in a step after the layer's tokens were appended."""
+        if layer not in self.layers:
+            return
+        seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
+        if seen is not None:
+            self._apply(self._scored(seen, [seq]), [seq])
 
     def run(self, ids: list[int], always: bool = True) -> None:
         """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan; of what
@@ -334,14 +342,14 @@ class Plans:
         self._cache._charges.plan()
         plan: Plan = planner.plan(seen)
         self.counts["plans"] += 1
-        if plan.set is not None:
-            raise Unsupported("plan: the set column cannot be applied in this release")
-        if plan.state is None and plan.tier is None and plan.group is None:
+        if plan.set is not None and not self._cache.policy.episodic:
+            raise ValueError(f"plan: set is given, {type(planner).__name__} says nothing of sets (names_sets)")
+        if all(column is None for column in (plan.state, plan.tier, plan.group, plan.set)):
             return
         plan = self._columns(seen, plan)
         assert plan.state is not None
         where = (address(plan.tier), address(plan.group), plan.state.shape[1])
-        self._store.check_plan(seen.layer, ids, plan.state.data_ptr(), *where, True)
+        self._store.check_plan(seen.layer, ids, plan.state.data_ptr(), *where, True, address(plan.set))
         changed = (plan.state != seen.state) & seen.stored
         self.counts["evicted"] += int((changed & (plan.state == 0)).sum())
         self.counts["quantized"] += int((changed & (plan.state > FULL)).sum())
@@ -351,17 +359,17 @@ class Plans:
             changed |= moved
         if plan.group is not None:
             changed |= plan.group >= 0
+        if plan.set is not None:
+            changed |= plan.set.int() != sets_of(self._cache, seen, ids).int()
         self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the
         order of the tables as they change. No tier where the cache has no Far tier."""
-        shape = seen.positions.shape
-        state = _column("state", seen.state if plan.state is None else plan.state, torch.uint8, shape)
-        tier = _column("tier", plan.tier, torch.uint8, shape) if self._cache._slabs.has_far else None
-        group = _column("group", plan.group, torch.int32, shape)
-        assert state is not None
-        return Plan(self._capped(seen, state), tier, group)
+        plan = replace(plan, state=seen.state if plan.state is None else plan.state)
+        plan = checked(plan, seen.positions.shape, self._cache._slabs.has_far)
+        assert plan.state is not None
+        return replace(plan, state=self._capped(seen, plan.state))
 
     def _capped(self, seen: Seen, state: Tensor) -> Tensor:
         """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
@@ -379,20 +387,11 @@ class Plans:
         try:
             for r in rows:
                 seq, head = ids[r // heads], r % heads
-                tier, group = (0 if c is None else c[r].data_ptr() for c in (plan.tier, plan.group))
-                columns = plan.state[r].data_ptr(), tier, group
+                tier, group, sets = (0 if c is None else c[r].data_ptr() for c in (plan.tier, plan.group, plan.set))
+                columns = plan.state[r].data_ptr(), tier, group, sets
                 more = True
                 while more:
                     most = self._cache._slabs.reserve_plan(layer, seq, head, columns)
-                    more = self._store.apply_plan(layer, seq, head, *columns, most)
+                    more = self._store.apply_plan(layer, seq, head, *columns[:3], most, sets)
         finally:
             self._cache._slabs.settle()
-
-
-def _column(name: str, column: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
-    """A column of a plan, contiguous. ValueError for another dtype or shape."""
-    if column is None:
-        return None
-    if column.dtype != dtype or column.shape != shape:
-        raise ValueError(f"plan: {name} is {column.dtype} {list(column.shape)}, expected {dtype} {list(shape)}")
-    return column.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,19 @@ from kvstrata.config import Shape
 from kvstrata.scores import DIVIDE, KEYS, POOL, STATS
 
 _SPREAD = {"mean": 0, "variance": 1, "std": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Queries of a layer beside those of a sequence: E spans, one after another.
+
+    q: [n, Hq, D] in the cache's dtype; lse: f32 [n, Hq], natural log, of all that each of them saw, its own span too; offsets:
+    i32 [E + 1], where each span begins and the last ends.
+    """
+
+    q: Tensor
+    lse: Tensor
+    offsets: Tensor
 
 
 class Rows:
@@ -29,6 +43,7 @@ class Rows:
         ids: list[int],
         columns: int,
         arithmetic: tuple[float, float],
+        spans: Spans | None = None,
     ) -> None:
         self._store = store
         self._shape = shape
@@ -37,6 +52,8 @@ class Rows:
         self._ids = ids
         self._columns = columns
         self._arithmetic = arithmetic
+        self._spans = spans
+        self._patched: Tensor | None = None
         self._decoded: tuple[Tensor, Tensor] | None = None
 
     def keys(self) -> Tensor:
@@ -112,6 +129,13 @@ class Rows:
         out = torch.empty(self._rows, self._group, 3)
         self._store.measure(self._layer, self._ids, queries, STATS[which], *self._arithmetic, out.data_ptr())
         return out
+
+    def patched(self) -> Tensor:
+        if self._spans is None:
+            raise RuntimeError("patched: this plan has no spans, expected one of Cache.read")
+        if self._patched is None:
+            self._patched = self._score_max(self._spans)
+        return self._patched
 
     # --- parts ------------------------------------------------------------------------------------------------------------
 

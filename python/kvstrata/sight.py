@@ -8,18 +8,23 @@ import torch
 from torch import Tensor
 
 from kvstrata.policy.base import Seen
-from kvstrata.rows import Rows
+from kvstrata.rows import Rows, Spans
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
 
 
 def see(
-    cache: Cache, layer: int, ids: list[int], ends: list[int], arithmetic: tuple[float, float] | None
+    cache: Cache,
+    layer: int,
+    ids: list[int],
+    ends: list[int],
+    arithmetic: tuple[float, float] | None,
+    spans: Spans | None = None,
 ) -> Seen | None:
     """The stored tokens of some sequences, of so many tokens each, in a layer; None where there are none to plan.
 
-    arithmetic: scale of q . k and softcap, as the model last used them.
+    arithmetic: scale of q . k and softcap, as the model last used them; spans: queries beside the one sequence's own.
     """
     spec = cache.shape.layers[layer]
     columns = cache._store.columns(layer, ids)
@@ -39,11 +44,18 @@ def see(
         tail,
         state,
         cache.policy.sinks,
-        read=Rows(cache._store, cache.shape, layer, ids, columns, arithmetic or (spec.head_dim**-0.5, 0.0)),
+        read=Rows(cache._store, cache.shape, layer, ids, columns, arithmetic or (spec.head_dim**-0.5, 0.0), spans),
         tier=tier,
         grouped=grouped,
         entry=entry,
     )
+
+
+def sets_of(cache: Cache, seen: Seen, ids: list[int]) -> Tensor:
+    """u16 [R, N]: the set of each token's page now."""
+    sets = torch.empty(seen.positions.shape, dtype=torch.uint16)
+    cache._store.look_sets(seen.layer, ids, sets.data_ptr(), sets.shape[1])
+    return sets
 
 
 def address(column: Tensor | None) -> int:

@@ -117,19 +117,19 @@ class Slabs:
                 self._return(key)
             raise
 
-    def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int]) -> int:
+    def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int, int]) -> int:
         """Makes sure of the free pages for a piece of a row's plan, as large as the limit has room for.
 
-        columns: addresses of the row's planned states, tiers and groups, 0: none. Returns the changing pages of the piece.
+        columns: addresses of the row's planned states, tiers, groups and sets, 0: none. Returns the changing pages of the piece.
         BudgetExceeded with nothing changed where not even one of them can be rewritten.
         """
         costs = self._costs()
         spare = self._spare(costs)
-        entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
+        entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
         if entries < changing:
             self.trim(keep=needed)
             spare = self._spare(costs)
-            entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns, costs, spare)
+            entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
         self._reserve(lambda: needed)
         return entries
 

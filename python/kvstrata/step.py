@@ -65,7 +65,7 @@ class Step:
             self._cache._bounds.admit(self._ids, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
             self._counts = dict(zip(self._ids, counts, strict=True))
-            drops = self._cache.policy.planner is not None
+            drops = self._cache.policy.planner is not None and not self._cache.policy.episodic
             self._cut = [i for i, n in self._counts.items() if drops and n > TURN_ABOVE]
             self._cache._charge(self._counts, self._cut)
             self._cache._plans.before(self._counts, self._cut)

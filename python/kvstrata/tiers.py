@@ -92,6 +92,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
         list(policy.dense_layers),
         [] if far is None else [getattr(policy.planner, "native_state", FULL)],
         0 if far is None else policy.ring,
+        policy.episodic,
     )
     if selector is not None:
         store.set_mass_floor(selector.mass_floor)

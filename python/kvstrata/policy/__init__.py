@@ -7,7 +7,9 @@ from collections.abc import Callable
 from kvstrata.ops import choose_states
 from kvstrata.policy.adakv import adakv
 from kvstrata.policy.arkv import MeanSpread, arkv
+from kvstrata.policy.backbone import Backbone
 from kvstrata.policy.base import Allowance, Plan, Planner, Policy, Reader, Scorer, Seen
+from kvstrata.policy.epicache import epicache
 from kvstrata.policy.full import full
 from kvstrata.policy.h2o import AccumulatedMass, h2o
 from kvstrata.policy.icecache import icecache
@@ -15,6 +17,7 @@ from kvstrata.policy.keep_top import KeepTop
 from kvstrata.policy.keydiff import KeyDiversity, keydiff
 from kvstrata.policy.keynorm import KeyNorm, keynorm
 from kvstrata.policy.kivi import QuantizeAll, kivi
+from kvstrata.policy.patched import PatchedPrompt
 from kvstrata.policy.pyramidkv import pyramidkv
 from kvstrata.policy.quest import quest
 from kvstrata.policy.snapkv import WindowVote, snapkv
@@ -55,10 +58,12 @@ __all__ = [
     "NAMED",
     "AccumulatedMass",
     "Allowance",
+    "Backbone",
     "KeepTop",
     "KeyDiversity",
     "KeyNorm",
     "MeanSpread",
+    "PatchedPrompt",
     "Plan",
     "Planner",
     "Policy",
@@ -72,6 +77,7 @@ __all__ = [
     "adakv",
     "arkv",
     "choose_states",
+    "epicache",
     "full",
     "h2o",
     "icecache",

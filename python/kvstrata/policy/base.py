@@ -24,6 +24,10 @@ UNGROUPED, PROVISIONAL, GROUPED = range(3)
 PROVISIONAL_GROUP = 1 << 30
 """Numbers of a plan's group column from here on: pages for the time being, which a later plan will put together anew."""
 
+BACKBONE, LESSER_HALF, PENDING = 0, 0x8000, 0xFFFF
+"""Values of a plan's set column (``csrc/pages/set.h``): the set of all episodes, and what no plan has given to a set yet; a
+private set is 1..E, and its lesser half, which is read where that set is read alone, 1..E + LESSER_HALF."""
+
 EVICTED, FULL, INT8, INT4, INT2 = range(5)
 """Values of a plan's state column (``csrc/common/types.h``)."""
 
@@ -71,6 +75,10 @@ class Reader(Protocol):
         """i32 [R, N]: tokens of one number of a row resemble each other, at most 16 of them, -1: none. segment i32 [R, N]:
         tokens that are clustered together, -1: none. iters: of :func:`kvstrata.ops.cluster`; None: by
         :func:`kvstrata.ops.cluster_greedy`."""
+
+    def patched(self) -> Tensor:
+        """f32 [E, R, N]: the most that a query of each span sees of each token (:func:`kvstrata.ops.score_max`); 0 beyond a
+        row's last token. Only in a plan of a step with spans."""
 
     def statistics(self, queries: int, which: Literal["sound", "code"]) -> Tensor:
         """f32 [R, G, 3]: ARKV's entropy, variance and kurtosis of the attention of the last ``queries`` queries."""
@@ -136,7 +144,8 @@ class Plan:
 
     Each column is [R, N], aligned with ``Seen.positions``; state: u8, 0 Evicted, 1 Full, 2 int8,
     3 int4, 4 int2; tier: u8, 0 Near, 1 Far; group: i32, tokens of one number of a row get pages of
-    their own, -1: as it is.
+    their own, -1: as it is; set: u16, BACKBONE, 1..E, with LESSER_HALF or not, or PENDING, which the open tail is and nothing
+    else.
     """
 
     state: Tensor | None = None
@@ -311,6 +320,11 @@ class Policy:
     def archives(self) -> bool:
         """Whether tokens go to the Far tier, where there is one."""
         return bool(getattr(self.planner, "archives", False))
+
+    @property
+    def episodic(self) -> bool:
+        """Whether its plans name sets: they come when they are asked for, never after a step."""
+        return bool(getattr(self.planner, "names_sets", False))
 
     @property
     def massed(self) -> bool:
