@@ -1,0 +1,16 @@
+"""Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic."""
+
+from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
+
+__all__ = [
+    "Route",
+    "Router",
+    "Turn",
+    "Utterance",
+    "Window",
+    "line",
+    "segment",
+    "turns_of",
+    "utterances",
+]
