@@ -152,7 +152,7 @@ def test_bad_input() -> None:
         ((query, vectors * float("inf"), labels, centroids), r"vectors \[3, 3\] has"),
         (
             (query, vectors, labels, centroids[:, :2]),
-            r"centroids is torch.float32 \[2, 2\], expected floating point \[n, 3\]",
+            r"centroids is torch.float32 \[2, 2\], expected floating point \[E, 3\]",
         ),
         ((query, vectors, labels[:2], centroids), r"labels is torch.int64 \[2\], expected integers \[3\]"),
         ((query, vectors, labels.float(), centroids), "labels is torch.float32"),

@@ -1,14 +1,17 @@
 """Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic."""
 
+from kvstrata.episodes.cluster import Clusters, cluster
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
 
 __all__ = [
+    "Clusters",
     "Route",
     "Router",
     "Turn",
     "Utterance",
     "Window",
+    "cluster",
     "line",
     "segment",
     "turns_of",

@@ -95,8 +95,8 @@ class Router:
 
 def checked_index(vectors: Tensor, labels: Tensor, centroids: Tensor) -> tuple[int, int, int]:
     """d, n and E of windows f32 [n, d], labels i32 [n] and centroids f32 [E, d]; ValueError as :meth:`Router.route`."""
-    n, d = checked("vectors", vectors, (None, None)).shape
-    episodes = checked("centroids", centroids, (None, d)).shape[0]
+    n, d = checked("vectors", vectors, ("n", "d")).shape
+    episodes = checked("centroids", centroids, ("E", d)).shape[0]
     if labels.shape != (n,) or labels.is_floating_point():
         raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}, expected integers [{n}]")
     found = torch.unique(labels.cpu()).tolist()

@@ -13,12 +13,14 @@ TIE = 1e-9
 """Cosines (or means of them) closer than this are equal: a matrix product may round equal vectors differently."""
 
 
-def checked(name: str, vectors: Tensor, shape: tuple[int | None, ...]) -> Tensor:
-    """``vectors`` on the CPU, once it has the shape (None: any length) and is floating point and finite; else ValueError."""
-    wanted = "[" + ", ".join("n" if size is None else str(size) for size in shape) + "]"
+def checked(name: str, vectors: Tensor, shape: tuple[int | str, ...]) -> Tensor:
+    """``vectors`` on the CPU, once it has the shape (a letter: any length) and is floating point and finite; else ValueError."""
+    wanted = f"[{', '.join(map(str, shape))}]"
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{name} is {type(vectors).__name__}, expected a tensor {wanted}")
-    fits = len(shape) == vectors.dim() and all(s in (None, n) for s, n in zip(shape, vectors.shape, strict=True))
+    fits = len(shape) == vectors.dim() and all(
+        isinstance(s, str) or s == n for s, n in zip(shape, vectors.shape, strict=True)
+    )
     if not fits or not vectors.is_floating_point():
         raise ValueError(f"{name} is {vectors.dtype} {list(vectors.shape)}, expected floating point {wanted}")
     wrong = int((~torch.isfinite(vectors)).sum())
