@@ -1,6 +1,7 @@
 """Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic."""
 
 from kvstrata.episodes.cluster import Clusters, cluster
+from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
 
@@ -12,7 +13,9 @@ __all__ = [
     "Utterance",
     "Window",
     "cluster",
+    "fit",
     "line",
+    "represent",
     "segment",
     "turns_of",
     "utterances",

@@ -14,7 +14,7 @@ TIE = 1e-9
 
 
 def checked(name: str, vectors: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """``vectors`` on the CPU, once it has the shape (a letter: any length) and is floating point and finite; else ValueError."""
+    """``vectors`` on the CPU, if they have the shape (a letter: any length), are floating point and finite; else ValueError."""
     wanted = f"[{', '.join(map(str, shape))}]"
     if not isinstance(vectors, Tensor):
         raise ValueError(f"{name} is {type(vectors).__name__}, expected a tensor {wanted}")
