@@ -61,7 +61,7 @@ def test_import_without_torch(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["budget", "policy", "recall"])
+@pytest.mark.parametrize("module", ["budget", "policy", "recall", "episodes"])
 def test_any_module_may_be_the_first(module: str) -> None:
     code = f"import kvstrata.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,0 +1,29 @@
+"""Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic."""
+
+from kvstrata.episodes.cluster import Clusters, cluster
+from kvstrata.episodes.embed import Embedder, Fitted, InputEmbedding, MiniLM, SentenceModel, auto
+from kvstrata.episodes.represent import fit, represent
+from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
+
+__all__ = [
+    "Clusters",
+    "Embedder",
+    "Fitted",
+    "InputEmbedding",
+    "MiniLM",
+    "Route",
+    "Router",
+    "SentenceModel",
+    "Turn",
+    "Utterance",
+    "Window",
+    "auto",
+    "cluster",
+    "fit",
+    "line",
+    "represent",
+    "segment",
+    "turns_of",
+    "utterances",
+]
