@@ -20,12 +20,12 @@ class Spans:
     """Queries of a layer beside those of a sequence: E spans, one after another.
 
     q: [n, Hq, D] in the cache's dtype; lse: f32 [n, Hq], natural log, of all that each of them saw, its own span too; offsets:
-    i32 [E + 1], where each span begins and the last ends.
+    E + 1, where each span begins and the last ends.
     """
 
     q: Tensor
     lse: Tensor
-    offsets: Tensor
+    offsets: list[int]
 
 
 class Rows:
@@ -134,7 +134,10 @@ class Rows:
         if self._spans is None:
             raise RuntimeError("patched: this plan has no spans, expected one of Cache.read")
         if self._patched is None:
-            self._patched = self._score_max(self._spans)
+            q, lse, offsets = self._spans.q, self._spans.lse, self._spans.offsets
+            heads = self._spec.kv_heads, self._group
+            by_row = q.unflatten(1, heads).permute(1, 2, 0, 3), lse.unflatten(1, heads).permute(1, 2, 0)
+            self._patched = self.score_max(*by_row, offsets)
         return self._patched
 
     # --- parts ------------------------------------------------------------------------------------------------------------

@@ -109,8 +109,7 @@ class SpanStep:
             out, lse = dense.join_sinks(out, lse, sinks.detach().to(torch.float32).contiguous())
         if self._compact:
             self._cache._plans.arithmetic[layer] = (scale, softcap)
-            offsets = torch.tensor(self._offsets, dtype=torch.int32)
-            self._cache._plans.compact(layer, self._seq, Spans(q, lse, offsets))
+            self._cache._plans.compact(layer, self._seq, Spans(q, lse, self._offsets))
         return out
 
     def _attend_stored(self, layer: int, q: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
