@@ -1,0 +1,167 @@
+"""What a conversation may hold: tokens of a row from bytes, and bytes from tokens. Near memory never passes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvstrata.budget.books import SLAB, books
+from kvstrata.budget.costs import page_costs
+from kvstrata.budget.protect import pages
+from kvstrata.budget.units import Budget
+from kvstrata.config import SLOTS, Shape, Unsupported
+from kvstrata.policy.backbone import Backbone
+from kvstrata.policy.base import FULL, STATES, Policy
+from kvstrata.policy.epicache import epicache
+
+SLABS = 96
+"""Slabs of a cache at its limit, each of a 64th of it, with those that are made and emptied by a plan."""
+PART_FILLED = 2
+"""Pages of a row that may be part-filled: one of the tail, one in work."""
+LEAST_CHUNK = 16
+LEAST_PROMPT = 8
+MOST = 1 << 17
+"""Tokens of a budget that are tried for one that works."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens, all of a row but for prompt. budget: that one question sees (B), the tail included; chunk: read at a time (C);
+    prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
+    the most there may be. share, heads, head_floor, layers, private: of :class:`kvstrata.policy.Backbone`.
+
+    budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
+    """
+
+    budget: int
+    chunk: int
+    prompt: int
+    recent: int = 64
+    system: int = 0
+    episodes: int = 8
+    share: float = 2 / 3
+    heads: Literal["pair", "uniform"] = "pair"
+    head_floor: float = 0.25
+    layers: tuple[int, ...] | None = None
+    private: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.chunk < LEAST_CHUNK or self.chunk % SLOTS:
+            raise ValueError(f"chunk is {self.chunk}, expected a multiple of {SLOTS}, at least {LEAST_CHUNK}")
+        if self.prompt < LEAST_PROMPT:
+            raise ValueError(f"prompt_tokens is {self.prompt}, expected at least {LEAST_PROMPT}")
+        if self.recent >= self.chunk:
+            raise ValueError(f"recent is {self.recent}, expected less than the chunk of {self.chunk}")
+        if self.episodes < 1:
+            raise ValueError(f"max_episodes is {self.episodes}, expected at least 1")
+        self.policy()
+
+    @property
+    def guards(self) -> int:
+        """First tokens that stay."""
+        return max(SLOTS, self.system)
+
+    @property
+    def planner(self) -> Backbone:
+        """Who gives tokens to sets."""
+        return Backbone(
+            self.budget, self.recent, self.share, self.heads, self.head_floor, self.layers, self.private
+        )
+
+    def policy(self) -> Policy:
+        """The policy of the cache."""
+        return epicache(
+            self.budget,
+            recent=self.recent,
+            share=self.share,
+            heads=self.heads,
+            head_floor=self.head_floor,
+            layers=self.layers,
+            private=self.private,
+            guards=self.guards,
+        )
+
+    # --- slots and bytes --------------------------------------------------------------------------------------------------
+
+    def stored_pages(self, shape: Shape, layer: int) -> tuple[int, int]:
+        """Full and private pages of a layer's rows after a compaction and one chunk more, at the most."""
+        spec, planner = shape.layers[layer], self.planner
+        b = planner.of_layer(layer)
+        _, private = planner.sizes(b, self.episodes)
+        each = (b + self.chunk) // SLOTS + 1 + PART_FILLED
+        sets = self.episodes * spec.kv_heads * private // SLOTS if self.episodes > 1 else 0
+        return spec.kv_heads * each, sets
+
+    def row_pages(self, shape: Shape, layer: int) -> tuple[int, int]:
+        """Full and private pages that one row is rewritten to, at the most."""
+        spec, planner = shape.layers[layer], self.planner
+        b = planner.of_layer(layer)
+        if self.heads == "pair":
+            b = spec.kv_heads * b - (spec.kv_heads - 1) * planner.floor(layer, self.guards, self.episodes)
+        backbone, private = planner.sizes(b, self.episodes)
+        return pages(backbone), pages(self.episodes * private)
+
+    def limit_bytes(self, shape: Shape) -> int:
+        """What the cache holds at the most, with its tables and what it works in, as all sets stay Near."""
+        policy = self.policy()
+        costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
+        full, private = FULL, STATES.get(self.private, FULL)
+        total, rewriting = 0, 0
+        for layer, (spec, cost) in enumerate(zip(shape.layers, costs, strict=True)):
+            if spec.window is not None:
+                total += spec.kv_heads * (pages(spec.window + 64 + self.chunk) + 2) * cost[full]
+                continue
+            own, sets = self.stored_pages(shape, layer)
+            total += own * cost[full] + sets * cost[private]
+            own, sets = self.row_pages(shape, layer)
+            rewriting = max(rewriting, own * cost[full] + sets * cost[private])
+        total += rewriting
+        smallest = min(min(cost.values()) for cost in costs)
+        limit = total
+        for _ in range(3):  # what the books take grows with the limit, a little
+            beside = books(policy, shape, limit, 1).of(limit // smallest, SLABS)
+            limit = total + beside + total // 64 + SLABS * SLAB
+        return limit
+
+
+def sizes_of(
+    budget: Budget, shape: Shape, *, chunk: int | None = None, prompt: int | None = None, **options: Any
+) -> Sizes:
+    """The sizes under a budget of B tokens, or the largest under one of bytes.
+
+    chunk, prompt: None, min(2048, B / 2) and min(512, C / 4); options: the others of :class:`Sizes`. ValueError for a budget
+    too small, with the least that works; Unsupported for another kind of budget.
+    """
+    if budget.unit == "share" or budget.per != "cache" or budget.schedule is not None:
+        raise Unsupported(f"budget: {budget}: a conversation takes bytes or tokens, without a schedule")
+
+    def sized(b: int) -> Sizes:
+        c = min(2048, b // 2 // SLOTS * SLOTS) if chunk is None else chunk
+        return Sizes(b, c, min(512, c // 4) if prompt is None else prompt, **options)
+
+    if budget.unit == "tokens":
+        return sized(int(budget.value))
+    low = _least(sized) // SLOTS
+    if (least := sized(low * SLOTS).limit_bytes(shape)) > budget.value:
+        raise ValueError(f"budget: {int(budget.value)} bytes, expected at least {least}")
+    high = 2 * low
+    while sized(high * SLOTS).limit_bytes(shape) <= budget.value:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if sized(middle * SLOTS).limit_bytes(shape) <= budget.value else (low, middle)
+    return sized(low * SLOTS)
+
+
+def _least(sized: Callable[[int], Sizes]) -> int:
+    """The smallest B that works. ValueError where none does, of the last."""
+    b = SLOTS
+    while True:
+        try:
+            sized(b)
+            return b
+        except ValueError:
+            if b > MOST:
+                raise
+        b += SLOTS

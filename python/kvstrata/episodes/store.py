@@ -1,0 +1,145 @@
+"""A conversation's tokens in a cache: read in chunks, compacted by what the episodes' prompts attend to, shown by episode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstrata.cache import Cache
+from kvstrata.config import SLOTS
+from kvstrata.episodes.limits import Sizes
+from kvstrata.episodes.model import ChatModel
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a store stood: what :meth:`EpisodeStore.back` returns to."""
+
+    length: int
+    compactions: int
+
+
+class EpisodeStore:
+    """Keys and values of one conversation, in a cache whose Near bytes never pass ``sizes.limit_bytes``.
+
+    model: reads the tokens; sizes: what may be held; prompts: of the episodes, ids i64 [at most W] each, asked for when the first
+    compaction is due, and again whenever ``prompts`` is set to another function.
+
+    Pending tokens are those that no compaction has given to a set: all until the first one, which comes before more than B + C
+    are, then before more than r + C + 16 are.
+    """
+
+    def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor]]) -> None:
+        self._model = model
+        self.sizes = sizes
+        self.prompts = prompts
+        self.cache = Cache(model.shape, budget=f"{sizes.limit_bytes(model.shape)}B", policy=sizes.policy())
+        (self._seq,) = self.cache.new()
+        self._planned = 0  # tokens before this one are in a set, or evicted
+        self._view: tuple[tuple[int, ...], bool] | None = None
+        self.compactions = 0
+        self.episodes = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return self.cache.logical_length(self._seq)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that no compaction has seen."""
+        return self.length - self._planned
+
+    @property
+    def room(self) -> int:
+        """Tokens that may come before the next compaction."""
+        s = self.sizes
+        return (s.recent + s.chunk + SLOTS if self.compactions else s.budget + s.chunk) - self.pending
+
+    # --- reading ----------------------------------------------------------------------------------------------------------
+
+    def read(self, ids: Tensor, logits: bool = False) -> Tensor | None:
+        """Feeds ids i64 [T]; returns the last one's logits f32 [V] where they are asked for.
+
+        A chunk after which there is no room for the next is compacted in the same pass. An error leaves the tokens of the
+        chunks before. ValueError for more tokens than the model has positions for.
+        """
+        self.check(len(ids))
+        out: Tensor | None = None
+        chunk = self.sizes.chunk
+        for first in range(0, len(ids), chunk):
+            part, rest = ids[first : first + chunk], len(ids) - first - chunk
+            if len(part) > self.room:
+                self.compact()
+            due = rest > 0 and len(part) + min(chunk, rest) > self.room
+            if due:
+                self._compact(part)
+            else:
+                out = self._feed(part, logits and rest <= 0)
+        return out
+
+    def check(self, tokens: int) -> None:
+        """ValueError where so many more tokens, or a prompt behind them, pass the model's last position."""
+        last = self.length + max(tokens, self.sizes.prompt)
+        if last > self._model.max_positions:
+            raise ValueError(
+                f"conversation: {self.length} tokens seen and {max(tokens, self.sizes.prompt)} more, expected at most the"
+                f" {self._model.max_positions} positions of the model"
+            )
+
+    def make_room(self, tokens: int) -> None:
+        """Compacts where so many tokens would not fit. ValueError for more than a chunk."""
+        if tokens > self.sizes.chunk:
+            raise ValueError(f"conversation: {tokens} tokens at once, expected at most the {self.sizes.chunk} of a chunk")
+        if tokens > self.room:
+            self.compact()
+
+    def compact(self) -> None:
+        """Scores all that is stored by the episodes' prompts, and keeps the best: one pass of the prompts alone."""
+        self._compact(torch.empty(0, dtype=torch.int64))
+
+    def _feed(self, ids: Tensor, logits: bool) -> Tensor | None:
+        with self.cache.step([self._seq], [len(ids)]) as step:
+            return self._model.forward(ids, step.positions, step, "last" if logits else "none")
+
+    def _compact(self, ids: Tensor) -> None:
+        prompts = list(self.prompts())
+        if not 1 <= len(prompts) <= self.sizes.episodes or max(map(len, prompts)) > self.sizes.prompt:
+            raise ValueError(
+                f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
+                f" {self.sizes.prompt}"
+            )
+        self.cache.view(self._seq, None)
+        try:
+            with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
+                self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
+        finally:
+            self._show()
+        self._planned = max(0, self.length - self.sizes.recent) // SLOTS * SLOTS
+        self.compactions += 1
+        self.episodes = len(prompts)
+
+    # --- asking -----------------------------------------------------------------------------------------------------------
+
+    def show(self, episodes: Sequence[int] | None) -> None:
+        """What the next tokens see beside backbone and pending tokens: the sets of these episodes, numbered from 0, of two the
+        better halves; None: all."""
+        self._view = None if episodes is None else (tuple(e + 1 for e in episodes), len(episodes) > 1)
+        self._show()
+
+    def _show(self) -> None:
+        sets, halves = self._view or (None, False)
+        self.cache.view(self._seq, sets, halves=halves)
+
+    def mark(self) -> Mark:
+        """Where the conversation stands."""
+        return Mark(self.length, self.compactions)
+
+    def back(self, mark: Mark) -> None:
+        """Takes back the tokens since. ValueError where a compaction has come between."""
+        if mark.compactions != self.compactions:
+            raise ValueError("back: a compaction came since, which nothing takes back")
+        self.cache.crop([self._seq], [mark.length])
