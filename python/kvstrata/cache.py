@@ -15,7 +15,7 @@ from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
 from kvstrata.policy import Plan, Policy, resolve
-from kvstrata.policy.base import Selector
+from kvstrata.policy.base import LESSER_HALF, PENDING, Selector
 from kvstrata.recall import Far
 from kvstrata.report import Report
 from kvstrata.slabs import Slabs
@@ -230,6 +230,14 @@ class Cache:
         """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their
         better halves alone; None: every set."""
         self._store.set_view(seq.id, sets is None, list(sets or ()), halves)
+
+    def sets(self, layer: int, seq: Sequence, head: int) -> list[tuple[int, int]]:
+        """The set of each page of one row, in table order, and its slots that hold a token: BACKBONE, 1..E, whichever half it
+        is of, or PENDING (:mod:`kvstrata.policy.base`)."""
+        tags, _ = self._store.row_sets(seq.id, layer, head)
+        _, alive, _, _ = self._store.row(seq.id, layer, head)
+        own = (t if t == PENDING else t & ~LESSER_HALF for t in tags)
+        return [(tag, mask.bit_count()) for tag, mask in zip(own, alive, strict=True)]
 
     def _enter(self, step: Step) -> None:
         if self._step is not None:

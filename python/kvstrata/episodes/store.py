@@ -143,3 +143,23 @@ class EpisodeStore:
         if mark.compactions != self.compactions:
             raise ValueError("back: a compaction came since, which nothing takes back")
         self.cache.crop([self._seq], [mark.length])
+
+    def clear(self) -> None:
+        """Forgets every token."""
+        self.cache.clear([self._seq])
+        self._planned, self.compactions, self.episodes, self._view = 0, 0, 0, None
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self.cache.free([self._seq])
+        self.cache.trim()
+
+    def slots(self, episodes: int) -> list[int]:
+        """Slots of each private set, all rows together."""
+        found = [0] * episodes
+        for layer, spec in enumerate(self.cache.shape.layers):
+            for head in range(spec.kv_heads):
+                for tag, n in self.cache.sets(layer, self._seq, head):
+                    if 0 < tag <= episodes:
+                        found[tag - 1] += n
+        return found

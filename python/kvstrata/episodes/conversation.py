@@ -1,0 +1,356 @@
+"""``Conversation``: a chat of any length over a cache of fixed size (EpiCache, arXiv 2509.17396)."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvstrata.budget import Budget
+from kvstrata.episodes.answer import Answer, ConversationReport, Episode
+from kvstrata.episodes.embed import Embedder, auto
+from kvstrata.episodes.history import History, Segments
+from kvstrata.episodes.limits import Sizes, sizes_of
+from kvstrata.episodes.model import ChatModel
+from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.segment import Turn, turns_of
+from kvstrata.episodes.store import EpisodeStore
+
+ASSISTANT, USER = "assistant", "user"
+RECENT_QUESTIONS = 50
+UNCERTAIN = 0.2
+"""Of the last questions, the share that no window was like from which new topics are advised."""
+_SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
+_SEGMENTS = {f.name for f in fields(Segments)}
+Sampler = Callable[[Tensor], int]
+
+
+def greedy(logits: Tensor) -> int:
+    """The most likely token of logits f32 [V]."""
+    return int(logits.argmax())
+
+
+class Conversation:
+    """Add turns, ask, report. Near bytes never pass a limit fixed here.
+
+    model: a :class:`ChatModel` (:func:`kvstrata.hf.chat_model`); budget: bytes, which hold everything, or tokens of a row that
+    one question sees; chunk, prompt_tokens: C and W (None: min(2048, B / 2), min(512, C / 4)); embedder: "auto" (MiniLM where it
+    is installed, else the model's input embeddings, with a warning) or an :class:`Embedder`; router: a :class:`Router`; options:
+    the fields of :class:`Segments` and, but for ``episodes``, of :class:`Sizes`. One thread at a time.
+
+    What fits, B + C tokens, is kept whole. Beyond, all is read once, and kept as far as the prompts of its topics attend to it.
+    ValueError for sizes that do not work, with the least that do.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        budget: Budget | str | int,
+        *,
+        chunk: int | None = None,
+        prompt_tokens: int | None = None,
+        embedder: Embedder | Literal["auto"] = "auto",
+        router: Router | None = None,
+        **options: Any,
+    ) -> None:
+        if unknown := sorted(set(options) - _SIZES - _SEGMENTS):
+            raise ValueError(f"Conversation: unknown {unknown}, expected some of {sorted(_SIZES | _SEGMENTS)}")
+        self._model = model
+        self._how = Segments(**{k: v for k, v in options.items() if k in _SEGMENTS})
+        opening, offsets = model.tokens([], first=True, answer=False)
+        parsed = Budget.parse(budget)
+        if parsed is None:
+            raise ValueError("Conversation: budget is None, expected bytes or tokens")
+        sizes = {k: v for k, v in options.items() if k in _SIZES}
+        self._sizes = sizes_of(
+            parsed,
+            model.shape,
+            chunk=chunk,
+            prompt=prompt_tokens,
+            system=int(offsets[0]),
+            episodes=self._how.max_episodes,
+            **sizes,
+        )
+        self._embedder = auto(model.embeddings, model.plain) if embedder == "auto" else embedder
+        self._router = Router() if router is None else router
+        self._history = History()
+        self._store = self._made()
+        self._queue = opening[:0]  # ids that were said and are not read yet
+        self._begun = False  # the opening was written
+        self._route: Route | None = None
+        self._lately: deque[bool] = deque(maxlen=RECENT_QUESTIONS)
+        self._counts = {"questions": 0, "switches": 0}
+        self._busy = False
+        self._closed = False
+
+    def _made(self) -> EpisodeStore:
+        return EpisodeStore(self._model, self._sizes, self._prompts)
+
+    # --- saying -----------------------------------------------------------------------------------------------------------
+
+    def add(self, turns: Iterable[Turn | Sequence[str] | Mapping[str, Any]]) -> None:
+        """More turns: :class:`Turn`, (speaker, text) or mappings. They are read at :meth:`build`, or with the next question.
+
+        ValueError names a turn that is blank or has unknown keys, and for more tokens than the model has positions; then nothing
+        is added.
+        """
+        self._check()
+        given = turns_of(turns)
+        if not given:
+            return
+        ids, _ = self._model.tokens(given, first=not self._begun, answer=False)
+        self._store.check(len(self._queue) + len(ids))
+        self._history = self._history.said(given, self._how)
+        self._say(ids)
+
+    def _say(self, ids: Tensor) -> None:
+        self._queue = torch.cat([self._queue, ids])
+        self._begun = True
+
+    def build(self) -> None:
+        """Reads what was added: once, in chunks. An error leaves the rest to be read."""
+        self._check()
+        self._read()
+
+    def _read(self) -> None:
+        if not len(self._queue):
+            return
+        self._store.check(len(self._queue))
+        self._place()
+        if len(self._queue) > self._sizes.chunk:
+            self._store.show(None)  # history is read over all that is stored
+        before = self._store.length
+        try:
+            self._store.read(self._queue)
+        finally:
+            self._queue = self._queue[self._store.length - before :]
+            self._store.show(None if self._route is None else self._route.episodes)
+
+    def _place(self) -> None:
+        self._history = self._history.placed(self._how, self._embedder, self._model.plain, self._sizes.prompt)
+
+    def _prompts(self) -> Sequence[Tensor]:
+        """Of the present topics, which are told apart when first asked for."""
+        if self._history.topics is None:
+            self._history = self._grouped()
+        return self._history.prompts
+
+    def _grouped(self) -> History:
+        """With new topics; the embedder stays as it was where that fails."""
+        fitted = getattr(self._embedder, "fitted", None)
+        try:
+            return self._history.grouped(self._how, self._embedder, self._model.plain, self._sizes.prompt)
+        except BaseException:
+            if fitted is not None:
+                self._embedder.fitted = fitted  # type: ignore[attr-defined]
+            raise
+
+    # --- asking -----------------------------------------------------------------------------------------------------------
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy) -> Answer:
+        """Answers a question under the episodes that it is routed to.
+
+        remember: question and answer become turns; without, they leave no trace but a compaction that made room for them.
+        sampler: the next token's id from logits f32 [V]. ValueError for a blank question, and where it and max_new_tokens are
+        more than a chunk, or than the model has positions for. An error takes back what was asked.
+        """
+        stream = self._answered(question, max_new_tokens, remember, sampler)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+
+    def stream(self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy) -> Iterator[str]:
+        """The answer of :meth:`ask` in pieces of text, as they come. Closed early, the words so far are the answer.
+
+        RuntimeError for another call of this conversation before it ends.
+        """
+        yield from self._answered(question, max_new_tokens, remember, sampler)
+
+    def _answered(self, question: str, most: int, remember: bool, sampler: Sampler) -> Iterator[str]:
+        self._check()
+        began = time.perf_counter()
+        asked = Turn(USER, question)
+        if most < 1:
+            raise ValueError(f"ask: max_new_tokens is {most}, expected at least 1")
+        ids, _ = self._model.tokens([asked], first=not self._begun, answer=True)
+        self._store.check(len(self._queue) + len(ids) + most)
+        self._busy = True
+        try:
+            self._read()
+            self._store.make_room(len(ids) + most)
+            route = self._turn_to(question)
+            mark, out = self._store.mark(), list[int]()
+            try:
+                logits = self._store.read(ids, logits=True)
+                done = yield from self._generate(logits, out, most, sampler)
+            except GeneratorExit:
+                self._keep(asked, ids, out, False, mark, remember)
+                raise
+            except BaseException:
+                self._store.back(mark)
+                raise
+            text = self._keep(asked, ids, out, done, mark, remember)
+            return Answer(text, tuple(out), route, time.perf_counter() - began, done)
+        finally:
+            self._busy = False
+
+    def _turn_to(self, question: str) -> Route | None:
+        """Shows the episodes that a question is about."""
+        route = self._history.route(question, self._how, self._router, self._embedder, self._route)
+        if route is not None:
+            self._store.show(route.episodes)
+            self._lately.append(route.uncertain)
+            self._counts["switches"] += self._route is not None and route.episodes != self._route.episodes
+            self._route = route
+        self._counts["questions"] += 1
+        return route
+
+    def _generate(self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler) -> Iterator[str]:
+        """Appends ids to ``out``, yields text; whether the model ended it."""
+        said = ""
+        while True:
+            assert logits is not None
+            token = sampler(logits)
+            if token in self._model.stop_ids:
+                return True
+            out.append(token)
+            text = self._model.text(torch.tensor(out))
+            if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(said) :]
+                said = text
+            if len(out) == most:
+                return False
+            logits = self._store.read(torch.tensor([token]), logits=True)
+
+    def _keep(self, asked: Turn, ids: Tensor, out: list[int], done: bool, mark: Any, remember: bool) -> str:
+        """Question and answer become part of the conversation, or go."""
+        text = self._model.text(torch.tensor(out, dtype=torch.int64))
+        if not remember:
+            self._store.back(mark)
+            return text
+        turns = [asked, Turn(ASSISTANT, text)] if text.strip() else [asked]
+        if self._model.style == "transcript":
+            self._store.back(mark)
+            told, _ = self._model.tokens(turns, first=not self._begun, answer=False)
+            self._say(told)
+        else:
+            unread = len(ids) + len(out) - (self._store.length - mark.length)
+            self._say(torch.cat([torch.tensor(out[len(out) - unread :], dtype=torch.int64), self._model.closing]))
+        self._history = self._history.said(turns, self._how)
+        return text
+
+    # --- looking ----------------------------------------------------------------------------------------------------------
+
+    def route(self, question: str) -> Route | None:
+        """Where a question would go; None while all is seen. Changes nothing."""
+        self._check()
+        self._place()
+        return self._history.route(question, self._how, self._router, self._embedder, self._route)
+
+    @property
+    def episodes(self) -> tuple[Episode, ...]:
+        """The topics of the last compaction."""
+        topics = self._history.topics
+        if topics is None:
+            return ()
+        slots = self._store.slots(len(self._history.prompts))
+        counts = torch.bincount(topics.labels.long(), minlength=len(slots)).tolist()
+        about = zip(self._history.labels(), counts, self._history.prompts, slots, strict=True)
+        return tuple(Episode(label, n, len(prompt), held) for label, n, prompt, held in about)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All that was said."""
+        return self._history.turns
+
+    def report(self) -> ConversationReport:
+        """What is held now."""
+        held, store, topics = self._store.cache.report(), self._store, self._history.topics
+        return ConversationReport(
+            near=held.nbytes,
+            peak=held.peak_bytes,
+            limit=self._sizes.limit_bytes(self._model.shape),
+            full=held.dense_bytes,
+            separate=store.episodes * self._sizes.budget * self._model.shape.token_bytes(),
+            turns=len(self._history.turns),
+            tokens=store.length,
+            stored=held.stored_tokens,
+            pending=store.pending,
+            budget=self._sizes.budget,
+            chunk=self._sizes.chunk,
+            compactions=store.compactions,
+            questions=self._counts["questions"],
+            switches=self._counts["switches"],
+            uncertain=sum(self._lately) / len(self._lately) if self._lately else 0.0,
+            embedder=type(self._embedder).__name__,
+            episodes=self.episodes,
+            strays=len(topics.strays) if topics else 0,
+            zeros=topics.zeros if topics else 0,
+            advice=self._advice(),
+        )
+
+    def _advice(self) -> str | None:
+        history = self._history
+        if history.topics is None:
+            return None
+        if len(history.windows) >= 2 * history.clustered:
+            return "refresh: there are twice as many windows as when topics were told apart"
+        if history.topics.refused:
+            return "refresh: a new topic found no place, max_episodes are there"
+        if len(self._lately) == RECENT_QUESTIONS and sum(self._lately) > UNCERTAIN * RECENT_QUESTIONS:
+            return f"refresh: of the last {RECENT_QUESTIONS} questions, {sum(self._lately)} were like no window"
+        return None
+
+    # --- anew -------------------------------------------------------------------------------------------------------------
+
+    def refresh(self, what: Literal["labels", "rebuild"]) -> None:
+        """"labels": topics are told apart anew, and what is stored is compacted by their prompts; what was evicted stays gone.
+        "rebuild": then all the text is read again. ValueError for anything else, and where nothing was said."""
+        self._check()
+        if what not in ("labels", "rebuild"):
+            raise ValueError(f"refresh: {what!r} is unknown, expected 'labels' or 'rebuild'")
+        before = self._history
+        try:
+            self._history = self._grouped()
+            if what == "rebuild":
+                self._rebuild()
+            elif self._store.length:
+                self._store.compact()
+        except BaseException:
+            self._history = before
+            raise
+        self._route = None
+        self._store.show(None)
+
+    def _rebuild(self) -> None:
+        """Reads all turns into a new store, which takes the place of the old one: both are not held at once."""
+        ids, _ = self._model.tokens(self._history.turns, first=True, answer=False)
+        self._store.clear()
+        self._queue = ids
+        self._route = None
+        self._read()
+
+    def close(self) -> None:
+        """Gives all memory back. A closed conversation refuses everything."""
+        self._closed = True
+        self._store.close()
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("conversation: it was closed")
+        if self._busy:
+            raise RuntimeError("conversation: an answer is still streaming; one call at a time")

@@ -1,0 +1,167 @@
+"""The text of a conversation: turns, windows and their vectors, topics, and the prompts that stand for them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvstrata.episodes.cluster import cluster
+from kvstrata.episodes.embed import Embedder
+from kvstrata.episodes.represent import fit, represent
+from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.segment import Turn, Utterance, Window, line, utterances
+from kvstrata.episodes.topics import Topics
+
+LABEL = 3
+"""Words of an episode's label."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How a conversation is cut and grouped (:func:`segment`, :func:`cluster`, :func:`represent`, :class:`Topics`).
+
+    window: utterances; bounded: no window crosses the border of two calls of ``add``; episodes: at a clustering; representatives:
+    windows of a prompt, of at most ``prompt`` tokens after ``instruction``.
+    """
+
+    window: int = 4
+    bounded: bool = False
+    dates: bool = False
+    captions: bool = False
+    episodes: int = 4
+    max_episodes: int = 8
+    seed: int = 42
+    n_init: int = 10
+    representatives: int = 4
+    pick: Literal["coverage", "closest"] = "coverage"
+    instruction: str = ""
+    tau: float | Literal["auto"] = "auto"
+    open_after: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("window", "episodes", "representatives", "open_after", "n_init"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_episodes < self.episodes:
+            raise ValueError(f"max_episodes is {self.max_episodes}, expected at least the {self.episodes} episodes")
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What was said. Never changed: each step gives a new one, and a failed one leaves the old.
+
+    windows: closed ones; left: utterances that are in none yet; vectors: f32 [windows embedded, d], from the first on; topics:
+    None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    windows: tuple[Window, ...] = ()
+    left: tuple[Utterance, ...] = ()
+    vectors: Tensor | None = None
+    topics: Topics | None = None
+    prompts: tuple[Tensor, ...] = ()
+    clustered: int = 0
+
+    # --- turns ------------------------------------------------------------------------------------------------------------
+
+    def said(self, turns: Sequence[Turn], how: Segments) -> History:
+        """With more turns, and the windows that they fill."""
+        known = len(self.turns)
+        fresh = [replace(u, turn=u.turn + known) for u in utterances(turns)]
+        grown = replace(self, turns=(*self.turns, *turns))
+        if how.bounded:
+            grown = grown.closed(how)
+        windows, left = list(grown.windows), [*grown.left, *fresh]
+        while len(left) >= how.window:
+            windows.append(grown._window(left[: how.window], how))
+            left = left[how.window :]
+        return replace(grown, windows=tuple(windows), left=tuple(left))
+
+    def closed(self, how: Segments) -> History:
+        """The utterances that are in no window are one, shorter than the others."""
+        if not self.left:
+            return self
+        return replace(self, windows=(*self.windows, self._window(self.left, how)), left=())
+
+    def _window(self, part: Sequence[Utterance], how: Segments) -> Window:
+        lines = (line(self.turns[u.turn], u, dates=how.dates, captions=how.captions) for u in part)
+        return Window(tuple(part), "\n".join(lines))
+
+    # --- topics -----------------------------------------------------------------------------------------------------------
+
+    def grouped(self, how: Segments, embedder: Embedder, encode: Callable[[str], Tensor], prompt: int) -> History:
+        """All windows clustered anew, with a prompt for each topic. ValueError without a turn."""
+        whole = self.closed(how)
+        if not whole.windows:
+            raise ValueError("conversation: nothing was said yet, expected a turn to tell topics from")
+        texts = [w.text for w in whole.windows]
+        if (fitted := getattr(embedder, "fit", None)) is not None:
+            fitted(texts)
+        vectors = embedder.embed(texts, "window")
+        clusters = cluster(vectors, how.episodes, seed=how.seed, n_init=how.n_init)
+        topics = Topics.of(
+            vectors, clusters, tau=how.tau, open_after=how.open_after, max_episodes=how.max_episodes
+        )
+        found = replace(whole, vectors=vectors, topics=topics, clustered=len(texts), prompts=())
+        return found._prompted(how, encode, prompt)
+
+    def placed(self, how: Segments, embedder: Embedder, encode: Callable[[str], Tensor], prompt: int) -> History:
+        """Windows that came since the clustering join a topic, or found one."""
+        if self.topics is None or self.vectors is None or len(self.vectors) == len(self.windows):
+            return self
+        fresh = embedder.embed([w.text for w in self.windows[len(self.vectors) :]], "window")
+        topics = self.topics
+        for vector in fresh:
+            topics, _ = topics.assign(vector)
+        found = replace(self, vectors=torch.cat([self.vectors, fresh]), topics=topics)
+        return found._prompted(how, encode, prompt)
+
+    def _prompted(self, how: Segments, encode: Callable[[str], Tensor], prompt: int) -> History:
+        """With prompts for the episodes that have none."""
+        assert self.topics is not None and self.vectors is not None
+        if len(self.prompts) == len(self.topics.centroids):
+            return self
+        picked = represent(
+            self.vectors, self.topics.labels, self.topics.centroids, how.representatives, how.pick
+        )[len(self.prompts) :]
+        texts = [w.text for w in self.windows]
+        prompts = (fit(texts, windows, encode, prompt, how.instruction) for windows in picked)
+        return replace(self, prompts=(*self.prompts, *prompts))
+
+    # --- questions --------------------------------------------------------------------------------------------------------
+
+    def route(self, question: str, how: Segments, router: Router, embedder: Embedder, last: Route | None) -> Route | None:
+        """Where a question goes; None before the first clustering. What is in no window yet counts as one for now."""
+        if self.topics is None or self.vectors is None:
+            return None
+        vectors, labels = self.vectors, self.topics.labels
+        if self.left:
+            open_ = embedder.embed([self._window(self.left, how).text], "window")
+            seen, _ = self.topics.assign(open_[0])
+            if len(seen.centroids) == len(self.topics.centroids):  # what would found an episode has no set yet
+                vectors, labels = torch.cat([vectors, open_]), seen.labels
+        query = embedder.embed([question], "query")[0]
+        return router.route(query, vectors, labels, self.topics.centroids, last)
+
+    def labels(self) -> tuple[str, ...]:
+        """Of each episode the words that tell it from the others."""
+        if self.topics is None:
+            return ()
+        count = len(self.topics.centroids)
+        said = [Counter[str]() for _ in range(count)]
+        for window, e in zip(self.windows, self.topics.labels.tolist(), strict=False):
+            said[e].update(re.findall(r"[^\W\d_]{3,}", window.text.lower()))
+        among = Counter(word for words in said for word in words)
+
+        def best(words: Counter[str]) -> str:
+            rank = sorted(words, key=lambda w: (-words[w] * log(1 + count / among[w]), w))
+            return ", ".join(rank[:LABEL])
+
+        return tuple(best(words) for words in said)
