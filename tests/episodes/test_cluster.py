@@ -118,6 +118,17 @@ def test_equal_windows_are_one() -> None:
     assert torch.equal(found.centroids, torch.eye(5)[[3, 1]])
 
 
+@pytest.mark.parametrize("noise", [1e-8, 1e-7, 1e-6])
+def test_equal_texts_of_different_batches_are_one(noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.arange(12) % 2
+    vectors = torch.nn.functional.normalize(torch.randn(2, 384, generator=generator), dim=-1)[kinds]
+    found = cluster(vectors + noise * torch.randn(12, 384, generator=generator), 4)
+    assert found.labels.tolist() == kinds.tolist()
+    apart = cluster(vectors + 1e-3 * torch.randn(12, 384, generator=generator), 4)
+    assert len(apart.centroids) == 4
+
+
 def test_zero_windows_join_the_first_episode_and_are_counted() -> None:
     vectors, topic = planted(40, 4)
     bare = cluster(vectors, 4)

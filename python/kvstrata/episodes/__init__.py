@@ -5,6 +5,7 @@ from kvstrata.episodes.embed import Embedder, Fitted, InputEmbedding, MiniLM, Se
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
+from kvstrata.episodes.topics import Placed, Topics
 
 __all__ = [
     "Clusters",
@@ -12,9 +13,11 @@ __all__ = [
     "Fitted",
     "InputEmbedding",
     "MiniLM",
+    "Placed",
     "Route",
     "Router",
     "SentenceModel",
+    "Topics",
     "Turn",
     "Utterance",
     "Window",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstrata.config import Unsupported
-from kvstrata.episodes.vectors import F64, checked, unit, unit_rows
+from kvstrata.episodes.vectors import F64, TIE, checked, unit, unit_rows
 
 STRAY_PERCENTILE = 5.0
 """Of cos(window, own centroid): what lies below is a stray."""
@@ -61,13 +61,22 @@ def _kmeans(wide: F64, episodes: int, seed: int, n_init: int) -> np.ndarray[Any,
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise Unsupported("cluster: scikit-learn is not installed; pip install kvstrata[episodes]") from error
-    count = min(episodes, len(np.unique(wide, axis=0)))
+    count = _distinct(wide, episodes)
     if count == 1:
         return np.zeros(len(wide), dtype=np.int32)
     means = KMeans(count, init="k-means++", n_init=n_init, random_state=seed)
     with threadpool_limits(limits=1):
         found: np.ndarray[Any, Any] = means.fit(wide).labels_
     return found
+
+
+def _distinct(wide: F64, most: int) -> int:
+    """Different windows, counted up to ``most``; cosines of 1 - TIE are equal: a text's vector varies with its batch."""
+    left, count = wide, 0
+    while len(left) and count < most:
+        left = left[left @ left[0] < 1 - TIE]
+        count += 1
+    return count
 
 
 def _by_first(labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
