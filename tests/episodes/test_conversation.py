@@ -1,0 +1,277 @@
+"""Conversations: what is asked and kept, limits at every step, what a failed call leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plain import END, PlainChat, words
+from talk import TOPICS, CountedWords, talk
+
+from kvstrata import Cache, testing
+from kvstrata.episodes import Turn
+from kvstrata.episodes.conversation import Conversation
+
+
+def made(model: PlainChat | None = None, budget: str | int = "256tok", **options: Any) -> Conversation:
+    options = {"chunk": 128, "prompt_tokens": 32, "embedder": CountedWords()} | options
+    return Conversation(model or PlainChat(), budget, **options)
+
+
+def tables(chat: Conversation) -> list[Any]:
+    store = chat._store
+    return [store.cache.materialize(i, store._seq) for i in range(len(store.cache.shape.layers))]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+
+
+def test_while_all_fits_answers_are_those_of_a_whole_cache() -> None:
+    model = PlainChat()
+    chat = made(model)
+    chat.add([("Ada", "The boat left the harbour."), Turn("Bo", "Nice!", date="2024-05-08")])
+    answer = chat.ask("Where is the boat?", max_new_tokens=12)
+    assert answer.route is None
+    ids, _ = model.tokens([*chat.turns[:2], Turn("user", "Where is the boat?")], first=True, answer=True)
+    cache, out = Cache(model.shape), []
+    (seq,) = cache.new()
+    fed = ids
+    while len(out) < 12:
+        with cache.step([seq], [len(fed)]) as step:
+            logits = model.forward(fed, step.positions, step)
+        assert logits is not None
+        out.append(int(logits.argmax()))
+        if out[-1] == END:
+            break
+        fed = torch.tensor(out[-1:])
+    assert list(answer.ids) == [t for t in out if t != END]
+    assert [t.speaker for t in chat.turns] == ["Ada", "Bo", "user", "assistant"]
+
+
+def test_a_question_is_routed_by_itself_alone() -> None:
+    """The embedder sees exactly the user's question, once, as a query."""
+    spy = CountedWords()
+    chat = made(embedder=spy)
+    chat.add(talk(150, seed=1))
+    chat.build()
+    spy.asked.clear()
+    question = "Which harbour did the boat and its captain reach?"
+    answer = chat.ask(question, max_new_tokens=4)
+    assert [text for kind, text in spy.asked if kind == "query"] == [question]
+    assert answer.route is not None
+    about = chat.episodes[answer.route.episodes[0]].label
+    assert set(about.split(", ")) & set(TOPICS["sea"].split())
+
+
+def test_three_hundred_turns_keep_the_limit() -> None:
+    """Topics change, a new one comes, questions switch episodes: the limit and what is stored hold at every step, two runs
+    are alike to the byte, pages in use are those in tables."""
+    found = []
+    for _ in range(2):
+        chat = made(PlainChat(layers=2, dtype=torch.bfloat16), episodes=4, max_episodes=6)
+        store, limit = chat._store, chat.report().limit
+        history = talk(240, seed=2) + talk(60, seed=3, topics=("garden", "sea"))
+        answers = []
+        for first in range(0, 300, 10):
+            chat.add(history[first : first + 10])
+            if first % 30 == 20:
+                topic = list(TOPICS)[first // 30 % 5]
+                answers.append(chat.ask(f"Tell me of {TOPICS[topic]}?", max_new_tokens=8, remember=first % 20 == 0))
+            else:
+                chat.build()
+            report = chat.report()
+            assert report.near <= limit and report.peak <= limit
+            pages = {p for i in range(2) for h in range(2) for p in store.cache._store.row(store._seq.id, i, h)[0]}
+            assert store.cache._store.pool(0)["used"] == len(pages)
+        assert report.compactions > 10 and report.switches > 2 and 4 <= len(report.episodes) <= 6
+        found.append((answers, tables(chat)))
+    assert [a.ids for a in found[0][0]] == [a.ids for a in found[1][0]]
+    assert same(found[0][1], found[1][1])
+
+
+def test_a_question_that_is_not_remembered_leaves_no_trace() -> None:
+    chat = made()
+    chat.add(talk(120, seed=4))
+    chat.build()
+    chat.ask("About the choir?", max_new_tokens=2, remember=False)  # makes room
+    before, turns, length = tables(chat), chat.turns, chat.report().tokens
+    first = chat.ask("What of the orbit of the moon?", max_new_tokens=6, remember=False)
+    chat.ask("And the oven?", max_new_tokens=6, remember=False)
+    second = chat.ask("What of the orbit of the moon?", max_new_tokens=6, remember=False)
+    assert first.ids == second.ids and first.route == second.route
+    chat._store.show(None)
+    after = tables(chat)
+    assert chat.turns == turns and chat.report().tokens == length
+    assert [sorted(p.flatten().tolist()) for _, _, p in before] == [sorted(p.flatten().tolist()) for _, _, p in after]
+
+
+def test_words_of_a_stream_are_the_answer() -> None:
+    one, two = (made() for _ in range(2))
+    for chat in (one, two):
+        chat.add(talk(100, seed=5))
+    pieces = list(one.stream("How is the soup?", max_new_tokens=10))
+    answer = two.ask("How is the soup?", max_new_tokens=10)
+    assert "".join(pieces) == answer.text
+    assert same(tables(one), tables(two))
+
+
+def test_a_stream_closed_early_keeps_its_words() -> None:
+    chat = made()
+    chat.add(talk(20, seed=6))
+    stream = chat.stream("How is the soup?", max_new_tokens=50)
+    words_ = next(stream) + next(stream)
+    with pytest.raises(RuntimeError, match="an answer is still streaming"):
+        chat.ask("And now?")
+    with pytest.raises(RuntimeError, match="an answer is still streaming"):
+        chat.add([("Ada", "hello")])
+    stream.close()  # type: ignore[attr-defined]
+    assert chat.turns[-1] == Turn("assistant", words_)
+    chat.ask("And now?", max_new_tokens=2)
+
+
+def test_the_next_question_reads_what_closed_the_answer() -> None:
+    """Tokens fed so far are those of the turns written at once."""
+    model = PlainChat()
+    chat = made(model)
+    chat.add([("Ada", "The boat left.")])
+    answer = chat.ask("Where?", max_new_tokens=3)
+    chat.ask("When?", max_new_tokens=2, remember=False)
+    fed = chat.report().tokens
+    ids, _ = model.tokens([Turn("Ada", "The boat left."), Turn("user", "Where?")], first=True, answer=True)
+    assert fed == len(ids) + len(answer.ids) + 1  # and END
+
+
+class Failing(PlainChat):
+    """Fails at a call of forward."""
+
+    left = -1
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("the model failed")
+        return super().forward(*args, **options)
+
+
+def test_a_failed_answer_takes_back_its_question() -> None:
+    model = Failing()
+    chat = made(model)
+    chat.add(talk(60, seed=7))
+    chat.build()
+    chat.ask("The boat?", max_new_tokens=2, remember=False)
+    turns, length, before = chat.turns, chat.report().tokens, tables(chat)
+    expected = made(PlainChat())
+    expected.add(talk(60, seed=7))
+    expected.build()
+    expected.ask("The boat?", max_new_tokens=2, remember=False)
+    for left in (1, 2, 4):
+        model.left = left
+        with pytest.raises(RuntimeError, match="the model failed"):
+            chat.ask("Of the violin?", max_new_tokens=8)
+        assert chat.turns == turns and chat.report().tokens == length
+        assert chat.report().questions == 1
+    assert same(before, tables(chat))
+    model.left = -1
+    assert chat.ask("Of the violin?", max_new_tokens=8).ids == expected.ask("Of the violin?", max_new_tokens=8).ids
+
+
+def test_reading_goes_on_where_it_failed() -> None:
+    """Faults in every kind of step: the next build reads the rest, all tokens once."""
+    chat, whole = made(), made()
+    for c in (chat, whole):
+        c.add(talk(200, seed=8))
+    for point, nth in (("append.after_take", 3), ("append.after_take", 14), ("plan.after_write", 1), ("plan.after_write", 9)):
+        with testing.fault(point, nth), pytest.raises(RuntimeError):
+            chat.build()
+    chat.build()
+    whole.build()
+    assert chat.report().tokens == whole.report().tokens
+    assert chat.report().near <= chat.report().limit
+    chat.ask("Of the boat?", max_new_tokens=2)
+
+
+def test_refresh_rebuild_is_a_new_build() -> None:
+    """To the byte, however the turns came before."""
+    one, two = made(), made()
+    history = talk(220, seed=9)
+    for first in range(0, 220, 20):
+        one.add(history[first : first + 20])
+        one.build()
+    two.add(history)
+    two.build()
+    assert not same(tables(one), tables(two))
+    one.refresh("rebuild")
+    assert same(tables(one), tables(two))
+    assert [e.label for e in one.episodes] == [e.label for e in two.episodes]
+
+
+def test_refresh_labels_compacts_what_is_stored() -> None:
+    chat = made()
+    history = talk(220, seed=10)
+    chat.add(history[:60])
+    chat.build()
+    chat.add(history[60:])
+    chat.build()
+    compactions, tokens = chat.report().compactions, chat.report().tokens
+    chat.refresh("labels")
+    assert chat.report().compactions == compactions + 1 and chat.report().tokens == tokens
+    assert chat.report().advice is None
+
+
+def test_advice_when_windows_have_doubled() -> None:
+    chat = made()
+    history = talk(400, seed=11)
+    chat.add(history[:150])
+    chat.build()
+    assert chat.report().advice is None
+    chat.add(history[150:])
+    chat.build()
+    assert "twice as many windows" in str(chat.report().advice)
+
+
+def test_bad_calls_are_named() -> None:
+    chat = made()
+    with pytest.raises(ValueError, match=r"turns\[1\]: text is blank|turns\[1\]: Turn: text is blank"):
+        chat.add([("Ada", "hello"), ("Bo", "  ")])
+    assert chat.turns == ()
+    with pytest.raises(ValueError, match="text is blank"):
+        chat.ask(" ")
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        chat.ask("hello", max_new_tokens=0)
+    with pytest.raises(ValueError, match="tokens at once, expected at most the 128 of a chunk"):
+        chat.ask("hello", max_new_tokens=200)
+    with pytest.raises(ValueError, match="refresh: 'all' is unknown"):
+        chat.refresh("all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Conversation: unknown \['bugdet'\]"):
+        made(bugdet=3)
+    with pytest.raises(ValueError, match="budget is None"):
+        Conversation(PlainChat(), None, embedder=CountedWords())  # type: ignore[arg-type]
+    chat.close()
+    with pytest.raises(RuntimeError, match="it was closed"):
+        chat.ask("hello")
+
+
+def test_a_report_can_be_read() -> None:
+    from rich.console import Console
+
+    chat = made()
+    chat.add(talk(150, seed=12))
+    chat.ask("Of the boat?", max_new_tokens=2)
+    console = Console(width=120, record=True, quiet=True)
+    console.print(chat.report())
+    text = console.export_text()
+    for part in ("near bytes", "limit", "compactions", "episodes", "CountedWords"):
+        assert part in text
+    assert chat.report().to_dict()["turns"] == len(chat.turns)
+
+
+def test_no_turns_is_a_plain_chat() -> None:
+    chat = made()
+    first = chat.ask("Hello there?", max_new_tokens=3)
+    assert first.route is None and chat.report().episodes == ()
+    for i in range(40):
+        chat.ask(f"{chr(97 + i % 26)} boat harbour wave tide anchor?", max_new_tokens=8)
+    assert chat.report().compactions > 0 and chat.report().near <= chat.report().limit
+    assert words(3, 0).shape == (3,)
