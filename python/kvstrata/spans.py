@@ -33,9 +33,13 @@ class SpanStep:
 
     def __init__(self, cache: Cache, seq: Sequence, tokens: int, spans: list[int], compact: bool) -> None:
         if not cache.policy.episodic:
-            raise ValueError(f"read: policy {cache.policy.name!r} knows no episodes, expected one whose plans name sets")
+            raise ValueError(
+                f"read: policy {cache.policy.name!r} knows no episodes, expected one whose plans name sets"
+            )
         if tokens < 0 or any(n < 1 for n in spans) or tokens + sum(spans) < 1:
-            raise ValueError(f"read: tokens is {tokens}, spans {spans}, expected tokens >= 0, spans >= 1, and some of them")
+            raise ValueError(
+                f"read: tokens is {tokens}, spans {spans}, expected tokens >= 0, spans >= 1, and some of them"
+            )
         if compact and not spans:
             raise ValueError("read: compact without spans, expected some: tokens are scored by them")
         self._cache = cache

@@ -23,7 +23,9 @@ class PlainChat:
 
     style: Literal["chat", "transcript"] = "chat"
 
-    def __init__(self, layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, positions: int = 1 << 20) -> None:
+    def __init__(
+        self, layers: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0, positions: int = 1 << 20
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
 
         def weight(*shape: int) -> Tensor:
@@ -50,7 +52,9 @@ class PlainChat:
 
     def plain(self, text: str) -> Tensor:
         words = re.findall(r"\w+|[^\w\s]", text.lower())
-        return torch.tensor([SPECIAL + sum(map(ord, w)) * 31 % (VOCABULARY - SPECIAL) for w in words], dtype=torch.int64)
+        return torch.tensor(
+            [SPECIAL + sum(map(ord, w)) * 31 % (VOCABULARY - SPECIAL) for w in words], dtype=torch.int64
+        )
 
     def text(self, ids: Tensor) -> str:
         return " ".join(f"w{i}" for i in ids.tolist() if i >= SPECIAL)

@@ -182,7 +182,12 @@ def test_reading_goes_on_where_it_failed() -> None:
     chat, whole = made(), made()
     for c in (chat, whole):
         c.add(talk(200, seed=8))
-    for point, nth in (("append.after_take", 3), ("append.after_take", 14), ("plan.after_write", 1), ("plan.after_write", 9)):
+    for point, nth in (
+        ("append.after_take", 3),
+        ("append.after_take", 14),
+        ("plan.after_write", 1),
+        ("plan.after_write", 9),
+    ):
         with testing.fault(point, nth), pytest.raises(RuntimeError):
             chat.build()
     chat.build()

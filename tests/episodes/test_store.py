@@ -160,7 +160,9 @@ def test_sets_cost_half_of_separate_caches(private: str, share: float) -> None:
     store.cache.trim()
     tail = store.pending
     sets = sum(
-        sum(len(p) for p in [store.cache._store.row(store._seq.id, layer, h)[0]]) for layer in range(2) for h in range(KV_HEADS)
+        sum(len(p) for p in [store.cache._store.row(store._seq.id, layer, h)[0]])
+        for layer in range(2)
+        for h in range(KV_HEADS)
     )
     pools = [store.cache._store.pool(p) for p in range(store.cache._store.n_pools)]
     used = sum(p["used"] * (p["page_bytes"] + 64) for p in pools)

@@ -66,7 +66,12 @@ def test_sets_equal_the_loops() -> None:
         score, free, guard, want, backbone, private = drawn(seed)
         found = choose_sets(score, free, guard, want, backbone, private)
         for r in range(score.shape[1]):
-            expected = looped(score[:, r].tolist(), free[r].tolist(), guard[r].tolist(), *(int(x[r]) for x in (want, backbone, private)))
+            expected = looped(
+                score[:, r].tolist(),
+                free[r].tolist(),
+                guard[r].tolist(),
+                *(int(x[r]) for x in (want, backbone, private)),
+            )
             assert found[r].tolist() == expected, seed
 
 
@@ -109,7 +114,9 @@ def seen_of(score: torch.Tensor, tail: int = 20, sinks: int = 16) -> Seen:
     """Tokens of each row in an order of its own, the tail last."""
     _, rows, n = score.shape
     g = torch.Generator().manual_seed(n)
-    positions = torch.stack([torch.cat([torch.randperm(n - tail, generator=g), torch.arange(n - tail, n)]) for _ in range(rows)])
+    positions = torch.stack(
+        [torch.cat([torch.randperm(n - tail, generator=g), torch.arange(n - tail, n)]) for _ in range(rows)]
+    )
     wide = torch.arange(n).expand(rows, n)
     return Seen(
         0, positions.int(), torch.full((rows,), n), wide >= n - tail, torch.full((rows, n), FULL, dtype=torch.uint8), sinks,
@@ -138,7 +145,9 @@ def test_a_plan_has_columns_of_the_table() -> None:
         kept = plan.state[r][order] == FULL
         assert kept.tolist() == [s >= 0 or not f for s, f in zip(expected, free.tolist(), strict=True)]
         whole = torch.where(sets[r] == PENDING, -1, sets[r] & 0x7FFF)[order]
-        assert [s for s, k in zip(whole.tolist(), kept.tolist(), strict=True) if k] == [s for s, k in zip(expected, kept.tolist(), strict=True) if k]
+        assert [s for s, k in zip(whole.tolist(), kept.tolist(), strict=True) if k] == [
+            s for s, k in zip(expected, kept.tolist(), strict=True) if k
+        ]
 
 
 def test_private_sets_take_their_format_and_bits_only_fall() -> None:

@@ -276,7 +276,9 @@ def test_bad_tensors_are_named() -> None:
     k = torch.zeros(5, 2, 32)
     with cache.read(seq, 2, [3]) as step:
         for layer in range(2):
-            with pytest.raises(ValueError, match=r"k is torch.float32 \[4, 2, 32\], expected torch.float32 \[5, 2, 32\]"):
+            with pytest.raises(
+                ValueError, match=r"k is torch.float32 \[4, 2, 32\], expected torch.float32 \[5, 2, 32\]"
+            ):
                 step.attend(layer, q, k[:4], k)
             step.attend(layer, q, k, k)
         with pytest.raises(ValueError, match="layer is 1, expected each of 0..1 once"):

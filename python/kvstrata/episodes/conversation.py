@@ -152,7 +152,9 @@ class Conversation:
 
     # --- asking -----------------------------------------------------------------------------------------------------------
 
-    def ask(self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy) -> Answer:
+    def ask(
+        self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy
+    ) -> Answer:
         """Answers a question under the episodes that it is routed to.
 
         remember: question and answer become turns; without, they leave no trace but a compaction that made room for them.
@@ -167,7 +169,9 @@ class Conversation:
                 answer: Answer = end.value
                 return answer
 
-    def stream(self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy) -> Iterator[str]:
+    def stream(
+        self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy
+    ) -> Iterator[str]:
         """The answer of :meth:`ask` in pieces of text, as they come. Closed early, the words so far are the answer.
 
         RuntimeError for another call of this conversation before it ends.
@@ -312,7 +316,7 @@ class Conversation:
     # --- anew -------------------------------------------------------------------------------------------------------------
 
     def refresh(self, what: Literal["labels", "rebuild"]) -> None:
-        """"labels": topics are told apart anew, and what is stored is compacted by their prompts; what was evicted stays gone.
+        """ "labels": topics are told apart anew, and what is stored is compacted by their prompts; what was evicted stays gone.
         "rebuild": then all the text is read again. ValueError for anything else, and where nothing was said."""
         self._check()
         if what not in ("labels", "rebuild"):

@@ -106,9 +106,7 @@ class History:
             fitted(texts)
         vectors = embedder.embed(texts, "window")
         clusters = cluster(vectors, how.episodes, seed=how.seed, n_init=how.n_init)
-        topics = Topics.of(
-            vectors, clusters, tau=how.tau, open_after=how.open_after, max_episodes=how.max_episodes
-        )
+        topics = Topics.of(vectors, clusters, tau=how.tau, open_after=how.open_after, max_episodes=how.max_episodes)
         found = replace(whole, vectors=vectors, topics=topics, clustered=len(texts), prompts=())
         return found._prompted(how, encode, prompt)
 
@@ -128,16 +126,18 @@ class History:
         assert self.topics is not None and self.vectors is not None
         if len(self.prompts) == len(self.topics.centroids):
             return self
-        picked = represent(
-            self.vectors, self.topics.labels, self.topics.centroids, how.representatives, how.pick
-        )[len(self.prompts) :]
+        picked = represent(self.vectors, self.topics.labels, self.topics.centroids, how.representatives, how.pick)[
+            len(self.prompts) :
+        ]
         texts = [w.text for w in self.windows]
         prompts = (fit(texts, windows, encode, prompt, how.instruction) for windows in picked)
         return replace(self, prompts=(*self.prompts, *prompts))
 
     # --- questions --------------------------------------------------------------------------------------------------------
 
-    def route(self, question: str, how: Segments, router: Router, embedder: Embedder, last: Route | None) -> Route | None:
+    def route(
+        self, question: str, how: Segments, router: Router, embedder: Embedder, last: Route | None
+    ) -> Route | None:
         """Where a question goes; None before the first clustering. What is in no window yet counts as one for now."""
         if self.topics is None or self.vectors is None:
             return None

@@ -65,9 +65,7 @@ class Sizes:
     @property
     def planner(self) -> Backbone:
         """Who gives tokens to sets."""
-        return Backbone(
-            self.budget, self.recent, self.share, self.heads, self.head_floor, self.layers, self.private
-        )
+        return Backbone(self.budget, self.recent, self.share, self.heads, self.head_floor, self.layers, self.private)
 
     def policy(self) -> Policy:
         """The policy of the cache."""

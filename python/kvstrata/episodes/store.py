@@ -93,7 +93,9 @@ class EpisodeStore:
     def make_room(self, tokens: int) -> None:
         """Compacts where so many tokens would not fit. ValueError for more than a chunk."""
         if tokens > self.sizes.chunk:
-            raise ValueError(f"conversation: {tokens} tokens at once, expected at most the {self.sizes.chunk} of a chunk")
+            raise ValueError(
+                f"conversation: {tokens} tokens at once, expected at most the {self.sizes.chunk} of a chunk"
+            )
         if tokens > self.room:
             self.compact()
 

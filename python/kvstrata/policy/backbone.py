@@ -48,7 +48,11 @@ class Backbone:
     names_sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, value in (("budget", self.budget), ("recent", self.recent), *(("layers", b) for b in self.layers or ())):
+        for name, value in (
+            ("budget", self.budget),
+            ("recent", self.recent),
+            *(("layers", b) for b in self.layers or ()),
+        ):
             if value < SLOTS or value % SLOTS:
                 raise ValueError(f"Backbone: {name} has {value}, expected a positive multiple of {SLOTS}")
         if not 0 < self.share < 1:
@@ -121,9 +125,7 @@ class Backbone:
         return torch.where(seen.stored & (sets >= 0), kept, EVICTED).to(torch.uint8)
 
 
-def choose_sets(
-    score: Tensor, free: Tensor, guard: Tensor, want: Tensor, backbone: Tensor, private: Tensor
-) -> Tensor:
+def choose_sets(score: Tensor, free: Tensor, guard: Tensor, want: Tensor, backbone: Tensor, private: Tensor) -> Tensor:
     """The set of each token, as :class:`Backbone` says: i32 [R, N], 0, 1..E, or -1: none.
 
     score: f32 [E, R, N], >= 0, by rising position; free: bool [R, N], tokens that may be chosen; guard: bool [R, N], those of
