@@ -11,7 +11,7 @@ from tiny import build
 
 from kvstrata.config import Unsupported
 from kvstrata.hf import compat, patch
-from kvstrata.hf.cache import _shape
+from kvstrata.hf.cache import shape_of
 from kvstrata.hf.capability import reasons
 from kvstrata.hf.decoder import facts_of
 
@@ -141,4 +141,4 @@ def test_layers_of_more_than_one_dtype():
     _, facts = facts_of(patch(build("llama")))
     mixed = replace(facts, layers=(replace(facts.layers[0], dtype=torch.bfloat16), *facts.layers[1:]))
     with pytest.raises(Unsupported, match="layers of more than one dtype"):
-        _shape(mixed)
+        shape_of(mixed)

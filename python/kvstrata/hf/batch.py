@@ -10,24 +10,27 @@ from typing import Any
 import torch
 
 from kvstrata.cache import Cache, Sequence
-from kvstrata.config import Unsupported
 from kvstrata.hf.facts import Facts
 from kvstrata.hf.feed import Feed
+from kvstrata.hf.intake import Intake
 from kvstrata.hf.step import Forward, PadStep
 
 _BROKEN = "this cache is broken: a forward failed after recurrent states had changed; call reset()"
 _BUSY = "this cache has a step open in another thread: one cache serves one thread at a time"
 
 
-class Batch:
+class Batch(Intake):
     """facts: the layers. core: where they are stored. rows: one sequence per row, none before the first forward."""
 
     def __init__(self, facts: Facts, core: Cache) -> None:
-        self.facts, self.core = facts, core
+        super().__init__(facts, Feed(core.set_recording))
+        self.core = core
         self.rows: list[Sequence] = []
-        self.feed = Feed(core.set_recording)
-        self.index = {fact.layer: i for i, fact in enumerate(facts.layers)}
-        self.attention_layers = frozenset(self.index)
+
+    @property
+    def width(self) -> int:
+        """Rows."""
+        return len(self.rows)
 
     # -- one forward ----------------------------------------------------------------------------------------------
 
@@ -39,9 +42,7 @@ class Batch:
         mask: [B, columns + T] or None; batch, length: B, T of the new tokens; positions: position_ids or None.
         """
         self.settle()
-        difference = None if facts is self.facts else self.facts.difference(facts)
-        if difference is not None:
-            raise ValueError(f"this cache was made for another model; {difference}")
+        self.require(facts)
         if self.rows and batch != len(self.rows):
             raise ValueError(f"batch size: expected {len(self.rows)}, the sequences in the cache, got {batch}")
         new = self.feed.admit(mask, batch, length, positions)
@@ -141,29 +142,6 @@ class Batch:
             self.abort(forward)  # left open by a fault in compiled code, where no hook runs
         if self.feed.broken and not broken:
             raise RuntimeError(_BROKEN)
-
-    # -- what a forward asks ----------------------------------------------------------------------------------------
-
-    def check_keys(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """ValueError unless k, v [B, H, T, D] are what the probe saw of `layer`."""
-        if layer not in self.index:
-            raise Unsupported(f"{self.facts.name}: layer {layer} has keys, but the probe saw none")
-        fact, forward = self.facts.layers[self.index[layer]], self.feed.forward
-        assert forward is not None
-        expected = (len(self.rows), fact.kv_heads, forward.length, fact.head_dim)
-        for name, x in (("keys", k), ("values", v)):
-            if tuple(x.shape) != expected:
-                raise ValueError(f"layer {layer} {name}: expected [B, H, T, D] = {list(expected)}, got {list(x.shape)}")
-            if x.dtype != fact.dtype or x.device != fact.device:
-                raise ValueError(
-                    f"layer {layer} {name}: expected {fact.dtype} on {fact.device}, as the cache was made, got "
-                    f"{x.dtype} on {x.device}"
-                )
-
-    def layer_facts(self, layer: int) -> tuple[int, int | None]:
-        """(index of a model's attention layer in the core, its window or None)."""
-        index = self.index[layer]
-        return index, self.facts.layers[index].window
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

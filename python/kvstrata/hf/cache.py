@@ -6,21 +6,19 @@ import weakref
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import Cache as StockCache
 
 from kvstrata.cache import Cache, Sequence
 from kvstrata.config import LayerSpec, Shape, Unsupported
-from kvstrata.hf import compat
 from kvstrata.hf.batch import Batch
 from kvstrata.hf.decoder import facts_of
 from kvstrata.hf.facts import Facts
-from kvstrata.hf.layers import RecurrentLayer, StrataLayer, refuse_early_initialization
+from kvstrata.hf.layers import FedCache, RecurrentLayer, layer_of, refuse_early_initialization
 from kvstrata.hf.report import KVReport
 
 _REFUSED = "a KVCache holds pages, not tensors per layer: KVCache.materialize(layer) gives keys, values and positions"
 
 
-class KVCache(StockCache):  # type: ignore[misc]
+class KVCache(FedCache):
     """A paged KV cache for one patched decoder, passed to `generate` or `forward` as `past_key_values`.
 
     Made by `KVCache.for_model`. Rows of the batch are sequences of the underlying `kvstrata.Cache` (`.cache`,
@@ -30,7 +28,7 @@ class KVCache(StockCache):  # type: ignore[misc]
     def __init__(self, facts: Facts, core: Cache) -> None:
         self.cache = core
         self._batch = batch = Batch(facts, core)
-        super().__init__(layers=[_layer(batch, i) for i in range(len(facts.types))])
+        super().__init__(batch)
         weakref.finalize(self, batch.discard).atexit = False
 
     @classmethod
@@ -58,52 +56,15 @@ class KVCache(StockCache):  # type: ignore[misc]
         """
         _, facts = facts_of(model)
         budget = _budget(budget, compression_ratio, keep_ratio)
-        core = Cache(_shape(facts), budget=budget, policy=policy, far=far, ledger=ledger, hold=hold)
+        core = Cache(shape_of(facts), budget=budget, policy=policy, far=far, ledger=ledger, hold=hold)
         return cls(facts, core)
 
     # -- what transformers asks -----------------------------------------------------------------------------------
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note k, v [B, H, T, D] of a layer in the open step; returns them unchanged, the new tokens only.
-
-        RuntimeError without an open step: the model is not patched.
-        """
-        return self._batch.feed.note(layer_idx, key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed, padding included; those of the open step too once the layer was updated in it."""
-        index = self._batch.index
-        return self._batch.feed.columns_of(layer_idx if layer_idx in index else min(index))
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """As get_seq_length."""
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(columns + query_length, 0)."""
-        return self._batch.feed.columns + int(query_length), 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no maximum."""
-        return -1
 
     @property
     def batch_size(self) -> int:
         """Rows; -1 before the first forward."""
         return len(self._batch.rows) or -1
-
-    @property
-    def is_compileable(self) -> bool:
-        """False."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether anything was fed."""
-        return self._batch.feed.columns > 0
 
     @property
     def is_croppable(self) -> bool:
@@ -235,7 +196,7 @@ class KVCache(StockCache):  # type: ignore[misc]
         self._batch.feed.clear()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RecurrentLayer):
-                self.layers[i] = _layer(self._batch, i)
+                self.layers[i] = layer_of(self._batch, i)
 
     def end_prefill(self) -> None:
         """For own loops of chunked prefill: the prompt ends here."""
@@ -293,15 +254,6 @@ class KVCache(StockCache):  # type: ignore[misc]
         return KVReport.of(self.cache.report(), self.columns, states)
 
 
-def _layer(batch: Batch, index: int) -> Any:
-    kind, kwargs = batch.facts.types[index]
-    if kind in compat.ATTENTION_TYPES:
-        return StrataLayer(batch.feed, index, batch.layer_facts(index)[1])
-    if kind in compat.RECURRENT_TYPES:
-        return RecurrentLayer(batch.feed, **dict(kwargs))
-    return compat.idle_layer()
-
-
 def _budget(budget: Any, compression_ratio: float | None, keep_ratio: float | None) -> Any:
     given = {"budget": budget, "compression_ratio": compression_ratio, "keep_ratio": keep_ratio}
     said = [name for name, value in given.items() if value is not None]
@@ -317,7 +269,8 @@ def _budget(budget: Any, compression_ratio: float | None, keep_ratio: float | No
     return f"{100.0 * ratio:g}%"
 
 
-def _shape(facts: Facts) -> Shape:
+def shape_of(facts: Facts) -> Shape:
+    """A cache's shape for a decoder. Unsupported: layers of more than one dtype or device, or what the core refuses."""
     for name in ("dtype", "device"):
         found = {str(getattr(fact, name)) for fact in facts.layers}
         if len(found) > 1:

@@ -8,9 +8,9 @@ import torch
 
 from kvstrata.config import Unsupported
 from kvstrata.hf.attention import NAMES
-from kvstrata.hf.cache import KVCache
 from kvstrata.hf.decoder import argument, parameters_of, record_of
 from kvstrata.hf.facts import ProbeCache
+from kvstrata.hf.layers import FedCache
 from kvstrata.hf.step import STEP, Forward, current, enter, leave
 
 
@@ -34,7 +34,7 @@ def _seen(mask: Any) -> str:
 def outer_pre(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Outermost module: keep the 2-D mask, for a wrapper may hand its decoder another one."""
     cache = argument(module, args, kwargs, "past_key_values")
-    if isinstance(cache, KVCache):
+    if isinstance(cache, FedCache):
         mask = _plain_mask(module, argument(module, args, kwargs, "attention_mask"))
         enter(id(module), cache, mask)
 
@@ -51,7 +51,7 @@ def decoder_pre(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Check the inputs, reserve the pages, open the step and put it into both channels. Another cache: nothing."""
     cache = argument(module, args, kwargs, "past_key_values")
-    if not isinstance(cache, (KVCache, ProbeCache)):
+    if not isinstance(cache, (FedCache, ProbeCache)):
         return None
     _check_config(module)
     mask = _plain_mask(module, argument(module, args, kwargs, "attention_mask"))
@@ -78,7 +78,7 @@ def _check_config(module: Any) -> None:
         raise Unsupported(f"{type(module).__name__}: config.output_attentions: no attention matrix is ever made")
 
 
-def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: KVCache, mask: Any) -> Forward:
+def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: FedCache, mask: Any) -> Forward:
     tokens = argument(module, args, kwargs, "input_ids")
     tokens = argument(module, args, kwargs, "inputs_embeds") if tokens is None else tokens
     if tokens is None:
@@ -86,7 +86,7 @@ def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: KVC
     record = record_of(module)
     assert record is not None and record.facts is not None
     positions = argument(module, args, kwargs, "position_ids")
-    return cache._batch.open(record.facts, record.modules(module), mask, tokens.shape[0], tokens.shape[1], positions)
+    return cache.intake.open(record.facts, record.modules(module), mask, tokens.shape[0], tokens.shape[1], positions)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""The cache layers transformers sees: views of one KVCache that hold no keys and no values."""
+"""The cache and the cache layers transformers sees: they hold no keys and no values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import copy
 from typing import Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache as StockCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvstrata.config import Unsupported
+from kvstrata.hf import compat
 from kvstrata.hf.feed import Feed
+from kvstrata.hf.intake import Intake
 
 _TOGETHER = "the lengths of all layers move together: call {name} on the cache, not on a layer"
 
@@ -133,3 +136,58 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]
 def refuse_early_initialization() -> NoReturn:
     """KVCache.early_initialization: pages are reserved step by step."""
     raise Unsupported("early_initialization: a KVCache reserves pages when a step opens, it has no static tensors")
+
+
+def layer_of(intake: Intake, index: int) -> Any:
+    """The cache layer of a decoder's layer."""
+    kind, kwargs = intake.facts.types[index]
+    if kind in compat.ATTENTION_TYPES:
+        return StrataLayer(intake.feed, index, intake.layer_facts(index)[1])
+    if kind in compat.RECURRENT_TYPES:
+        return RecurrentLayer(intake.feed, **dict(kwargs))
+    return compat.idle_layer()
+
+
+class FedCache(StockCache):  # type: ignore[misc]
+    """What a patched decoder takes as `past_key_values`: hands what it is fed to an intake."""
+
+    def __init__(self, intake: Intake) -> None:
+        self.intake = intake
+        super().__init__(layers=[layer_of(intake, i) for i in range(len(intake.facts.types))])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note k, v [B, H, T, D] of a layer in the open step; returns them unchanged, the new tokens only.
+
+        RuntimeError without an open step: the model is not patched.
+        """
+        return self.intake.feed.note(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed, padding included; those of the open step too once the layer was updated in it."""
+        index = self.intake.index
+        return self.intake.feed.columns_of(layer_idx if layer_idx in index else min(index))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As get_seq_length."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(columns + query_length, 0)."""
+        return self.intake.feed.columns + int(query_length), 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no maximum."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was fed."""
+        return self.intake.feed.columns > 0

@@ -12,7 +12,8 @@ from kvstrata.config import Unsupported
 from kvstrata.hf.compat import warn_once
 
 if TYPE_CHECKING:
-    from kvstrata.hf.batch import Batch
+    from kvstrata.hf.intake import Intake
+    from kvstrata.hf.passage import PackedStep
     from kvstrata.step import Step
 
 STEP = "kvstrata_step"  # channel 1: the keyword argument that carries the step to the attention function
@@ -88,8 +89,8 @@ class Forward:
 
     def __init__(
         self,
-        batch: Batch,
-        step: Step | PadStep,
+        batch: Intake,
+        step: Step | PadStep | PackedStep,
         name: str,
         modules: frozenset[int],
         new: torch.Tensor | None,
