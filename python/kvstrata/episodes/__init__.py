@@ -6,6 +6,7 @@ from kvstrata.episodes.model import Attending, ChatModel
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
+from kvstrata.episodes.sensitivity import sensitivity
 from kvstrata.episodes.topics import Placed, Topics
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "line",
     "represent",
     "segment",
+    "sensitivity",
     "turns_of",
     "utterances",
 ]
