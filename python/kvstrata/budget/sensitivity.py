@@ -25,8 +25,8 @@ _STABLE = 1e-6
 class SensitivityProfile:
     """How alike a layer's keys are between a whole and a small cache, measured on a calibration text.
 
-    sigma: mean cosine of each layer's keys, [L], -1..1; spread: standard deviation of it over samples, [L]; tokens: length
-    N of the text; text_hash, model_hash: SHA-256 in 64 hex digits of the text and of the model it was measured with.
+    sigma: mean cosine of each layer's keys, [L], -1..1; spread: standard deviation of it over samples, [L]; tokens: N, those
+    whose keys were compared; text_hash, model_hash: SHA-256 in 64 hex digits of the text and of the model it was measured with.
     """
 
     sigma: tuple[float, ...]

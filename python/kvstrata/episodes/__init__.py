@@ -2,12 +2,16 @@
 
 from kvstrata.episodes.cluster import Clusters, cluster
 from kvstrata.episodes.embed import Embedder, Fitted, InputEmbedding, MiniLM, SentenceModel, auto
+from kvstrata.episodes.model import Attending, ChatModel
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
+from kvstrata.episodes.sensitivity import sensitivity
 from kvstrata.episodes.topics import Placed, Topics
 
 __all__ = [
+    "Attending",
+    "ChatModel",
     "Clusters",
     "Embedder",
     "Fitted",
@@ -27,6 +31,7 @@ __all__ = [
     "line",
     "represent",
     "segment",
+    "sensitivity",
     "turns_of",
     "utterances",
 ]

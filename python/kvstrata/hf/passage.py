@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from kvstrata.episodes.model import Attending
 from kvstrata.hf.facts import Facts
 from kvstrata.hf.feed import Feed
 from kvstrata.hf.intake import Intake
 from kvstrata.hf.step import Forward
-
-
-class Attending(Protocol):
-    """What takes each layer's queries, keys and values: a `kvstrata.Step`, or another with this method."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 class PackedStep:
