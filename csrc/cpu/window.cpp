@@ -1,9 +1,7 @@
 #include "cpu/window.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "cpu/attend_queries.h"
 #include "cpu/merge.h"
 
 namespace kvstrata::cpu {
@@ -21,13 +19,6 @@ uint16_t between(const int32_t* positions, int64_t first, int64_t last) {
     unsigned mask = 0;
     for (int i = 0; i < kSlots; ++i) mask |= static_cast<unsigned>(positions[i] >= a && positions[i] <= b) << i;
     return static_cast<uint16_t>(mask);
-}
-
-// One row's words to its place among the rows of a register tile.
-void spread(uint32_t* to, const void* from, int words, int row, int tile_rows) {
-    to += static_cast<int64_t>(row / tile_rows) * words * tile_rows + row % tile_rows;
-    const char* const at = static_cast<const char*>(from);
-    for (int i = 0; i < words; ++i) std::memcpy(to + static_cast<int64_t>(i) * tile_rows, at + 4 * i, 4);
 }
 
 }  // namespace
@@ -56,47 +47,9 @@ WindowUnit::WindowUnit(const ops::WindowParams& params, const WindowPlan& plan, 
       found_(plan.found(wave, unit, worker)),
       kept_(wave.kept),
       head_(id_.block * part_.heads),
-      heads_(plan.heads(id_.row, id_.block)) {
+      heads_(plan.heads(id_.row, id_.block)),
+      block_(params, kernels, s_.block, row_, id_.row, head_ * row_.queries, heads_ * row_.queries, part_.rows) {
     if (row_.q_pos) earliest_ = *std::min_element(row_.q_pos, row_.q_pos + row_.queries);
-}
-
-// Units of a block follow each other: a thread mostly has the queries already.
-void WindowUnit::load() {
-    WindowLoaded& loaded = *s_.loaded;
-    if (loaded.row == id_.row && loaded.head == head_) return;
-    loaded = {id_.row, head_, {}};
-    std::fill_n(s_.masks, part_.rows, uint16_t{0});
-    std::fill_n(s_.delta, part_.rows, 0.0f);
-    std::fill_n(s_.centre, part_.rows, 0.0f);
-}
-
-// The block's queries as operands of a kind, once a page wants them.
-void WindowUnit::need(Operand operand) {
-    if (s_.loaded->has[operand]) return;
-    alignas(64) float q[kMaxHeadDim] = {};
-    alignas(64) int16_t narrow[kMaxHeadDim];
-    const int dim = p_.head_dim, words = operand == kF32 ? dim : dim / 2;
-    std::fill_n(s_.q[operand], static_cast<int64_t>(part_.rows) * words, 0u);
-    for (int row = 0; row < heads_ * row_.queries; ++row) {
-        const int t = row % row_.queries, g = head_ + row / row_.queries;
-        const int64_t at = (row_.tokens ? row_.tokens[t] : t) * row_.q_stride_t + g * row_.q_stride_g;
-        const char* const from = static_cast<const char*>(row_.q) + at * dtype_bytes(p_.q_dtype);
-        if (operand == kPairs) {  // bf16 already
-            spread(s_.q[operand], from, words, row, kernels_.window_rows);
-            continue;
-        }
-        kernels_.convert(q, DType::f32, from, p_.q_dtype, dim);
-        if (operand == kCodes) {
-            AttendTile tile{};
-            tile.q = q;
-            tile.rows = 1, tile.head_dim = dim, tile.stride = padded_dim(dim);
-            tile.query = {narrow, s_.delta + row, s_.centre + row};
-            encode_queries(kernels_, tile, row_.centre);
-        }
-        spread(s_.q[operand], operand == kCodes ? static_cast<const void*>(narrow) : q, words, row,
-               kernels_.window_rows);
-    }
-    s_.loaded->has[operand] = true;
 }
 
 // Of every query, to query_masks; returns the union.
@@ -124,45 +77,24 @@ uint16_t WindowUnit::masks(int entry, PositionRange range) {
     return any;
 }
 
-void WindowUnit::visit(PageId id, PageId next, float* z) {
-    const Format format = p_.pools[page_pool(id)].format;
-    const int f = static_cast<int>(format);
-    const bool pairs =
-        kernels_.window_pairs && format == Format::bf16 && p_.q_dtype == DType::bf16 && p_.head_dim % 2 == 0;
-    const Operand operand = !is_full(format) ? kCodes : pairs ? kPairs : kF32;
-    need(operand);
-    for (int h = 0; h < heads_; ++h) std::copy_n(s_.query_masks, row_.queries, s_.masks + h * row_.queries);
-    WindowTile tile{};
-    tile.q = s_.q[operand];
-    tile.delta = s_.delta, tile.centre = s_.centre;
-    tile.decoded = s_.decoded;
-    tile.masks = s_.masks;
-    tile.z = z, tile.maximum = s_.maxima;
-    tile.rows = part_.rows, tile.head_dim = p_.head_dim;
-    tile.group = is_full(format) ? 0 : group_size(format, p_.head_dim);
-    tile.scale = p_.scale, tile.softcap = p_.softcap;
-    // The next page may be of another format: what is fetched ahead is a guess of its length.
-    const unsigned char* const ahead = next < 0 || page_pool(next) != page_pool(id) ? nullptr : page_at(p_.pools, next);
-    (pairs ? kernels_.window_pairs : kernels_.window_page[f])(tile, page_at(p_.pools, id), ahead);
-}
-
 void WindowUnit::find(PositionRange range, bool moved) {
-    load();
+    block_.load();
     const int begin = id_.chunk * kUnitEntries, end = std::min(row_.entries, begin + kUnitEntries);
     const int64_t stride = static_cast<int64_t>(part_.rows) * kSlots;
     WindowHead& head = *found_.head;
     head.count = 0;
-    std::fill_n(s_.maxima, stride, kMinusInf);
+    std::fill_n(s_.block.maxima, stride, kMinusInf);
     for (int e = begin; e < end; ++e) {
         const uint16_t slots = masks(e, range);
         if (!slots) continue;
         const bool more =
             e + 1 < end && (!row_.visible || row_.visible[e + 1]);  // ids of hidden entries may be anything
-        visit(row_.pages[e], more ? row_.pages[e + 1] : -1, found_.e + head.count * stride);
+        for (int h = 0; h < heads_; ++h) std::copy_n(s_.query_masks, row_.queries, s_.block.masks + h * row_.queries);
+        block_.visit(row_.pages[e], more ? row_.pages[e + 1] : -1, found_.e + head.count * stride);
         head.entries[head.count] = e, head.slots[head.count] = slots;
         ++head.count;
     }
-    kernels_.soften_window(found_.e, head.count, part_.rows, s_.maxima, found_.maximum, found_.total,
+    kernels_.soften_window(found_.e, head.count, part_.rows, s_.block.maxima, found_.maximum, found_.total,
                            moved ? found_.moved : nullptr);
 }
 

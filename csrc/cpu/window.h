@@ -37,9 +37,6 @@ class WindowUnit {
 
   private:
     void find(PositionRange range, bool moved);
-    void load();
-    void need(Operand operand);
-    void visit(PageId id, PageId next, float* z);
     uint16_t masks(int entry, PositionRange range);
 
     const ops::WindowParams& p_;
@@ -52,6 +49,7 @@ class WindowUnit {
     const WindowFound found_;
     const bool kept_;
     const int head_, heads_;
+    WindowBlock block_;
     int32_t earliest_ = INT32_MAX;  // position of a query
 };
 

@@ -49,25 +49,13 @@ int32_t largest_block(const ops::WindowParams& p) {  // grows with each input, t
 
 // The pieces of a thread's scratch in order; with `base`, where they lie. Returns their bytes.
 int64_t lay_out(int64_t rows, int64_t dim, int group, unsigned char* base, WindowScratch& s) {
-    int64_t at = 0;
-    const auto take = [&](auto*& to, int64_t bytes) {
-        to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(base + at);
-        at += round64(bytes);
-    };
-    take(s.loaded, sizeof(WindowLoaded));
-    take(s.q[kF32], 4 * rows * dim);
-    take(s.q[kPairs], 2 * rows * dim);
-    take(s.q[kCodes], 2 * rows * dim);
-    take(s.delta, 4 * rows);
-    take(s.centre, 4 * rows);
-    take(s.maxima, 4 * rows * kSlots);
-    take(s.sums, 4 * group * kSumLanes);
-    take(s.factor, 4 * rows);
-    take(s.tile, 4 * tile_floats(rows));
-    take(s.decoded, 64 * dim);
-    take(s.masks, 2 * rows);
-    take(s.query_masks, 2 * rows);
-    return at;
+    Pieces pieces{base};
+    s.block.lay_out(pieces, rows, dim);
+    pieces.take(s.sums, 4 * group * kSumLanes);
+    pieces.take(s.factor, 4 * rows);
+    pieces.take(s.tile, 4 * tile_floats(rows));
+    pieces.take(s.query_masks, 2 * rows);
+    return pieces.bytes;
 }
 int64_t bytes_of_scratch(const ops::WindowParams& p) {
     WindowScratch none{};
@@ -110,7 +98,7 @@ WindowPlan::WindowPlan(const ops::WindowParams& p, int head_sums)
     floats_ = reinterpret_cast<float*>(static_cast<unsigned char*>(p.workspace) + bytes_of_parts(p));
     kept_ = floats_ + floats;
     scratch_ = reinterpret_cast<unsigned char*>(kept_ + capacity_);
-    for (int worker = 0; worker < std::max(1, p.threads); ++worker) scratch(worker).loaded->row = -1;
+    for (int worker = 0; worker < std::max(1, p.threads); ++worker) scratch(worker).block.loaded->row = -1;
 }
 
 int WindowPlan::threads() const { return units_ <= kAloneUnits ? 1 : p_.threads; }

@@ -7,9 +7,8 @@
 #pragma once
 
 #include "common/layout.h"
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "ops/window.h"
+#include "cpu/window_block.h"
 
 namespace kvstrata::cpu {
 
@@ -36,20 +35,11 @@ struct WindowFound {
     float* e;
 };
 
-enum Operand { kF32, kPairs, kCodes, kOperands };  // queries as the formats of pages read them: cpu/kernels.h
-
-struct WindowLoaded {  // the block whose queries lie in a thread's scratch
-    int32_t row, head;
-    bool has[kOperands];
-};
 struct WindowScratch {  // of one thread; B: queries of a block
-    WindowLoaded* loaded;
-    uint32_t* q[kOperands];         // [B, D'], [B, D' / 2], [B, D' / 2]
-    float *delta, *centre;          // [B]
-    float *maxima, *sums, *factor;  // [B, 16], [G, 4, 16], [B]
-    float* tile;                    // of a unit that is not kept
-    unsigned char* decoded;         // [64 * D']
-    uint16_t *masks, *query_masks;  // [B], [T]
+    BlockScratch block;
+    float *sums, *factor;   // [G, 4, 16], [B]
+    float* tile;            // of a unit that is not kept
+    uint16_t* query_masks;  // [T]
 };
 
 struct WindowUnitId {
