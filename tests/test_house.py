@@ -225,6 +225,7 @@ NOT_ON_CUDA = {
     "quantize",
     "rotate",
     "score_keys",
+    "score_max",
     "score_pages",
     "score_window",
     "summarize",

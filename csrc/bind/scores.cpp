@@ -1,4 +1,4 @@
-// The ops that rank tokens: score_window, measure, pool, accumulate, score_keys.
+// The ops that rank tokens: score_window, score_max, measure, pool, accumulate, score_keys.
 #include "bind/bind.h"
 #include "bind/tensors.h"
 #include "common/check.h"
@@ -6,6 +6,7 @@
 #include "ops/measure.h"
 #include "ops/pool.h"
 #include "ops/score_keys.h"
+#include "ops/score_max.h"
 #include "ops/score_window.h"
 
 namespace kvstrata::bind {
@@ -163,6 +164,56 @@ void measure(py::dict tensors, const py::sequence& pools_, float scale, float so
     ops::measure(p);
 }
 
+int64_t score_max_workspace_bytes(int head_dim, int threads) {
+    ops::ScoreMaxParams p{};
+    p.head_dim = head_dim, p.threads = threads;
+    return ops::score_max_workspace_bytes(p);
+}
+
+void score_max(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int threads) {
+    const char* const op = "score_max";
+    const Argument q(op, "q", tensors["q"]), lse(op, "lse", tensors["lse"]), spans(op, "spans", tensors["spans"]);
+    const Argument centre(op, "centre", tensors["centre"]), out(op, "out", tensors["out"]);
+    const Argument space(op, "workspace", tensors["workspace"]);
+    const PageLists lists(op, tensors["pages"], tensors["visible"]);
+    q.expect_rank({"R", "G", "W", "D"});
+    spans.expect_rank({"E + 1"});
+    const Dim R = lists.rows(), G{"G", q.shape(1)}, W{"W", q.shape(2)}, D{"D", q.shape(3)};
+    const Dim E{"E", spans.shape(0) - 1};
+    q.expect(kFloats, {R, G, W, D}, "R set by pages");
+    lse.expect({DType::f32}, {R, G, W}, "set by q");
+    spans.expect({DType::i32}, {{"E + 1", spans.shape(0)}}).expect_contiguous();
+    centre.expect({DType::f32}, {R, D}, "set by q");
+    check(E.size >= 1, op, ": spans has ", spans.shape(0), " offsets, expected at least 2");
+    out.expect({DType::f32}, {E, R, lists.entries(), {"16", kSlots}}, "set by spans and pages");
+    check(out.stride(2) == kSlots || out.shape(2) <= 1, "score_max: out has stride ", out.stride(2),
+          " in dimension 2, expected ", kSlots);
+    const Pools pools(op, pools_, true);
+    lists.check_ids(pools, int_of(D.size));
+    std::vector<ops::WindowRow> rows(static_cast<size_t>(R.size));
+    for (int64_t r = 0; r < R.size; ++r) {
+        ops::WindowRow& row = rows[r];
+        row.q = q.row<void>(r), row.q_stride_t = q.stride(2), row.q_stride_g = q.stride(1);
+        row.pages = lists.pages.row<PageId>(r), row.visible = lists.visible.row<uint16_t>(r);
+        row.centre = centre.row<float>(r), row.entries = int_of(lists.entries().size);
+    }
+    ops::ScoreMaxParams p{};
+    p.rows = rows.data();
+    p.n_rows = int_of(R.size), p.group = int_of(G.size), p.head_dim = int_of(D.size);
+    p.q_dtype = q.dtype();
+    p.pools = pools.views();
+    p.scale = scale, p.softcap = softcap, p.threads = threads;
+    p.spans = spans.data<int32_t>();
+    p.n_spans = int_of(E.size), p.queries = int_of(W.size);
+    p.lse = lse.data<float>();
+    p.lse_stride_r = lse.stride(0), p.lse_stride_g = lse.stride(1);
+    p.out = out.data<float>();
+    p.out_stride_e = out.stride(0), p.out_stride_r = out.stride(1);
+    p.workspace = workspace_of(op, space, ops::score_max_workspace_bytes(p));
+    py::gil_scoped_release release;
+    ops::score_max(p);
+}
+
 int64_t pool_workspace_bytes(int entries, int threads) {
     ops::PoolRow row{};
     row.entries = entries;
@@ -260,6 +311,9 @@ void bind_scores(py::module_& m) {
           py::arg("window"), py::arg("spread"), py::arg("weight"), py::arg("threads"));
     m.def("measure", &measure, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("window"), py::arg("which"), py::arg("skip"), py::arg("threads"));
+    m.def("score_max_workspace_bytes", &score_max_workspace_bytes, py::arg("head_dim"), py::arg("threads"));
+    m.def("score_max", &score_max, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
+          py::arg("threads"));
     m.def("pool_workspace_bytes", &pool_workspace_bytes, py::arg("entries"), py::arg("threads"));
     m.def("pool", &pool, py::arg("score"), py::arg("pages"), py::arg("visible"), py::arg("out"), py::arg("workspace"),
           py::arg("pools"), py::arg("kernel"), py::arg("kind"), py::arg("divide"), py::arg("threads"));

@@ -133,6 +133,10 @@ struct Kernels {
     void (*sound_sums)(float* e, const float* factor, int32_t queries, float* sums);
     void (*code_sums)(float* e, const float* factor, int32_t queries, uint16_t slots, float* sums);
 
+    // Of one page's logits z [n, 16] and lse [n]: most [16] becomes the largest of it and of z - lse, NaN where one is NaN.
+    void (*raise_most)(const float* z, const float* lse, int32_t n, float* most);
+    void (*exp_slots)(float* x, uint16_t slots);  // x [16] = exp(x), 0 but for the slots of a mask
+
     // The keys of a page as f32 k [padded dim, 16 slots], those of quantized pages in the rotated domain plus
     // centre [dim] if not null, and |k|^2 [16]; `scales` bf16 [dim / group, 16] are theirs. Indexed by Format.
     void (*widen_keys[6])(const unsigned char* page, const uint16_t* scales, int32_t dim, int32_t group,

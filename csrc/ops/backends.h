@@ -18,6 +18,7 @@
 #include "ops/quantize.h"
 #include "ops/rotate.h"
 #include "ops/score_keys.h"
+#include "ops/score_max.h"
 #include "ops/score_pages.h"
 #include "ops/score_window.h"
 #include "ops/summarize.h"
@@ -37,6 +38,8 @@ void dequantize(const ops::DequantizeParams& params);
 void compact(const ops::CompactParams& params);
 int64_t score_window_workspace_bytes(const ops::ScoreWindowParams& params);
 void score_window(const ops::ScoreWindowParams& params);
+int64_t score_max_workspace_bytes(const ops::ScoreMaxParams& params);
+void score_max(const ops::ScoreMaxParams& params);
 int64_t measure_workspace_bytes(const ops::MeasureParams& params);
 void measure(const ops::MeasureParams& params);
 int64_t pool_workspace_bytes(const ops::PoolParams& params);

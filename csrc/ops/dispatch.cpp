@@ -68,11 +68,17 @@ void check_entries(const char* op, const PoolView* pools, const Row& row, int r)
     }
 }
 
-void check_window(const char* op, const WindowParams& p) {
+// What window queries of any number share.
+void check_queries(const char* op, const WindowParams& p) {
     check_shape(op, p.head_dim, p.group);
     check_float(op, "q", p.q_dtype);
     check(std::isfinite(p.scale), op, ": scale is ", p.scale, ", expected a finite number");
     check(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap is ", p.softcap, ", expected 0 (none) or more");
+    for (int r = 0; r < p.n_rows; ++r) check_entries(op, p.pools, p.rows[r], r);
+}
+
+void check_window(const char* op, const WindowParams& p) {
+    check_queries(op, p);
     check(p.window >= 0, op, ": window is ", p.window, ", expected 0 (none) or more");
     for (int r = 0; r < p.n_rows; ++r) {
         const WindowRow& row = p.rows[r];
@@ -80,7 +86,14 @@ void check_window(const char* op, const WindowParams& p) {
               " queries, expected 0 to ", kMaxWindowQueries);
         check(row.q_pos || !p.window || !row.queries, op, ": q_pos is missing, expected [W] (window is ", p.window,
               ")");
-        check_entries(op, p.pools, row, r);
+    }
+}
+
+void check_spans(const ScoreMaxParams& p) {
+    for (int e = 0; e <= p.n_spans; ++e) {
+        const int from = e ? p.spans[e - 1] : 0;
+        check(p.spans[e] >= from && p.spans[e] <= p.queries, "score_max: spans[", e, "] is ", p.spans[e], ", expected ",
+              from, " to ", p.queries, " (W)");
     }
 }
 
@@ -205,6 +218,17 @@ void score_window(const ScoreWindowParams& p) {
           ", expected none, variance or std");
     check(p.weight >= 0 && std::isfinite(p.weight), "score_window: weight is ", p.weight, ", expected 0 or more");
     cpu::score_window(p);
+}
+
+int64_t score_max_workspace_bytes(const ScoreMaxParams& p) {
+    check_shape("score_max", p.head_dim);
+    return cpu::score_max_workspace_bytes(p);
+}
+
+void score_max(const ScoreMaxParams& p) {
+    check_queries("score_max", p);
+    check_spans(p);
+    cpu::score_max(p);
 }
 
 int64_t measure_workspace_bytes(const MeasureParams& p) {

@@ -6,6 +6,7 @@ from typing import TypedDict
 Tensor = tuple[int, tuple[int, ...], tuple[int, ...], int, int]
 Slab = tuple[int, int, int]  # pointer, pages, pointer to positions
 Pool = tuple[int, int, int, Sequence[Slab]]  # format, head_dim, stride in bytes, slabs
+Pools = Sequence[Pool]
 
 class Invalid(ValueError): ...
 class Unsupported(ValueError): ...
@@ -38,15 +39,22 @@ class AttendTensors(TypedDict):
     want_logits: Tensor | None
     workspace: Tensor | None
 
-class WindowTensors(TypedDict):
+class QueryTensors(TypedDict):
     q: Tensor
     pages: Tensor
-    q_pos: Tensor | None
-    queries: Tensor | None
     visible: Tensor | None
     centre: Tensor | None
-    sinks: Tensor | None
     workspace: Tensor
+
+class WindowTensors(QueryTensors):
+    q_pos: Tensor | None
+    queries: Tensor | None
+    sinks: Tensor | None
+
+class MaxTensors(QueryTensors):
+    lse: Tensor
+    spans: Tensor
+    out: Tensor
 
 class ScoreTensors(WindowTensors):
     score: Tensor
@@ -65,36 +73,26 @@ def settings() -> Settings: ...
 
 # --- ops
 def append(
-    k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, pools: Sequence[Pool], position: Tensor, threads: int
+    k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, pools: Pools, position: Tensor, threads: int
 ) -> None: ...
 def attend_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
-def attend(
-    tensors: AttendTensors, pools: Sequence[Pool], scale: float, softcap: float, window: int, threads: int
-) -> None: ...
+def attend(tensors: AttendTensors, pools: Pools, scale: float, softcap: float, window: int, threads: int) -> None: ...
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor | None, threads: int) -> None: ...
 def mass(logits: Tensor, lse: Tensor, out: Tensor, reduce: int, threads: int) -> None: ...
-def pack(pages: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, pools: Sequence[Pool], threads: int) -> None: ...
-def unpack(pages: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, pools: Sequence[Pool], threads: int) -> None: ...
+def pack(pages: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, pools: Pools, threads: int) -> None: ...
+def unpack(pages: Tensor, k: Tensor, v: Tensor, scales: Tensor | None, pools: Pools, threads: int) -> None: ...
 def rotate(x: Tensor, out: Tensor, inverse: bool, threads: int) -> None: ...
-def quantize(
-    moves: Tensor, pools: Sequence[Pool], centre: Tensor | None, row_of: Tensor | None, threads: int
-) -> None: ...
+def quantize(moves: Tensor, pools: Pools, centre: Tensor | None, row_of: Tensor | None, threads: int) -> None: ...
 def dequantize(
-    pages: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pools: Sequence[Pool],
-    centre: Tensor | None,
-    row_of: Tensor | None,
-    threads: int,
+    pages: Tensor, k: Tensor, v: Tensor, pools: Pools, centre: Tensor | None, row_of: Tensor | None, threads: int
 ) -> None: ...
-def compact(moves: Tensor, pools: Sequence[Pool], threads: int) -> None: ...
+def compact(moves: Tensor, pools: Pools, threads: int) -> None: ...
 def score_window_workspace_bytes(
     rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int
 ) -> int: ...
 def score_window(
     tensors: ScoreTensors,
-    pools: Sequence[Pool],
+    pools: Pools,
     scale: float,
     softcap: float,
     window: int,
@@ -102,10 +100,12 @@ def score_window(
     weight: float,
     threads: int,
 ) -> None: ...
+def score_max_workspace_bytes(head_dim: int, threads: int) -> int: ...
+def score_max(tensors: MaxTensors, pools: Pools, scale: float, softcap: float, threads: int) -> None: ...
 def measure_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
 def measure(
     tensors: MeasureTensors,
-    pools: Sequence[Pool],
+    pools: Pools,
     scale: float,
     softcap: float,
     window: int,
@@ -120,7 +120,7 @@ def pool(
     visible: Tensor | None,
     out: Tensor,
     workspace: Tensor,
-    pools: Sequence[Pool],
+    pools: Pools,
     kernel: int,
     kind: int,
     divide: int,
@@ -134,7 +134,7 @@ def score_keys(
     centre: Tensor | None,
     out: Tensor,
     workspace: Tensor,
-    pools: Sequence[Pool],
+    pools: Pools,
     head_dim: int,
     kind: int,
     threads: int,
@@ -159,7 +159,7 @@ def summarize(
     visible: Tensor | None,
     centre: Tensor | None,
     blocks: Tensor,
-    pools: Sequence[Pool],
+    pools: Pools,
     head_dim: int,
     kind: int,
     threads: int,
@@ -241,6 +241,7 @@ def supported() -> Supported: ...
 # --- the store
 _Recall = tuple[int, int, float, int, int, int, float, int, float, int, int]
 _Strides = tuple[int, int, int, int]  # address, elements per sequence, per token, per head
+_Spans = tuple[_Strides, int, int, int, list[int]]  # q by row, head and token, its dtype, lse, W, offsets
 
 class Store:
     def __init__(
@@ -359,6 +360,9 @@ class Store:
         softcap: float,
         out: int,
         columns: int,
+    ) -> None: ...
+    def score_max(
+        self, layer: int, seqs: list[int], q: _Spans, scale: float, softcap: float, out: int, columns: int, threads: int
     ) -> None: ...
     def measure(
         self, layer: int, seqs: list[int], queries: int, which: int, scale: float, softcap: float, out: int

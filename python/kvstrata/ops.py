@@ -37,6 +37,7 @@ from kvstrata.scores import (
     measure,
     pool,
     score_keys,
+    score_max,
     score_window,
     score_window_workspace_bytes,
 )
@@ -46,8 +47,8 @@ __all__ = [
     "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "Spread", "Stats", "accumulate", "append", "attend",
     "attend_workspace_bytes", "choose_chunks", "choose_states", "chunk_order", "cluster", "cluster_greedy", "compact",
     "dequantize", "estimate", "make_page", "mass", "measure", "merge", "pack", "page_bytes", "pool", "quantize", "rotate",
-    "scale_groups", "score_keys", "score_pages", "score_window", "score_window_workspace_bytes", "select", "summarize",
-    "summary_bytes", "unpack",
+    "scale_groups", "score_keys", "score_max", "score_pages", "score_window", "score_window_workspace_bytes", "select",
+    "summarize", "summary_bytes", "unpack",
 ]  # fmt: skip
 
 Reduce = Literal["sum", "mean", "max"]

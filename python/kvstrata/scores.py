@@ -130,6 +130,61 @@ def score_window_workspace_bytes(q: Tensor, entries: int, *, threads: int | None
     )
 
 
+def score_max(
+    q: Tensor,
+    lse: Tensor,
+    spans: Tensor,
+    pages: Tensor,
+    pools: Sequence[Pool],
+    *,
+    visible: Tensor | None = None,
+    centre: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The most that a query of each span saw of each stored slot. Returns f32 [E, R, K, 16].
+
+    exp(max over g, and t in span e, of z - lse), of E spans of W queries in all (after EpiCache, arXiv 2509.17396, whose code
+    normalises over the stored slots alone).
+
+    q        [R, G, W, D] f32, bf16 or f16, any strides over R, G and W; any W
+    lse      f32 [R, G, W] of all that each query read, its own span too, which is not stored; any strides over R and G. -inf:
+             the query saw nothing and takes no part
+    spans    i32 [E + 1] rising from 0 or more to at most W: span e is queries spans[e] to spans[e + 1], none: zeros
+    pages    i32 [R, K] of any formats
+    visible, centre, scale, softcap    as in `score_window`
+    out      f32 [E, R, K, 16], any strides over E and R
+
+    A NaN in q or lse shows in all its span and row, one in a slot in this slot of its row. Keys are read once for all spans;
+    memory depends on D and threads alone.
+    """
+    op = "score_max"
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q is {list(q.shape)}, expected [R, G, W, D]")
+    if pages.dim() != 2:
+        raise ValueError(f"{op}: pages is {list(pages.shape)}, expected [R, K]")
+    if spans.dim() != 1 or len(spans) < 2:
+        raise ValueError(f"{op}: spans is {list(spans.shape)}, expected [E + 1] with E at least 1")
+    count, dim = thread_count(op, threads), q.shape[3]
+    result = torch.empty(len(spans) - 1, *pages.shape, SLOTS) if out is None else out
+    workspace = torch.empty(_C.score_max_workspace_bytes(dim, count), dtype=torch.uint8)
+    tensors: _C.MaxTensors = {
+        "q": view(op, "q", q),
+        "lse": view(op, "lse", lse),
+        "spans": view(op, "spans", spans),
+        "pages": view(op, "pages", pages),
+        "visible": maybe_view(op, "visible", visible),
+        "centre": maybe_view(op, "centre", centre),
+        "out": view(op, "out", result),
+        "workspace": view(op, "workspace", workspace),
+    }
+    factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
+    _C.score_max(tensors, native_pools(op, pools), factor, softcap, count)
+    return result
+
+
 def measure(
     q: Tensor,
     pages: Tensor,

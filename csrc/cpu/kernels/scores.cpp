@@ -3,7 +3,7 @@
 // Moments are taken of differences to the first query, so equal queries vary by exactly nothing.
 #include "cpu/kernels/level.h"
 #if KV_OWN_KERNELS
-#include "cpu/kernels/vec.h"
+#include "cpu/kernels/math.h"
 
 namespace kvstrata::cpu::KV_ISA {
 namespace {
@@ -71,12 +71,38 @@ void code_sums(float* e, const float* factor, int32_t queries, uint16_t slots, f
     add_to(sums + kSlots, div(div(fourth, count), mul(bounded, bounded)));
 }
 
+constexpr int kMosts = 4;  // maxima at a time: one alone would wait for itself
+
+// The second operand of max stays where it is NaN; the first is to be seen, too.
+KV_INLINE void raise(V& top, const float* z, float lse, uint16_t& nan) {
+    const V x = sub(load(z), set1(lse));
+    nan |= differ(x, x);
+    top = max(x, top);
+}
+
+void raise_most(const float* z, const float* lse, int32_t n, float* most) {
+    V tops[kMosts];
+    for (V& top : tops) top = load(most);
+    uint16_t nan = 0;
+    int32_t i = 0;
+    for (; i + kMosts <= n; i += kMosts) {
+        for (int k = 0; k < kMosts; ++k) raise(tops[k], z + (i + k) * kSlots, lse[i + k], nan);
+    }
+    for (; i < n; ++i) raise(tops[0], z + i * kSlots, lse[i], nan);
+    const V top = max(max(tops[3], tops[2]), max(tops[1], tops[0]));
+    store(most, blend(nan, set1(__builtin_nanf("")), top));
+}
+
+void exp_slots(float* x, uint16_t slots) { store(x, blend(slots, exp(load(x)), zero())); }
+
 }  // namespace
 
 void fill_scores(Kernels* table) {
     table->share_moments = share_moments;
     table->sound_sums = sound_sums;
     table->code_sums = code_sums;
+    table->raise_most = raise_most;
+    table->exp_slots = exp_slots;
 }
 
 }  // namespace kvstrata::cpu::KV_ISA

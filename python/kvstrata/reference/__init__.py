@@ -47,14 +47,23 @@ from kvstrata.reference.recall import (
     summary_values,
     zone,
 )
-from kvstrata.reference.scores import accumulate, measure, pool, score_keys, score_window, shares, window_read
+from kvstrata.reference.scores import (
+    accumulate,
+    measure,
+    pool,
+    score_keys,
+    score_max,
+    score_window,
+    shares,
+    window_read,
+)
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
     "cluster", "cluster_greedy", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit",
     "group_size", "held_mass", "logits", "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means",
     "page_spreads", "page_votes", "pool", "quantize", "query_codes", "ranks", "readable", "rotate", "round_up_bf16",
-    "score_keys", "score_pages", "score_window", "select", "shares", "similarities", "splitmix64", "summarize",
+    "score_keys", "score_max", "score_pages", "score_window", "select", "shares", "similarities", "splitmix64", "summarize",
     "summary_bounds", "summary_codes", "summary_parts", "summary_values", "unpack", "visible_slots", "widen",
     "window_read", "zone",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,6 +54,24 @@ def score_window(share: Tensor, queries: Tensor, spread: str = "none", weight: f
         if count > 1 and spread != "none":
             score[r] += weight * (seen.var(1) if spread == "variance" else seen.std(1))
     return score
+
+
+def score_max(
+    q: Tensor,
+    lse: Tensor,
+    spans: list[int],
+    k: Tensor,
+    slots: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """[E, R, K, 16] of q [R, G, W, D], lse [R, G, W], k [R, K, 16, D] and the visible slots [R, K, 16]: the largest
+    exp(z - lse) over the heads and the queries spans[e] to spans[e + 1]; 0 where there is none, or of lse -inf."""
+    read = slots.unsqueeze(1).expand(-1, q.shape[2], -1, -1)
+    z = logits(q.transpose(1, 2), k, read, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap)
+    p = torch.exp(z - lse[..., None, None]).masked_fill((lse == -INF)[..., None, None] | ~read.unsqueeze(1), 0.0)
+    out = [p[:, :, a:b].amax((1, 2)) if a < b else torch.zeros_like(p[:, 0, 0]) for a, b in pairwise(spans)]
+    return torch.stack(out)
 
 
 def pool(
