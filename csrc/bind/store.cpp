@@ -99,6 +99,20 @@ std::vector<std::tuple<int, int, int>> slabs(const Store& s, int pool) {
     return out;
 }
 
+using SpanTuple = std::tuple<Strides, int, Address, int, std::vector<int32_t>>;  // as store::SpanQueries
+
+void score_max(Store& s, int layer, const std::vector<SeqId>& seqs, const SpanTuple& spans, float scale, float softcap,
+               Address out, int64_t columns, int threads) {
+    const auto& [strides, dtype, lse, count, offsets] = spans;
+    const auto [q, row, head, token] = strides;
+    const py::gil_scoped_release release;
+    s.set_threads(threads);
+    s.score_max(layer, seqs,
+                {reinterpret_cast<const void*>(q), row, head, token, static_cast<DType>(dtype),
+                 reinterpret_cast<const float*>(lse), count, offsets},
+                {scale, softcap}, reinterpret_cast<float*>(out), columns);
+}
+
 // (pages, alive, hidden, sealed entries) of one row, for tests and debugging.
 py::tuple row(const Store& s, SeqId seq, int layer, int head) {
     const pages::Row& r = s.row(seq, layer, head);
@@ -243,6 +257,7 @@ void bind_store(py::module_& m) {
                  s.score_window(layer, seqs, queries, static_cast<ops::Spread>(spread), weight, {scale, softcap},
                                 reinterpret_cast<float*>(out), columns);
              })
+        .def("score_max", &score_max)
         .def("measure",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, int queries, int which, float scale, float softcap,
                 Address out) {

@@ -126,6 +126,35 @@ void Store::score_window(int layer, std::span<const SeqId> seqs, int queries, op
     }
 }
 
+void Store::score_max(int layer, std::span<const SeqId> seqs, const SpanQueries& queries, const Arithmetic& arithmetic,
+                      float* out, int64_t columns) {
+    Scored s = scored(layer, seqs, 0, "score_max");
+    PoolView pools[kMaxPools];
+    views(pools);
+    ops::ScoreMaxParams p{};
+    fill(p, s, layer, arithmetic, pools);
+    const int64_t line = static_cast<int64_t>(s.most) * kSlots, group = p.group, rows = p.n_rows;
+    for (int64_t r = 0; r < rows; ++r) {
+        ops::WindowRow& row = s.windows[r];
+        row.q = static_cast<const char*>(queries.q) + r * queries.row * dtype_bytes(queries.dtype);
+        row.q_stride_t = queries.token, row.q_stride_g = queries.head;
+    }
+    p.q_dtype = queries.dtype;
+    p.queries = queries.count;
+    p.spans = queries.spans.data();
+    p.n_spans = static_cast<int32_t>(queries.spans.size()) - 1;
+    p.lse = queries.lse;
+    p.lse_stride_r = group * queries.count, p.lse_stride_g = queries.count;
+    Memory memory, found;
+    p.out = static_cast<float*>(aligned(found, 4 * p.n_spans * rows * line));
+    p.out_stride_e = rows * line, p.out_stride_r = line;
+    p.workspace = aligned(memory, ops::score_max_workspace_bytes(p));
+    ops::score_max(p);
+    for (int64_t i = 0; i < p.n_spans * rows; ++i) {
+        compact(*s.rows[i % rows], p.out + i * line, out + i * columns, columns);
+    }
+}
+
 void Store::measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
                     float* out) {
     const Scored s = scored(layer, seqs, queries, "measure");

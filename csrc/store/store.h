@@ -20,6 +20,7 @@
 #include "ops/pool.h"
 #include "ops/pool_view.h"
 #include "ops/score_keys.h"
+#include "ops/score_max.h"
 #include "ops/score_pages.h"
 #include "ops/score_window.h"
 #include "pages/pool.h"
@@ -92,6 +93,17 @@ struct AttendCall {
 struct Arithmetic {
     float scale;
     float softcap;
+};
+
+// Queries of spans that stand behind what is stored, and leave nothing: of row r = (sequence, KV head), head g, token t at
+// q + (r * row + g * head + t * token) elements; ops/score_max.h.
+struct SpanQueries {
+    const void* q;  // [R, G, W, D], last dimension contiguous
+    int64_t row, head, token;
+    DType dtype;                        // f32, bf16, f16
+    const float* lse;                   // [R, G, W]
+    int32_t count;                      // W
+    const std::vector<int32_t>& spans;  // [E + 1]
 };
 
 // Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
@@ -215,6 +227,9 @@ class Store {
     // score_window [R, G, N] and measure [R, G, 3]. The last `queries` queries of each row take part.
     void score_window(int layer, std::span<const SeqId> seqs, int queries, ops::Spread spread, float weight,
                       const Arithmetic& arithmetic, float* out, int64_t columns);
+    // Of each span [E, R, N]: the most that its queries saw of each token.
+    void score_max(int layer, std::span<const SeqId> seqs, const SpanQueries& queries, const Arithmetic& arithmetic,
+                   float* out, int64_t columns);
     void measure(int layer, std::span<const SeqId> seqs, int queries, ops::Stats which, const Arithmetic& arithmetic,
                  float* out);
     void score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvstrata._C import Store
-from kvstrata.config import Shape
+from kvstrata.config import DTYPES, Shape
 from kvstrata.scores import DIVIDE, KEYS, POOL, STATS
 
 _SPREAD = {"mean": 0, "variance": 1, "std": 2}
@@ -70,6 +71,33 @@ class Rows:
         code = _SPREAD[spread]
         where = (out.data_ptr(), self._columns)
         self._store.score_window(self._layer, self._ids, queries, code, weight, *self._arithmetic, *where)
+        return out
+
+    def patched(self, q: Tensor, lse: Tensor, spans: Sequence[int]) -> Tensor:
+        """f32 [E, R, N]: the most that a query of each span, on any of its heads, saw of each token.
+
+        q [R, G, W, D] f32, bf16 or f16 and lse f32 [R, G, W] of queries behind all that is stored; spans: E + 1 rising
+        offsets into the W (:func:`kvstrata.ops.score_max`).
+        """
+        rows = (self._rows, self._group)
+        shape = (*rows, q.shape[2] if q.dim() == 4 else "W", self._spec.head_dim)
+        if q.dtype not in DTYPES or q.device.type != "cpu" or tuple(q.shape) != shape:
+            raise ValueError(
+                f"patched: q is {q.dtype} {list(q.shape)} on {q.device}, expected f32, bf16 or f16 {list(shape)} on cpu"
+            )
+        if lse.dtype != torch.float32 or lse.device.type != "cpu" or lse.shape != q.shape[:3]:
+            raise ValueError(
+                f"patched: lse is {lse.dtype} {list(lse.shape)} on {lse.device}, expected torch.float32"
+                f" {list(q.shape[:3])} on cpu"
+            )
+        if len(spans) < 2:
+            raise ValueError(f"patched: spans has {len(spans)} offsets, expected at least 2")
+        q, lse = q if q.stride(3) == 1 else q.contiguous(), lse.contiguous()
+        row, head, token = q.stride()[:3]
+        which = ((q.data_ptr(), row, head, token), DTYPES[q.dtype], lse.data_ptr(), q.shape[2], list(spans))
+        out = torch.empty(len(spans) - 1, self._rows, self._columns)
+        where = (out.data_ptr(), self._columns, torch.get_num_threads())
+        self._store.score_max(self._layer, self._ids, which, *self._arithmetic, *where)
         return out
 
     def pool(
