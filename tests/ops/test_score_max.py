@@ -269,7 +269,10 @@ def test_bad_input() -> None:
         ("out has stride 32 in dimension 2, expected 16", {"out": torch.zeros(2, 2, 4, 32)[..., :16]}),
         ("scale is inf, expected a finite number", {"scale": INF}),
         ("softcap is -1, expected 0", {"softcap": -1.0}),
-        (r"pages\[1, 2\] names pool 6", {"pages": torch.where(torch.arange(8).view(2, 4) == 6, 0x6FFFFFFF, case.pages)}),
+        (
+            r"pages\[1, 2\] names pool 6",
+            {"pages": torch.where(torch.arange(8).view(2, 4) == 6, 0x6FFFFFFF, case.pages)},
+        ),
         ("threads is 0", {"threads": 0}),
     ]:
         arguments = {"q": case.q.transpose(1, 2), "lse": lse, "spans": spans, "pages": case.pages} | more
