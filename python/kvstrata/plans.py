@@ -71,7 +71,7 @@ class Plans:
         self._apply(seen, ids)
 
     def compact(self, layer: int, seq: int, spans: Spans) -> None:
-        """One layer of a sequence, by what queries beside its own see of it; in a step after the layer's tokens were appended."""
+        """One layer of a sequence, by what queries beside its own see of it; in a step, after its tokens were appended."""
         if layer not in self.layers:
             return
         seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)

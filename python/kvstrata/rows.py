@@ -164,7 +164,7 @@ class Rows:
         if self._patched is None:
             q, lse, offsets = self._spans.q, self._spans.lse, self._spans.offsets
             heads = self._spec.kv_heads, self._group
-            by_row = q.unflatten(1, heads).permute(1, 2, 0, 3), lse.unflatten(1, heads).permute(1, 2, 0)
+            by_row = q.view(len(q), *heads, -1).permute(1, 2, 0, 3), lse.view(len(lse), *heads).permute(1, 2, 0)
             self._patched = self.score_max(*by_row, offsets)
         return self._patched
 

@@ -120,7 +120,7 @@ class Slabs:
     def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int, int]) -> int:
         """Makes sure of the free pages for a piece of a row's plan, as large as the limit has room for.
 
-        columns: addresses of the row's planned states, tiers, groups and sets, 0: none. Returns the changing pages of the piece.
+        columns: addresses of the row's planned states, tiers, groups and sets, 0: none. Returns the piece's changing pages.
         BudgetExceeded with nothing changed where not even one of them can be rewritten.
         """
         costs = self._costs()

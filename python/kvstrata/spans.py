@@ -119,9 +119,9 @@ class SpanStep:
     def _attend_stored(self, layer: int, q: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:-1], -torch.inf)
         at = self.positions[self._tokens :].tolist()
-        strides = [(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, out, lse.unsqueeze(-1))]
-        how = (DTYPES[torch.float32], scale, softcap, torch.get_num_threads())
-        self._store.attend_beside(layer, self._seq, at, *strides, *how)
+        strides = ((x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, out, lse.unsqueeze(-1)))
+        where, how = tuple(strides), (DTYPES[torch.float32], scale, softcap, torch.get_num_threads())
+        self._store.attend_beside(layer, self._seq, at, where[0], where[1], where[2], *how)
         return out, lse
 
     def _arithmetic(self, layer: int, scale: float | None, softcap: float | None) -> tuple[float, float]:

@@ -18,7 +18,7 @@ TOPICS = {
     "music": "violin choir melody drum rhythm concert piano song stage tempo",
     "garden": "tulip soil seed rake hedge compost lawn pruning petal greenhouse",
 }
-COMMON = "today maybe really think about with then also some very".split()
+COMMON = ("today", "maybe", "really", "think", "about", "with", "then", "also", "some", "very")
 
 
 def talk(turns: int, seed: int = 0, switch: float = 0.3, topics: Sequence[str] = tuple(TOPICS)[:4]) -> list[Turn]:

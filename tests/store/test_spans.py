@@ -51,13 +51,13 @@ def test_what_spans_saw_is_in_table_order(dtype: torch.dtype, softcap: float) ->
     q = queries(2, dtype)
     lse = 4 + torch.rand(4, 2, 30, generator=torch.Generator().manual_seed(3))
     read = rows(cache, long, short, softcap=softcap)
-    got = read.patched(q, lse, SPANS)
+    got = read.score_max(q, lse, SPANS)
     ref = expected(cache, q, lse, long, short, softcap=softcap)
     torch.testing.assert_close(got, ref, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-6)
     assert torch.equal(got[1], torch.zeros_like(got[1])), "an empty span"
-    assert not torch.equal(got, read.patched(q, lse.flip(1), SPANS))
-    assert torch.equal(got, read.patched(q.contiguous(), lse, SPANS))
-    alone = rows(cache, short, softcap=softcap).patched(q[2:], lse[2:], SPANS)
+    assert not torch.equal(got, read.score_max(q, lse.flip(1), SPANS))
+    assert torch.equal(got, read.score_max(q.contiguous(), lse, SPANS))
+    alone = rows(cache, short, softcap=softcap).score_max(q[2:], lse[2:], SPANS)
     assert torch.equal(got[:, 2:, : alone.shape[2]], alone)
 
 
@@ -67,11 +67,11 @@ def test_spans_see_the_chunk_of_an_open_step() -> None:
     (seq,) = cache.new()
     feed(cache, [seq], 100, 0)
     q, lse = queries(1, torch.float32), torch.full((2, 2, 30), 4.0)
-    before = rows(cache, seq).patched(q, lse, SPANS)
+    before = rows(cache, seq).score_max(q, lse, SPANS)
     with cache.step([seq], [20]) as step:
         new = [torch.randn(20, h, 64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2)]
         step.attend(0, *new)
-        during = rows(cache, seq).patched(q, lse, SPANS)
+        during = rows(cache, seq).score_max(q, lse, SPANS)
         step.attend(1, *new)
     assert torch.equal(during[..., : before.shape[2]], before) and during.shape[2] == before.shape[2] + 20
     z = SCALE * torch.einsum("hgwd,nhd->hgwn", q, new[1]) - 4.0
@@ -84,13 +84,16 @@ def test_bad_spans_are_refused() -> None:
     feed(cache, [seq], 40, 0)
     q, lse = queries(1, torch.float32), torch.zeros(2, 2, 30)
     for message, more in [
-        (r"patched: q is torch.float32 \[2, 2, 64\]", {"q": q[:, :, 0]}),
-        (r"patched: q is torch.float32 \[1, 2, 30, 64\] .* expected f32, bf16 or f16 \[2, 2, 30, 64\]", {"q": q[:1]}),
-        (r"patched: q is torch.float64", {"q": q.double()}),
-        (r"patched: lse is torch.float32 \[2, 2, 29\] .* expected torch.float32 \[2, 2, 30\]", {"lse": lse[..., :29]}),
-        (r"patched: lse is torch.float64", {"lse": lse.double()}),
-        (r"patched: spans has 1 offsets, expected at least 2", {"spans": [0]}),
+        (r"score_max: q is torch.float32 \[2, 2, 64\]", {"q": q[:, :, 0]}),
+        (r"score_max: q is torch.float32 \[1, 2, 30, 64\] .* expected f32, bf16 or f16 \[2, 2, 30, 64\]", {"q": q[:1]}),
+        (r"score_max: q is torch.float64", {"q": q.double()}),
+        (
+            r"score_max: lse is torch.float32 \[2, 2, 29\] .* expected torch.float32 \[2, 2, 30\]",
+            {"lse": lse[..., :29]},
+        ),
+        (r"score_max: lse is torch.float64", {"lse": lse.double()}),
+        (r"score_max: spans has 1 offsets, expected at least 2", {"spans": [0]}),
         (r"score_max: spans\[1\] is 31, expected 0 to 30 \(W\)", {"spans": [0, 31]}),
     ]:
         with pytest.raises(ValueError, match=message):
-            rows(cache, seq).patched(**{"q": q, "lse": lse, "spans": SPANS} | more)
+            rows(cache, seq).score_max(**{"q": q, "lse": lse, "spans": SPANS} | more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -39,9 +39,9 @@ class Conversation:
     """Add turns, ask, report. Near bytes never pass a limit fixed here.
 
     model: a :class:`ChatModel` (:func:`kvstrata.hf.chat_model`); budget: bytes, which hold everything, or tokens of a row that
-    one question sees; chunk, prompt_tokens: C and W (None: min(2048, B / 2), min(512, C / 4)); embedder: "auto" (MiniLM where it
-    is installed, else the model's input embeddings, with a warning) or an :class:`Embedder`; router: a :class:`Router`; options:
-    the fields of :class:`Segments` and, but for ``episodes``, of :class:`Sizes`. One thread at a time.
+    one question sees; chunk, prompt_tokens: C and W (None: min(2048, B / 2), min(512, C / 4)); embedder: "auto" (MiniLM where
+    it is installed, else the model's input embeddings, with a warning) or an :class:`Embedder`; router: a :class:`Router`;
+    options: the fields of :class:`Segments` and, but for ``episodes``, of :class:`Sizes`. One thread at a time.
 
     What fits, B + C tokens, is kept whole. Beyond, all is read once, and kept as far as the prompts of its topics attend to it.
     ValueError for sizes that do not work, with the least that do.
@@ -96,8 +96,8 @@ class Conversation:
     def add(self, turns: Iterable[Turn | Sequence[str] | Mapping[str, Any]]) -> None:
         """More turns: :class:`Turn`, (speaker, text) or mappings. They are read at :meth:`build`, or with the next question.
 
-        ValueError names a turn that is blank or has unknown keys, and for more tokens than the model has positions; then nothing
-        is added.
+        ValueError names a turn that is blank or has unknown keys, and for more tokens than the model has positions; then
+        nothing is added.
         """
         self._check()
         given = turns_of(turns)
@@ -178,7 +178,7 @@ class Conversation:
         """
         yield from self._answered(question, max_new_tokens, remember, sampler)
 
-    def _answered(self, question: str, most: int, remember: bool, sampler: Sampler) -> Iterator[str]:
+    def _answered(self, question: str, most: int, remember: bool, sampler: Sampler) -> Generator[str, None, Answer]:
         self._check()
         began = time.perf_counter()
         asked = Turn(USER, question)
@@ -217,7 +217,9 @@ class Conversation:
         self._counts["questions"] += 1
         return route
 
-    def _generate(self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler) -> Iterator[str]:
+    def _generate(
+        self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler
+    ) -> Generator[str, None, bool]:
         """Appends ids to ``out``, yields text; whether the model ended it."""
         said = ""
         while True:

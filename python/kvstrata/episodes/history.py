@@ -27,8 +27,8 @@ LABEL = 3
 class Segments:
     """How a conversation is cut and grouped (:func:`segment`, :func:`cluster`, :func:`represent`, :class:`Topics`).
 
-    window: utterances; bounded: no window crosses the border of two calls of ``add``; episodes: at a clustering; representatives:
-    windows of a prompt, of at most ``prompt`` tokens after ``instruction``.
+    window: utterances; bounded: no window crosses the border of two calls of ``add``; episodes: at a clustering;
+    representatives: windows of a prompt, which begins with ``instruction``.
     """
 
     window: int = 4

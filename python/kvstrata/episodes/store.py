@@ -25,8 +25,8 @@ class Mark:
 class EpisodeStore:
     """Keys and values of one conversation, in a cache whose Near bytes never pass ``sizes.limit_bytes``.
 
-    model: reads the tokens; sizes: what may be held; prompts: of the episodes, ids i64 [at most W] each, asked for when the first
-    compaction is due, and again whenever ``prompts`` is set to another function.
+    model: reads the tokens; sizes: what may be held; prompts: gives those of the episodes, ids i64 [at most W] each, asked for
+    at every compaction.
 
     Pending tokens are those that no compaction has given to a set: all until the first one, which comes before more than B + C
     are, then before more than r + C + 16 are.
@@ -35,7 +35,7 @@ class EpisodeStore:
     def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor]]) -> None:
         self._model = model
         self.sizes = sizes
-        self.prompts = prompts
+        self._prompts = prompts
         self.cache = Cache(model.shape, budget=f"{sizes.limit_bytes(model.shape)}B", policy=sizes.policy())
         (self._seq,) = self.cache.new()
         self._planned = 0  # tokens before this one are in a set, or evicted
@@ -108,7 +108,7 @@ class EpisodeStore:
             return self._model.forward(ids, step.positions, step, "last" if logits else "none")
 
     def _compact(self, ids: Tensor) -> None:
-        prompts = list(self.prompts())
+        prompts = list(self._prompts())
         if not 1 <= len(prompts) <= self.sizes.episodes or max(map(len, prompts)) > self.sizes.prompt:
             raise ValueError(
                 f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
