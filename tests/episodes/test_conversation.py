@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
 from plain import END, PlainChat, words
-from talk import TOPICS, CountedWords, talk
+from rich.console import Console
+from topics import TOPICS, CountedWords, talk
 
 from kvstrata import Cache, testing
 from kvstrata.episodes import Turn
@@ -259,12 +261,10 @@ def test_bad_calls_are_named() -> None:
 
 
 def test_a_report_can_be_read() -> None:
-    from rich.console import Console
-
     chat = made()
     chat.add(talk(150, seed=12))
     chat.ask("Of the boat?", max_new_tokens=2)
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, record=True, file=StringIO())
     console.print(chat.report())
     text = console.export_text()
     for part in ("near bytes", "limit", "compactions", "episodes", "CountedWords"):

@@ -30,17 +30,23 @@ def dense(model: PlainChat, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def check_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-5 of the largest logit: sums are taken in another order."""
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert int(found.argmax()) == int(expected.argmax())
+
+
 def test_what_fits_is_exact() -> None:
     """B + C tokens: the next 32 logits are those of a whole cache."""
     model = PlainChat()
     store, ids = made(model, 4), words(384, 1)
     logits = store.read(ids[:352], logits=True)
     assert logits is not None
-    torch.testing.assert_close(logits, dense(model, ids[:352]), rtol=1e-5, atol=1e-5)
+    check_logits(logits, dense(model, ids[:352]))
     for n in range(352, 384):
         logits = store.read(ids[n : n + 1], logits=True)
         assert logits is not None
-        torch.testing.assert_close(logits, dense(model, ids[: n + 1]), rtol=1e-5, atol=1e-5)
+        check_logits(logits, dense(model, ids[: n + 1]))
     assert store.compactions == 0 and store.room == 0
     store.read(ids[:1])
     assert store.compactions == 1

@@ -113,7 +113,7 @@ def fit(
     Without an allocator: :func:`kvstrata.budget.protect.concretise`. A share is taken of at least REFERENCE tokens: it
     grows with the sequences, sinks and tail do not.
     """
-    if policy.allocator is None and policy.formats and budget is not None and not policy.archives:
+    if policy.allocator is None and policy.formats and budget is not None and not (policy.archives or policy.episodic):
         policy = replace(policy, allocator=Uniform())  # what quantizes all keeps to a limit in equal shares
     if policy.allocator is None:
         if falls is not None:

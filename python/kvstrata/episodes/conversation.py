@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,10 @@ from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, turns_of
-from kvstrata.episodes.store import EpisodeStore
+from kvstrata.episodes.store import EpisodeStore, Mark
 
 ASSISTANT, USER = "assistant", "user"
-RECENT_QUESTIONS = 50
+LATELY = 50
 UNCERTAIN = 0.2
 """Of the last questions, the share that no window was like from which new topics are advised."""
 _SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
@@ -33,6 +32,35 @@ Sampler = Callable[[Tensor], int]
 def greedy(logits: Tensor) -> int:
     """The most likely token of logits f32 [V]."""
     return int(logits.argmax())
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of the
+    last 50 that were routed, whether no window was like them."""
+
+    route: Route | None = None
+    questions: int = 0
+    switches: int = 0
+    lately: tuple[bool, ...] = ()
+
+    def to(self, route: Route | None) -> Turned:
+        """After another question."""
+        if route is None:
+            return replace(self, questions=self.questions + 1)
+        other = self.route is not None and route.episodes != self.route.episodes
+        lately = (*self.lately, route.uncertain)[-LATELY:]
+        return Turned(route, self.questions + 1, self.switches + other, lately)
+
+    @property
+    def episodes(self) -> tuple[int, ...] | None:
+        """That are read; None: all."""
+        return None if self.route is None else self.route.episodes
+
+    @property
+    def uncertain(self) -> float:
+        """The share of late questions that no window was like."""
+        return sum(self.lately) / max(1, len(self.lately))
 
 
 class Conversation:
@@ -82,9 +110,7 @@ class Conversation:
         self._store = self._made()
         self._queue = opening[:0]  # ids that were said and are not read yet
         self._begun = False  # the opening was written
-        self._route: Route | None = None
-        self._lately: deque[bool] = deque(maxlen=RECENT_QUESTIONS)
-        self._counts = {"questions": 0, "switches": 0}
+        self._turned = Turned()
         self._busy = False
         self._closed = False
 
@@ -129,7 +155,7 @@ class Conversation:
             self._store.read(self._queue)
         finally:
             self._queue = self._queue[self._store.length - before :]
-            self._store.show(None if self._route is None else self._route.episodes)
+            self._store.show(self._turned.episodes)
 
     def _place(self) -> None:
         self._history = self._history.placed(self._how, self._embedder, self._model.plain, self._sizes.prompt)
@@ -190,32 +216,28 @@ class Conversation:
         try:
             self._read()
             self._store.make_room(len(ids) + most)
-            route = self._turn_to(question)
-            mark, out = self._store.mark(), list[int]()
+            mark, out, before = self._store.mark(), list[int](), self._turned
             try:
+                self._turned = before.to(self._history.route(question, *self._routing))
+                self._store.show(self._turned.episodes)
                 logits = self._store.read(ids, logits=True)
                 done = yield from self._generate(logits, out, most, sampler)
             except GeneratorExit:
-                self._keep(asked, ids, out, False, mark, remember)
+                self._keep(asked, ids, out, mark, remember)
                 raise
             except BaseException:
                 self._store.back(mark)
+                self._turned = before
+                self._store.show(before.episodes)
                 raise
-            text = self._keep(asked, ids, out, done, mark, remember)
+            text, route = self._keep(asked, ids, out, mark, remember), self._turned.route
             return Answer(text, tuple(out), route, time.perf_counter() - began, done)
         finally:
             self._busy = False
 
-    def _turn_to(self, question: str) -> Route | None:
-        """Shows the episodes that a question is about."""
-        route = self._history.route(question, self._how, self._router, self._embedder, self._route)
-        if route is not None:
-            self._store.show(route.episodes)
-            self._lately.append(route.uncertain)
-            self._counts["switches"] += self._route is not None and route.episodes != self._route.episodes
-            self._route = route
-        self._counts["questions"] += 1
-        return route
+    @property
+    def _routing(self) -> tuple[Segments, Router, Embedder, Route | None]:
+        return self._how, self._router, self._embedder, self._turned.route
 
     def _generate(
         self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler
@@ -236,7 +258,7 @@ class Conversation:
                 return False
             logits = self._store.read(torch.tensor([token]), logits=True)
 
-    def _keep(self, asked: Turn, ids: Tensor, out: list[int], done: bool, mark: Any, remember: bool) -> str:
+    def _keep(self, asked: Turn, ids: Tensor, out: list[int], mark: Mark, remember: bool) -> str:
         """Question and answer become part of the conversation, or go."""
         text = self._model.text(torch.tensor(out, dtype=torch.int64))
         if not remember:
@@ -259,7 +281,7 @@ class Conversation:
         """Where a question would go; None while all is seen. Changes nothing."""
         self._check()
         self._place()
-        return self._history.route(question, self._how, self._router, self._embedder, self._route)
+        return self._history.route(question, *self._routing)
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
@@ -293,9 +315,9 @@ class Conversation:
             budget=self._sizes.budget,
             chunk=self._sizes.chunk,
             compactions=store.compactions,
-            questions=self._counts["questions"],
-            switches=self._counts["switches"],
-            uncertain=sum(self._lately) / len(self._lately) if self._lately else 0.0,
+            questions=self._turned.questions,
+            switches=self._turned.switches,
+            uncertain=self._turned.uncertain,
             embedder=type(self._embedder).__name__,
             episodes=self.episodes,
             strays=len(topics.strays) if topics else 0,
@@ -311,8 +333,8 @@ class Conversation:
             return "refresh: there are twice as many windows as when topics were told apart"
         if history.topics.refused:
             return "refresh: a new topic found no place, max_episodes are there"
-        if len(self._lately) == RECENT_QUESTIONS and sum(self._lately) > UNCERTAIN * RECENT_QUESTIONS:
-            return f"refresh: of the last {RECENT_QUESTIONS} questions, {sum(self._lately)} were like no window"
+        if len(self._turned.lately) == LATELY and self._turned.uncertain > UNCERTAIN:
+            return f"refresh: of the last {LATELY} questions, {sum(self._turned.lately)} were like no window"
         return None
 
     # --- anew -------------------------------------------------------------------------------------------------------------
@@ -333,7 +355,7 @@ class Conversation:
         except BaseException:
             self._history = before
             raise
-        self._route = None
+        self._turned = replace(self._turned, route=None)
         self._store.show(None)
 
     def _rebuild(self) -> None:
@@ -341,7 +363,7 @@ class Conversation:
         ids, _ = self._model.tokens(self._history.turns, first=True, answer=False)
         self._store.clear()
         self._queue = ids
-        self._route = None
+        self._turned = replace(self._turned, route=None)
         self._read()
 
     def close(self) -> None:
