@@ -121,6 +121,7 @@ PARTS |= dict.fromkeys(
         "sight",
         "bounds",
         "timetable",
+        "spans",
     ),
     "cache",
 )

@@ -209,9 +209,13 @@ void arrange(Row& row, const View& view) {
     if (!row.tagged) return;
     std::vector<int> order(row.sealed);
     std::iota(order.begin(), order.end(), 0);
-    const auto shown =
-        std::stable_partition(order.begin(), order.end(), [&](int e) { return !view.shows(row.set[e]); });
-    row.aside = static_cast<int32_t>(shown - order.begin());
+    const auto before = [&](int a, int b) {
+        const bool shown = view.shows(row.set[a]), other = view.shows(row.set[b]);
+        return shown != other ? other : row.set[a] < row.set[b];
+    };
+    std::stable_sort(order.begin(), order.end(), before);
+    const auto hidden = [&](int e) { return !view.shows(row.set[e]); };
+    row.aside = static_cast<int32_t>(std::count_if(order.begin(), order.end(), hidden));
     if (std::is_sorted(order.begin(), order.end())) return;
     const auto permute = [&](auto& column, size_t each) {
         auto old = column;

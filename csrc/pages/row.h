@@ -91,7 +91,8 @@ void crop(Row& row, int64_t length, Pools& pools, std::vector<int32_t>* kept = n
 // Pages of sealed entries that stay are of other sets: tags [entries].
 void tag(Row& row, std::span<const SetTag> tags);
 
-// Puts sealed entries that the view leaves out first, each part in the order in which it stands.
+// Puts sealed entries that the view leaves out first, each part by set, and a set as it stands: the order is that of the view,
+// whatever views came before.
 void arrange(Row& row, const View& view);
 
 // A second row over the same pages, without Near copies of its own.

@@ -36,8 +36,8 @@ def greedy(logits: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Turned:
-    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of the
-    last 50 that were routed, whether no window was like them."""
+    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of
+    the last 50 that were routed, whether no window was like them."""
 
     route: Route | None = None
     questions: int = 0
