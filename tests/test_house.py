@@ -118,6 +118,7 @@ PARTS |= dict.fromkeys(
         "charges",
         "tiers",
         "columns",
+        "shares",
         "sight",
         "bounds",
         "timetable",
