@@ -121,6 +121,7 @@ PARTS |= dict.fromkeys(
         "shares",
         "sight",
         "bounds",
+        "memory",
         "timetable",
     ),
     "cache",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.costs import keeps_scores
-from kvstrata.config import BudgetExceeded, Unsupported
+from kvstrata.config import BudgetExceeded, MachineError, Unsupported
 from kvstrata.policy.base import FULL, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows
@@ -125,30 +125,34 @@ class Plans:
     def after(self, before: dict[int, int]) -> None:
         """Plans what is due since a step, by the lengths of its sequences before it.
 
-        The tokens of the step stand. What archives can leave its own where they are: a plan that finds no room, or that the
-        machine fails, is put off to the end of the layer's next interval, and counted by sequence.
+        The tokens of the step stand, whatever is raised here, which says so. What archives can leave its own where they are: a
+        plan that finds no room, or that the machine fails, is put off to the end of the layer's next interval, and counted by
+        sequence. What a role of the policy raises by itself comes out.
         """
-        if not self._cache.policy.archives:
-            if due := self.timetable.after(before):
+        try:
+            if self._cache.policy.archives:
+                for layer, due in self.timetable.after_of(before):
+                    self._archive_or_put_off(layer, due)
+            elif due := self.timetable.after(before):
                 self.run(due)
-            return
-        for layer, due in self.timetable.after_of(before):
-            self._archive_or_put_off(layer, due)
+        except Exception as error:
+            error.add_note("raised by a plan after a step: the step's tokens stand")
+            raise
 
     def _archive_or_put_off(self, layer: int, ids: list[int]) -> None:
         """A sequence whose plan cannot be made holds up no other."""
         try:
             self._archive(layer, ids)
-        except (BudgetExceeded, RuntimeError) as error:
+        except (BudgetExceeded, MachineError) as error:
             if len(ids) > 1:
                 for i in ids:
                     self._archive_or_put_off(layer, [i])
                 return
             self.counts["plans put off"] += 1
-            if isinstance(error, RuntimeError):
+            if isinstance(error, MachineError):
                 self._failed(layer, error)
 
-    def _failed(self, layer: int, error: RuntimeError) -> None:
+    def _failed(self, layer: int, error: MachineError) -> None:
         """Says once that the machine failed a plan after a step, and counts it."""
         level = logging.DEBUG if self.counts["plans failed"] else logging.WARNING
         self.counts["plans failed"] += 1

@@ -15,6 +15,7 @@ from kvstrata.budget.protect import ENTRY_BYTES, least_limit
 from kvstrata.budget.room import PIECE
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
+from kvstrata.memory import close, taken
 from kvstrata.policy import Policy
 from kvstrata.recall import Far
 from kvstrata.testing import fault_point
@@ -31,12 +32,6 @@ _SLAB_BYTES = 1024
 _UNLIMITED = 1 << 62
 _QUERY_BYTES = 8
 """What the longest list of queries that read Far pages keeps of each, with its part of room to grow."""
-
-
-def _close(files: dict[tuple[int, int], tuple[int, int]]) -> None:
-    """The space of files without a name is free at once."""
-    while files:
-        os.close(files.popitem()[1][0])
 
 
 class Slabs:
@@ -60,7 +55,7 @@ class Slabs:
         self._far = far
         self._far_pools = [p for p in range(store.n_pools) if store.pool(p)["far"]]
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # of Far slabs: descriptor, bytes
-        weakref.finalize(self, _close, self._files)
+        weakref.finalize(self, close, self._files)
         self.limit = limit
         self.books = Books()
         self._queries = 0  # of one sequence in a step that read Far pages, at the most
@@ -226,7 +221,7 @@ class Slabs:
             pages = self._far_room(pool, pages, short)
         hold = self._charges.lend(pages * per_page, pages * self._store.pool(pool)["page_bytes"] if is_far else 0)
         try:
-            tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+            tensor = taken(pages * per_page, self._device)
             if is_far:
                 index = self._lend_far(pool, pages, tensor)
             else:
