@@ -98,14 +98,25 @@ class Plans:
         finally:
             self.shares.goal = None
 
-    def give_way(self) -> bool:
-        """Before a step is refused: what can leave the Near tier goes, as far as a limit of an eighth less asks. False where
-        the policy moves nothing."""
-        limit = self._cache._slabs.limit
-        if limit is None or not self._cache.policy.archives or self._cache.policy.allocator is None:
-            return False
-        self.ahead(self._cache._live, limit - limit // 8, len(self._cache._live))
-        return True
+    @property
+    def gives_way(self) -> bool:
+        """Whether pages of the policy stay Near only as long as there is room."""
+        policy, limited = self._cache.policy, self._cache._slabs.limit is not None
+        return limited and policy.archives and policy.allocator is not None
+
+    def give_way(self, ends: dict[int, int]) -> None:
+        """Before a step is refused: what can leave the Near tier goes, as far as an eighth less than may be held asks. Not by
+        plans that the step reserved in a ledger. ends: tokens after the step, of sequences that are cut in it."""
+        live, bound = self._cache._live, self._cache._slabs.bound()
+        assert bound is not None
+        self.shares.goal = bound - bound // 8, len(live)
+        try:
+            with self._cache._charges.apart():
+                for layer in self.layers:
+                    self.cut(layer, live, [ends.get(i, self._store.length(i)) for i in live])
+            self.note(live)
+        finally:
+            self.shares.goal = None
 
     def before(self, counts: dict[int, int], cut: list[int]) -> None:
         """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
