@@ -140,7 +140,14 @@ class Selection {
         std::fill(best + n, best + row_.most, -1);
         for (int i = 0; row_.votes && i < n; ++i) row_.votes[i] = w_.vote[best[i]];
         row_.count = n;
+        for (int g = 0; row_.selected_x && g < p_.group; ++g) {
+            float* const out = row_.selected_x + static_cast<int64_t>(g) * row_.most;
+            for (int i = 0; i < n; ++i) out[i] = log_of(g, x_of(g)[best[i]]);
+        }
     }
+
+    // Once the votes are counted, x stands as its part of a head's largest.
+    float log_of(int g, float part) const { return part > 0.0f ? largest_[g] + std::log(part) : kMinusInf; }
 
     // Of many: larger for a higher vote, which is 0 or more, and of equal ones for the lower index.
     uint64_t key(int e) const {
@@ -211,8 +218,7 @@ class Selection {
         for (int g = 0; g < p_.group; ++g) {
             float* const x = x_of(g);
             for (int i = 0; i < row_.count; ++i) x[row_.selected[i]] = 0.0f;
-            const float total = kernels_.sum(x, padded_);
-            row_.lse_rest[g] = total > 0.0f ? largest_[g] + std::log(total) : kMinusInf;
+            row_.lse_rest[g] = log_of(g, kernels_.sum(x, padded_));
         }
     }
 

@@ -31,7 +31,6 @@ void Store::select_exactly(int layer, const AttendCall& call) {
     const int most = options_.recall.pages * (tokens ? kSlots : 1);
     parts_.selected.assign(static_cast<size_t>(n) * most, -1);
     parts_.picked.assign(tokens ? parts_.selected.size() : 0, 0);
-    parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
     for (int r = 0; r < n; ++r) {

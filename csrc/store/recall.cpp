@@ -30,7 +30,7 @@ void* moved(void* base, int64_t elements, DType type) {
 int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
-           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(picked) + of(exact) + of(left) +
+           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(x) + of(picked) + of(exact) +
            of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
 }
 

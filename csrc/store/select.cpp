@@ -60,8 +60,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         }
         float lse[ops::kMaxGroup];
         write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
-        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r],
-                      r == audited ? parts_.exact.data() : nullptr);
+        note_captured(lses, parts_.rest.data() + at, group, r == audited ? parts_.exact.data() : nullptr);
     }
     settle_workspace();
 }
@@ -133,8 +132,8 @@ void Store::select_pages(int layer, const AttendCall& call) {
     const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size()), most = recall.widest();
     parts_.selected.resize(static_cast<size_t>(n) * most);
     parts_.votes.resize(recall.most > 0 ? parts_.selected.size() : 0);
+    parts_.x.resize(parts_.votes.size() * group);
     parts_.picked.clear();
-    parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
     int64_t zone = 0;
@@ -156,7 +155,10 @@ void Store::select_pages(int layer, const AttendCall& call) {
         out.most = most;
         out.selected = parts_.selected.data() + static_cast<int64_t>(r) * most;
         out.lse_rest = parts_.rest.data() + static_cast<int64_t>(r) * group;
-        if (recall.most > 0) out.votes = parts_.votes.data() + static_cast<int64_t>(r) * most;
+        if (recall.most > 0) {
+            out.votes = parts_.votes.data() + static_cast<int64_t>(r) * most;
+            out.selected_x = parts_.x.data() + static_cast<int64_t>(r) * group * most;
+        }
         if (recall.estimate > 0.0f) {
             out.zone = parts_.zone.data() + zone;
             zone += zone_room(row);
@@ -205,7 +207,7 @@ int Store::zone_room(const pages::Row& row) const {
 }
 
 // Of what the rows of a sequence have selected, the K each of highest vote stay, ties those of the lower row and entry; at
-// least `least` of each row. Their order stays.
+// least `least` of each row. Their order stays; what a row gives up is of its rest.
 void Store::share_pages(int first, int rows) {
     const Recall& recall = options_.recall;
     struct Choice {
@@ -231,7 +233,10 @@ void Store::share_pages(int first, int rows) {
     const int group = static_cast<int>(parts_.rest.size() / parts_.select.size());
     for (size_t i = most; i < all.size(); ++i) {
         ops::SelectRow& row = parts_.select[all[i].row];
-        parts_.left[all[i].row] += row.votes[all[i].place] / static_cast<float>(group);
+        float* const rest = parts_.rest.data() + static_cast<int64_t>(all[i].row) * group;
+        for (int g = 0; g < group; ++g) {
+            rest[g] = logaddexp(rest[g], row.selected_x[static_cast<int64_t>(g) * row.most + all[i].place]);
+        }
         if (row.zone) row.zone[row.zone_count++] = row.selected[all[i].place];
         row.selected[all[i].place] = -1;
     }
@@ -264,13 +269,12 @@ void Store::estimate_rest(int layer, const AttendCall& call) {
     ops::estimate(p);
 }
 
-// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; left: the share of attention that
-// its selection gave up to others; exact [G], or null: of all that the row holds.
-void Store::note_captured(const float* const* read, const float* rest, int group, float left, const float* exact) {
+// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; exact [G], or null: of all that the
+// row holds.
+void Store::note_captured(const float* const* read, const float* rest, int group, const float* exact) {
     for (int g = 0; g < group; ++g) {
         const float lse = logaddexp(read[0][g], read[1][g]);
-        const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
-        float share = of_rest * (1.0f - std::min(left, 1.0f));
+        float share = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
         if (options_.recall.oracle != Oracle::none) share = std::min(1.0f, std::exp(lse - rest[g]));
         captured_.sum += share;
         captured_.least = std::min(captured_.least, share);

@@ -293,7 +293,7 @@ class Store {
     int audited_row(int rows) const;
     void audit(int layer, const AttendCall& call, int r);
     int zone_room(const pages::Row& row) const;
-    void note_captured(const float* const* read, const float* rest, int group, float left, const float* exact);
+    void note_captured(const float* const* read, const float* rest, int group, const float* exact);
     void stream_row(int layer, const AttendCall& call, int r);
     void attend_now(int layer, const AttendCall& call, DType out_dtype);
     State state_of(PageId page) const { return kinds_[page_pool(page)].state; }
