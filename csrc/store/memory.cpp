@@ -70,6 +70,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
               layers_.size() - 1);
         dense_[l] = 1;
     }
+    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) n_indexed_ += indexed(l);
     check(options_.far.size() <= 1, "Store: far has ", options_.far.size(), " states, expected at most 1");
     for (size_t l = 0; l < layers_.size(); ++l) {
         place(l, State::full, Tier::near) = layer_pool_[l];

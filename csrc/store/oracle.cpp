@@ -72,10 +72,8 @@ std::vector<float> Store::true_shares(int layer, const AttendCall& call, int r, 
     if (entries == 0) return share;
     begin_lists();
     for (int e = first; e < row.sealed; ++e) list_page(row, e, row.page[e]);
-    attend_rows_.resize(1);
-    ops::AttendRow& whole = attend_rows_[0];
-    whole = part_row(r, group, dim, 0, parts_.pages.size(), out.data(), lse.data(), nullptr);
-    whole.own = 0, whole.sinks = nullptr, whole.logits = logits.data();
+    attend_rows_.assign(1, part_row(r, group, dim, 1, 0, parts_.pages.size(), out.data(), lse.data(), nullptr));
+    attend_rows_[0].logits = logits.data();
     attend_now(layer, call, DType::f32);
     for (size_t i = 0; i < logits.size(); ++i) {
         const int e = first + static_cast<int>(i % share.size()) / kSlots;

@@ -111,17 +111,15 @@ int Store::list_selected(int first) {
     return r;
 }
 
-// The lists of rows first..end into their part's places; only the first part has the call's own tokens and sink logits.
+// The lists of rows first..end into their part's places.
 void Store::attend_lists(int layer, const AttendCall& call, int part, int first, int end) {
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
     attend_rows_.resize(end - first);
     for (int r = first; r < end; ++r) {
         const int64_t at = static_cast<int64_t>(r) * group;
-        ops::AttendRow& row = attend_rows_[r - first];
-        row = part_row(r, group, dim, parts_.ends[r - first], parts_.ends[r - first + 1],
-                       parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
-        if (part > 0) row.own = 0, row.sinks = nullptr;
+        attend_rows_[r - first] = part_row(r, group, dim, part, parts_.ends[r - first], parts_.ends[r - first + 1],
+                                           parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
     }
     attend_now(layer, call, DType::f32);
 }
@@ -136,10 +134,10 @@ void Store::select_pages(int layer, const AttendCall& call) {
     parts_.picked.clear();
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
-    int64_t zone = 0;
-    for (int r = 0; r < n; ++r) zone += zone_room(*parts_.rows[r]);
-    parts_.zone.resize(zone);
-    zone = 0;
+    size_t zones = 0;
+    for (int r = 0; r < n; ++r) zones += parts_.select[r].zone_most = zone_room(*parts_.rows[r]);
+    parts_.zone.resize(zones);
+    int32_t* zone = parts_.zone.data();
     for (int r = 0; r < n; ++r) {
         const pages::Row& row = *parts_.rows[r];
         const ops::AttendRow& whole = parts_.whole[r];
@@ -160,9 +158,9 @@ void Store::select_pages(int layer, const AttendCall& call) {
             out.selected_x = parts_.x.data() + static_cast<int64_t>(r) * group * most;
         }
         if (recall.estimate > 0.0f) {
-            out.zone = parts_.zone.data() + zone;
-            zone += zone_room(row);
-            out.zone_most = std::max(0, zone_room(row) - most);
+            out.zone = zone;
+            zone += out.zone_most;
+            out.zone_most = std::max(0, out.zone_most - most);  // the others are for what sharing takes from it
         }
     }
     ops::SelectParams p{
@@ -290,10 +288,8 @@ void Store::note_captured(const float* const* read, const float* rest, int group
 // The row of this call that is to be read whole, or -1: one in each `audit` passes over the layers, each time another layer.
 int Store::audited_row(int rows) const {
     if (options_.recall.audit <= 0) return -1;
-    int layers = 0;
-    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) layers += recalls(l);
-    const int period = options_.recall.audit * layers + 1;  // no multiple of the layers
-    const int round = clock_ / period / layers;             // of all layers, each time another row
+    const int period = options_.recall.audit * n_indexed_ + 1;  // no multiple of the layers
+    const int round = clock_ / period / n_indexed_;             // of all layers, each time another row
     return clock_ % period ? -1 : round % rows;
 }
 

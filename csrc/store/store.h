@@ -276,7 +276,7 @@ class Store {
     void attend_streamed(int layer, const AttendCall& call);
     void fetch(pages::Row& row, std::span<const int32_t> entries);
     void begin_parts(int layer);
-    ops::AttendRow part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
+    ops::AttendRow part_row(int r, int group, int dim, int part, size_t first, size_t end, float* out, float* lse,
                             const int32_t* tokens) const;
     void write_out(const ops::AttendRow& whole, int t, std::span<const float* const> outs,
                    std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const;
@@ -315,6 +315,7 @@ class Store {
     std::vector<int> pool_of_;     // [L, tiers, states]; -1: none
     std::vector<uint8_t> dense_;   // [L] nothing is selected, and all stays Near
     int n_rows_ = 0;               // rows of one sequence
+    int n_indexed_ = 0;            // layers whose rows may be selected from
     Options options_;
     pages::Pools pools_;
     std::vector<PoolInfo> info_;
