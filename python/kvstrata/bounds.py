@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstrata.config import BudgetExceeded, MachineError
+from kvstrata.tiers import native_reading
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -83,6 +84,8 @@ class Bounds:
                 cache._store.refit(policy.window, policy.queries)
                 if cache._slabs.has_far:
                     cache._store.shrink_ring(policy.ring)
+                if policy.selector is not None:  # beside another window it reads as many pages as its budget leaves
+                    cache._store.set_recall(native_reading(policy.selector.native(policy.sinks, policy.window)))
                 cache.policy = policy
             self._fitted = to
         if self._follows:
