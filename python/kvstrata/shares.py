@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.costs import far_books, page_costs
 from kvstrata.budget.entropy import EntropyShare
+from kvstrata.budget.protect import pages
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, Unsupported
 from kvstrata.policy.base import FULL, STATES, Allowance, Seen
@@ -44,16 +45,24 @@ class Shares:
         """A layer by itself: each of its rows as much as any other of its sequence."""
         cache = self._cache
         rows = sum(cache.shape.layers[i].kv_heads for i in cache._plans.layers)
-        each = torch.full((seen.positions.shape[0],), self.content() // rows, dtype=torch.int64)
+        each = torch.div(self.content() - self._dense(seen.lengths), rows, rounding_mode="floor")
         if cache._slabs.has_far:  # all may go Far, and the books of Far pages are Near
-            movable = (seen.stored & ~seen.protected).sum(1)
-            each -= far_books(cache.shape, seen.layer, cache.policy) * (-(-movable // SLOTS) + FRAGMENTS)
+            each -= far_books(cache.shape, seen.layer, cache.policy) * (_movable(seen) + FRAGMENTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
         spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
         allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
         if cache.policy.archives and not cache._slabs.has_far:
             return self._all_near(seen, allowance)
         return allowance
+
+    def _dense(self, lengths: Tensor) -> Tensor:
+        """Bytes that sequences of so many tokens hold, sinks and tails excepted, where nothing is planned."""
+        policy, shape = self._cache.policy, self._cache.shape
+        assert policy.window is not None
+        dense = [i for i in policy.dense_layers if shape.layers[i].window is None]
+        page = sum(shape.layers[i].kv_heads * page_costs(shape, i, policy)[FULL] for i in dense)
+        held = pages(policy.sinks) + policy.window // SLOTS + 1
+        return page * (-(-lengths // SLOTS) - held).clamp_min(0)
 
     def _all_near(self, seen: Seen, allowance: Allowance) -> Allowance:
         """Without a Far tier every page is Near: the bytes are what is left once all of them are in the state of archived ones,
@@ -62,8 +71,7 @@ class Shares:
         more = costs[FULL] - costs[state]
         if more == 0:
             return replace(allowance, bytes=torch.full_like(allowance.bytes, 1 << 40), spare=1 << 40)
-        pages = -(-(seen.stored & ~seen.protected).sum(1) // SLOTS)
-        left = allowance.bytes - costs[state] * pages
+        left = allowance.bytes - costs[state] * _movable(seen)
         return replace(
             allowance, bytes=left, page_bytes={**costs, FULL: more}, spare=allowance.spare * more // costs[FULL]
         )
@@ -145,3 +153,8 @@ class Shares:
             if bool(new[rows].any()):
                 self._statistics.note(seen.layer, i, values[rows], oq[rows], lengths[b])
         return oq
+
+
+def _movable(seen: Seen) -> Tensor:
+    """i64 [R]: pages' worth of tokens that are neither sinks nor in the tail."""
+    return -(-(seen.stored & ~seen.protected).sum(1) // SLOTS)
