@@ -110,7 +110,11 @@ class Cache:
         return [Sequence(i) for i in ids]
 
     def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
-        """Shortens each sequence to its length in tokens. ValueError below :meth:`crop_floor`; then nothing changed."""
+        """Shortens each sequence to its length in tokens. ValueError below :meth:`crop_floor`; then nothing changed.
+
+        What was sealed stays so: cut below its tail, a sequence under a policy that selects has its last tokens in pages that a
+        step of one token reads if they are selected, until as many new ones are its tail.
+        """
         pairs = list(zip(seqs, lengths, strict=True))
         for seq, length in pairs:
             low, high = self._store.floor(seq.id), self._store.length(seq.id)
