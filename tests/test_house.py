@@ -120,7 +120,7 @@ PARTS |= dict.fromkeys(
         "columns",
         "shares",
         "sight",
-        "bounds",
+        "guard",
         "memory",
         "timetable",
     ),

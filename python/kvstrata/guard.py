@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvstrata.cache import Cache
 
 
-class Bounds:
+class Guard:
     """Keeps the limit of one cache's slabs, and its policy, to the sequences that share them."""
 
     def __init__(self, cache: Cache) -> None:
