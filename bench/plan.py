@@ -40,13 +40,13 @@ from kvstrata.step import Step
 STAGES = {
     "_see": "see",
     "_scored": "score",
-    "_measured": "measure",
-    "_allocated": "allocate",
+    "shares._measured": "measure",
+    "shares.allocated": "allocate",
     "_apply": "plan",
     "apply": "apply",
     "run": "rest",
 }
-"""Methods of a cache's ``Plans``, by the stage that their own time is counted for."""
+"""Methods of a cache's ``Plans`` and of its ``Shares``, by the stage that their own time is counted for."""
 
 SHORT_TAIL = "h2o, tail 1/16"
 POLICIES: dict[str, Callable[[], Policy]] = {**NAMED, SHORT_TAIL: lambda: h2o(window_share=1 / 16)}
@@ -123,7 +123,8 @@ def decode(cache: Cache, seqs: list[Sequence], tokens: Tokens, plans: int) -> di
     """Median ms of a step's attention over all layers, and of a plan by stage; without a planner, of 64 steps."""
     clock, attends, found = Clock(), [], []
     for method, stage in STAGES.items():
-        clock.wrap(cache._plans, method, stage)
+        *owner, name = method.split(".")
+        clock.wrap(getattr(cache._plans, owner[0]) if owner else cache._plans, name, stage)
     steps = 64 if cache.policy.planner is None else cache.policy.interval * (plans + 1)
     for _ in range(steps):
         inputs = [tokens.take(1) for _ in cache.shape.layers]

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "kvstrata's native core: pages, ops on the CPU, and the data paths over them.";
     py::register_exception<kvstrata::Unsupported>(m, "Unsupported", PyExc_ValueError);
     py::register_exception<kvstrata::Invalid>(m, "Invalid", PyExc_ValueError);
+    py::register_exception<kvstrata::MachineError>(m, "MachineError", PyExc_RuntimeError);
     kvstrata::bind::bind_isa(m);
     kvstrata::bind::bind_ops(m);
     kvstrata::bind::bind_formats(m);

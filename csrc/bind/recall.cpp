@@ -148,13 +148,15 @@ struct SelectArguments {
     }
 };
 
-int64_t select_workspace_bytes(int rows, int group, int head_dim, int entries, int threads) {
-    ops::SelectRow row{};
-    row.entries = entries;
-    std::vector<ops::SelectRow> all(static_cast<size_t>(rows), row);
-    ops::SelectParams p{};
+// Of rows of so many entries, which `size` of a row says.
+template <class Params, class Row, int32_t Row::* size, int64_t (*bytes)(const Params&)>
+int64_t scan_workspace_bytes(int rows, int group, int head_dim, int entries, int threads) {
+    Row row{};
+    row.*size = entries;
+    std::vector<Row> all(static_cast<size_t>(rows), row);
+    Params p{};
     p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return ops::select_workspace_bytes(p);
+    return bytes(p);
 }
 
 void score_pages(py::handle q, py::handle blocks, py::handle visible, py::handle x_, py::handle workspace_, float scale,
@@ -206,15 +208,6 @@ void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, 
     for (int64_t r = 0; r < R.size; ++r) count.data<int32_t>()[r] = a.rows[r].count;
 }
 
-int64_t estimate_workspace_bytes(int rows, int group, int head_dim, int zone, int threads) {
-    ops::EstimateRow row{};
-    row.zone_count = zone;
-    std::vector<ops::EstimateRow> all(static_cast<size_t>(rows), row);
-    ops::EstimateParams p{};
-    p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return ops::estimate_workspace_bytes(p);
-}
-
 void estimate(py::handle q, py::handle blocks, py::handle visible, py::handle zone_, py::handle out_, py::handle lse_,
               py::handle workspace_, float scale, float weight, float softcap, int threads) {
     const SelectArguments a("estimate", static_cast<int>(SummaryKind::mean_value), q, blocks, visible);
@@ -255,8 +248,10 @@ void bind_recall(py::module_& m) {
           py::arg("workspace"), py::arg("threads"));
     m.def("summarize", &summarize, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("blocks"),
           py::arg("pools"), py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
-    m.def("select_workspace_bytes", &select_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
-          py::arg("entries"), py::arg("threads"));
+    m.def(
+        "select_workspace_bytes",
+        &scan_workspace_bytes<ops::SelectParams, ops::SelectRow, &ops::SelectRow::entries, ops::select_workspace_bytes>,
+        py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("entries"), py::arg("threads"));
     m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("x"),
           py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
           py::arg("threads"));
@@ -264,8 +259,10 @@ void bind_recall(py::module_& m) {
           py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
           py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"), py::arg("aggregate"),
           py::arg("mass"), py::arg("least"), py::arg("threads"));
-    m.def("estimate_workspace_bytes", &estimate_workspace_bytes, py::arg("rows"), py::arg("group"), py::arg("head_dim"),
-          py::arg("zone"), py::arg("threads"));
+    m.def("estimate_workspace_bytes",
+          &scan_workspace_bytes<ops::EstimateParams, ops::EstimateRow, &ops::EstimateRow::zone_count,
+                                ops::estimate_workspace_bytes>,
+          py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("zone"), py::arg("threads"));
     m.def("estimate", &estimate, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("zone"), py::arg("out"),
           py::arg("lse"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
           py::arg("threads"));

@@ -324,6 +324,11 @@ void bind_store(py::module_& m) {
                  const pages::View& view = s.sequence(seq).view;
                  return py::make_tuple(view.all, view.sets, view.halves);
              })
+        .def("show", &Store::show)
+        .def("moving", &Store::moving)
+        .def("bring", &Store::bring, NoGil())
+        .def("put_aside", &Store::put_aside, NoGil())
+        .def_property_readonly("moved_bytes", &Store::moved_bytes)
         .def("look_sets",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address out, int64_t columns) {
                  s.look_sets(layer, seqs, reinterpret_cast<pages::SetTag*>(out), columns);

@@ -1,5 +1,5 @@
 // Errors. The caller's fault: Invalid (ValueError) or Unsupported (a ValueError too). Ours: assert.
-// The machine's: std::runtime_error with call and place. A message names argument, expected and actual.
+// The machine's: MachineError (RuntimeError) with call and place. A message names argument, expected and actual.
 #pragma once
 
 #include <sstream>
@@ -13,6 +13,10 @@ struct Invalid : std::invalid_argument {
 };
 struct Unsupported : std::invalid_argument {
     using std::invalid_argument::invalid_argument;
+};
+
+struct MachineError : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
 template <class... Parts>

@@ -1,8 +1,9 @@
 #include "common/fault.h"
 
 #include <mutex>
-#include <stdexcept>
 #include <string>
+
+#include "common/check.h"
 
 namespace kvstrata::fault {
 namespace {
@@ -39,7 +40,7 @@ void visit(const char* point) {
     Arming& a = arming();
     const std::lock_guard guard(a.lock);
     if (a.point != point) return;
-    if (++a.seen == a.nth) throw std::runtime_error("fault injected at " + a.point);
+    if (++a.seen == a.nth) throw MachineError("fault injected at " + a.point);
 }
 
 }  // namespace kvstrata::fault

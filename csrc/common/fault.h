@@ -7,7 +7,7 @@ namespace kvstrata::fault {
 
 inline constinit std::atomic<bool> armed{false};
 
-void visit(const char* point);         // throws std::runtime_error if `point` is the armed one and its turn came
+void visit(const char* point);         // throws MachineError if `point` is the armed one and its turn came
 void arm(const char* point, int nth);  // nth >= 1; null disarms
 int visits();                          // of the armed point so far
 

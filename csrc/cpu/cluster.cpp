@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "common/layout.h"
 #include "cpu/cluster_keys.h"
 #include "cpu/merge.h"
-#include "cpu/parallel.h"
 #include "ops/backends.h"
 
 namespace kvstrata::cpu {
@@ -26,38 +24,34 @@ bool before(const Bid& a, const Bid& b) {
     return a.priority != b.priority ? a.priority > b.priority : a.token < b.token;
 }
 
-// What a thread works in, for rows of up to n tokens.
-struct Room {
-    float *y, *z, *lines, *s, *line, *sums;
-    Bid* bids;
-    int32_t *tokens, *ranked, *seats;
-    uint8_t* moved;
-    int64_t bytes;
-
-    Room(int64_t n, int64_t dim, unsigned char* base) {
-        const int64_t pages = (n + kSlots - 1) / kSlots, wide = (pages + kLine - 1) / kLine * kLine;
-        int64_t at = 0;
-        const auto take = [&](auto*& to, int64_t count) {
-            to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(base + at);
-            at += (count * static_cast<int64_t>(sizeof(*to)) + 63) / 64 * 64;
-        };
-        take(y, n * dim);
-        take(z, pages * dim);
-        take(lines, wide * dim);
-        take(s, n * wide);
-        take(line, wide);
-        take(sums, pages * dim);
-        take(bids, n);
-        take(tokens, n);
-        take(ranked, n * (kRanks + 1));
-        take(seats, pages);
-        take(moved, pages);
-        bytes = at;
-    }
-};
-
 class Clustering {
   public:
+    // What a thread works in, for rows of up to n tokens.
+    struct Room {
+        float *y, *z, *lines, *s, *line, *sums;
+        Bid* bids;
+        int32_t *tokens, *ranked, *seats;
+        uint8_t* moved;
+        int64_t bytes;
+
+        Room(int64_t n, int64_t dim, void* base) {
+            const int64_t pages = (n + kSlots - 1) / kSlots, wide = (pages + kLine - 1) / kLine * kLine;
+            Places places(base);
+            y = places.take<float>(n * dim);
+            z = places.take<float>(pages * dim);
+            lines = places.take<float>(wide * dim);
+            s = places.take<float>(n * wide);
+            line = places.take<float>(wide);
+            sums = places.take<float>(pages * dim);
+            bids = places.take<Bid>(n);
+            tokens = places.take<int32_t>(n);
+            ranked = places.take<int32_t>(n * (kRanks + 1));
+            seats = places.take<int32_t>(pages);
+            moved = places.take<uint8_t>(pages);
+            bytes = places.bytes();
+        }
+    };
+
     Clustering(const ops::ClusterParams& params, ops::ClusterRow& row, const Room& room)
         : row_(row), w_(room), dim_(padded_dim(params.head_dim)), raw_dim_(params.head_dim), iters_(params.iters) {}
 
@@ -202,18 +196,7 @@ class Clustering {
 
 }  // namespace
 
-int64_t cluster_workspace_bytes(const ops::ClusterParams& p) {
-    const int workers = std::max(1, std::min(p.threads, p.n_rows));
-    return Room(longest_row(p), padded_dim(p.head_dim), nullptr).bytes * workers;
-}
-
-void cluster(const ops::ClusterParams& p) {
-    const int64_t most = longest_row(p), dim = padded_dim(p.head_dim);
-    parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
-        const Room sized(most, dim, nullptr);
-        const Room room(most, dim, static_cast<unsigned char*>(p.workspace) + worker * sized.bytes);
-        Clustering(p, p.rows[r], room).run();
-    });
-}
+int64_t cluster_workspace_bytes(const ops::ClusterParams& p) { return workspace_bytes<Clustering>(p); }
+void cluster(const ops::ClusterParams& p) { cluster_rows<Clustering>(p); }
 
 }  // namespace kvstrata::cpu

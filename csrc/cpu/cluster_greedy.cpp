@@ -5,7 +5,6 @@
 #include "cpu/best.h"
 #include "cpu/cluster_keys.h"
 #include "cpu/merge.h"
-#include "cpu/parallel.h"
 #include "ops/backends.h"
 
 namespace kvstrata::cpu {
@@ -13,31 +12,26 @@ namespace {
 
 constexpr int kLine = 16;  // keys side by side
 
-// What a thread works in, for rows of up to n tokens.
-struct Room {
-    float *y, *lines, *norms, *s, *mean;
-    int32_t* tokens;
-    int64_t bytes;
-
-    Room(int64_t n, int64_t dim, unsigned char* base) {
-        const int64_t wide = (n + kLine - 1) / kLine * kLine;
-        int64_t at = 0;
-        const auto take = [&](int64_t count) {
-            float* const to = reinterpret_cast<float*>(base + at);
-            at += (4 * count + 63) / 64 * 64;
-            return to;
-        };
-        y = take(n * dim), lines = take(wide * dim);
-        norms = take(wide), s = take(wide), mean = take(dim);
-        tokens = reinterpret_cast<int32_t*>(take(n));
-        bytes = at;
-    }
-};
-
 class Greedy {
   public:
-    Greedy(ops::ClusterRow& row, int raw_dim, const Room& room)
-        : row_(row), w_(room), dim_(padded_dim(raw_dim)), raw_dim_(raw_dim) {}
+    // What a thread works in, for rows of up to n tokens.
+    struct Room {
+        float *y, *lines, *norms, *s, *mean;
+        int32_t* tokens;
+        int64_t bytes;
+
+        Room(int64_t n, int64_t dim, void* base) {
+            const int64_t wide = (n + kLine - 1) / kLine * kLine;
+            Places places(base);
+            y = places.take<float>(n * dim), lines = places.take<float>(wide * dim);
+            norms = places.take<float>(wide), s = places.take<float>(wide), mean = places.take<float>(dim);
+            tokens = places.take<int32_t>(n);
+            bytes = places.bytes();
+        }
+    };
+
+    Greedy(const ops::ClusterParams& params, ops::ClusterRow& row, const Room& room)
+        : row_(row), w_(room), dim_(padded_dim(params.head_dim)), raw_dim_(params.head_dim) {}
 
     void run() {
         n_ = find_live(row_, w_.tokens);
@@ -90,18 +84,7 @@ class Greedy {
 
 }  // namespace
 
-int64_t cluster_greedy_workspace_bytes(const ops::ClusterParams& p) {
-    const int workers = std::max(1, std::min(p.threads, p.n_rows));
-    return Room(longest_row(p), padded_dim(p.head_dim), nullptr).bytes * workers;
-}
-
-void cluster_greedy(const ops::ClusterParams& p) {
-    const int64_t most = longest_row(p), dim = padded_dim(p.head_dim);
-    parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
-        const Room sized(most, dim, nullptr);
-        const Room room(most, dim, static_cast<unsigned char*>(p.workspace) + worker * sized.bytes);
-        Greedy(p.rows[r], p.head_dim, room).run();
-    });
-}
+int64_t cluster_greedy_workspace_bytes(const ops::ClusterParams& p) { return workspace_bytes<Greedy>(p); }
+void cluster_greedy(const ops::ClusterParams& p) { cluster_rows<Greedy>(p); }
 
 }  // namespace kvstrata::cpu

@@ -8,6 +8,7 @@
 #include "cpu/merge.h"
 #include "cpu/page_scan.h"
 #include "cpu/parallel.h"
+#include "cpu/places.h"
 #include "ops/backends.h"
 
 namespace kvstrata::cpu {
@@ -35,22 +36,13 @@ struct Scratch {
     unsigned char* scan;
     int64_t bytes;
 
-    Scratch(const ops::EstimateParams& p, int64_t entries, int worker) {
-        int64_t at = 0;
-        const auto take = [&](int64_t size) {
-            const int64_t from = at;
-            at += (size + 63) / 64 * 64;
-            return from;
-        };
-        const int64_t places[] = {take(4 * entries * p.group), take(4 * kSlots * p.group),
-                                  take(static_cast<int64_t>(sizeof(Part)) * entries),
-                                  take(PageScan::bytes(p.group, p.head_dim))};
-        bytes = at;
-        unsigned char* const base = static_cast<unsigned char*>(p.workspace) + worker * bytes;
-        x = reinterpret_cast<float*>(base + places[0]);
-        lines = reinterpret_cast<float*>(base + places[1]);
-        parts = reinterpret_cast<Part*>(base + places[2]);
-        scan = base + places[3];
+    Scratch(const ops::EstimateParams& p, int64_t entries, void* base) {
+        Places places(base);
+        x = places.take<float>(entries * p.group);
+        lines = places.take<float>(int64_t{kSlots} * p.group);
+        parts = places.take<Part>(entries);
+        scan = places.take<unsigned char>(PageScan::bytes(p.group, p.head_dim));
+        bytes = places.bytes();
     }
 };
 
@@ -151,14 +143,14 @@ class Estimate {
 }  // namespace
 
 int64_t estimate_workspace_bytes(const ops::EstimateParams& p) {
-    return Scratch(p, longest(p), 0).bytes * std::max(1, std::min(p.threads, p.n_rows));
+    return Scratch(p, longest(p), nullptr).bytes * std::max(1, std::min(p.threads, p.n_rows));
 }
 
 void estimate(const ops::EstimateParams& p) {
-    const int64_t entries = longest(p);
+    const int64_t entries = longest(p), bytes = Scratch(p, entries, nullptr).bytes;
     FirstUnranked unranked;
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
-        const Scratch scratch(p, entries, worker);
+        const Scratch scratch(p, entries, part_of(p.workspace, bytes, worker));
         unranked.note(r, Estimate(p, p.rows[r], scratch).run());
     });
     unranked.refuse("estimate");

@@ -10,6 +10,7 @@
 #include "cpu/merge.h"
 #include "cpu/page_scan.h"
 #include "cpu/parallel.h"
+#include "cpu/places.h"
 #include "ops/backends.h"
 
 namespace kvstrata::cpu {
@@ -35,22 +36,14 @@ struct Scratch {
     unsigned char* scan;
     int64_t bytes;
 
-    Scratch(const ops::SelectParams& p, int64_t entries, int worker) {
-        int64_t at = 0;
-        const auto take = [&](int64_t size) {
-            const int64_t from = at;
-            at += (size + 63) / 64 * 64;
-            return from;
-        };
-        const int64_t places[] = {take(4 * entries * p.group), take(4 * entries), take(8 * entries),
-                                  take(entries / kSlots * 2), take(PageScan::bytes(p.group, p.head_dim))};
-        bytes = at;
-        unsigned char* const base = static_cast<unsigned char*>(p.workspace) + worker * bytes;
-        x = reinterpret_cast<float*>(base + places[0]);
-        vote = reinterpret_cast<float*>(base + places[1]);
-        keys = reinterpret_cast<uint64_t*>(base + places[2]);
-        there = reinterpret_cast<uint16_t*>(base + places[3]);
-        scan = base + places[4];
+    Scratch(const ops::SelectParams& p, int64_t entries, void* base) {
+        Places places(base);
+        x = places.take<float>(entries * p.group);
+        vote = places.take<float>(entries);
+        keys = places.take<uint64_t>(entries);
+        there = places.take<uint16_t>(entries / kSlots);
+        scan = places.take<unsigned char>(PageScan::bytes(p.group, p.head_dim));
+        bytes = places.bytes();
     }
 };
 
@@ -140,7 +133,14 @@ class Selection {
         std::fill(best + n, best + row_.most, -1);
         for (int i = 0; row_.votes && i < n; ++i) row_.votes[i] = w_.vote[best[i]];
         row_.count = n;
+        for (int g = 0; row_.selected_x && g < p_.group; ++g) {
+            float* const out = row_.selected_x + static_cast<int64_t>(g) * row_.most;
+            for (int i = 0; i < n; ++i) out[i] = log_of(g, x_of(g)[best[i]]);
+        }
     }
+
+    // Once the votes are counted, x stands as its part of a head's largest.
+    float log_of(int g, float part) const { return part > 0.0f ? largest_[g] + std::log(part) : kMinusInf; }
 
     // Of many: larger for a higher vote, which is 0 or more, and of equal ones for the lower index.
     uint64_t key(int e) const {
@@ -211,8 +211,7 @@ class Selection {
         for (int g = 0; g < p_.group; ++g) {
             float* const x = x_of(g);
             for (int i = 0; i < row_.count; ++i) x[row_.selected[i]] = 0.0f;
-            const float total = kernels_.sum(x, padded_);
-            row_.lse_rest[g] = total > 0.0f ? largest_[g] + std::log(total) : kMinusInf;
+            row_.lse_rest[g] = log_of(g, kernels_.sum(x, padded_));
         }
     }
 
@@ -227,10 +226,10 @@ class Selection {
 };
 
 void run(const char* op, const ops::SelectParams& p, bool choose) {
-    const int64_t entries = longest(p);
+    const int64_t entries = longest(p), bytes = Scratch(p, entries, nullptr).bytes;
     FirstUnranked unranked;
     parallel(p.n_rows, p.threads, [&](int64_t r, int worker) {
-        const Scratch scratch(p, entries, worker);
+        const Scratch scratch(p, entries, part_of(p.workspace, bytes, worker));
         p.rows[r].unranked = Selection(p, p.rows[r], scratch).run(choose);
         unranked.note(r, p.rows[r].unranked);
     });
@@ -240,7 +239,7 @@ void run(const char* op, const ops::SelectParams& p, bool choose) {
 }  // namespace
 
 int64_t select_workspace_bytes(const ops::SelectParams& p) {
-    return Scratch(p, longest(p), 0).bytes * std::max(1, std::min(p.threads, p.n_rows));
+    return Scratch(p, longest(p), nullptr).bytes * std::max(1, std::min(p.threads, p.n_rows));
 }
 
 void select(const ops::SelectParams& p) { run("select", p, true); }

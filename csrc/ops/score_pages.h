@@ -42,11 +42,12 @@ struct SelectRow {                       // one (sequence, KV head)
     float* lse_rest;                     // [G] out, or null
     float* x;                            // [G, M] out, or null
     int32_t count;                       // out: how many are selected
+    int32_t unranked = -1;               // out: the first entry whose x is not finite, or -1
     int32_t* zone = nullptr;             // [zone_most] out, the rest -1; or null: none are wanted
     int32_t zone_most = 0;
-    int32_t zone_count = 0;  // out
-    float* votes = nullptr;  // [most] out: of the selected ones; or null
-    int32_t unranked = -1;   // out: the first entry whose x is not finite, or -1
+    int32_t zone_count = 0;       // out
+    float* votes = nullptr;       // [most] out: of the selected ones; or null
+    float* selected_x = nullptr;  // [G, most] out: likewise, x
 };
 
 struct SelectParams {

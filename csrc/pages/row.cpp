@@ -38,7 +38,7 @@ void resize(Row& row, int entries) {
     resize(row.visible, entries);
     resize(row.want, entries);
     row.near.resize(entries);
-    if (row.tagged) resize(row.set, entries);
+    if (row.tagged) resize(row.set, entries), resize(row.back, entries);
     if (row.noted) resize(row.note, entries, kSlots);
 }
 
@@ -50,6 +50,7 @@ void tighten(Row& row) {
     row.visible.shrink_to_fit();
     row.want.shrink_to_fit();
     row.set.shrink_to_fit();
+    row.back.shrink_to_fit();
     row.note.shrink_to_fit();
 }
 
@@ -59,9 +60,15 @@ void move_entry(Row& row, int from, int to) {
     row.alive[to] = row.alive[from];
     row.visible[to] = row.visible[from];
     row.want[to] = row.want[from];
-    if (row.tagged) row.set[to] = row.set[from];
+    if (row.tagged) row.set[to] = row.set[from], row.back[to] = row.back[from];
     row.near.move(from, to);
     if (row.noted) std::copy_n(&row.note[static_cast<size_t>(from) * kSlots], kSlots, &row.note[to * size_t{kSlots}]);
+}
+
+// The Far page that an entry has beside its own.
+void release_back(Row& row, int entry, Pools& pools) {
+    if (row.back[entry] != kNoPage) pool_of(pools, row.back[entry]).release(row.back[entry]);
+    row.back[entry] = kNoPage;
 }
 
 // Releases entries with no alive slot and closes the gaps; `sealed` follows. Names those that stay.
@@ -70,6 +77,7 @@ void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
     for (int e = 0; e < row.entries(); ++e) {
         if (!row.alive[e]) {
             pool_of(pools, row.page[e]).release(row.page[e]);
+            if (row.tagged) release_back(row, e, pools);
             row.near.leave(e);
             continue;
         }
@@ -89,7 +97,8 @@ void drop_empty(Row& row, Pools& pools, std::vector<int32_t>* stay = nullptr) {
 int64_t Row::metadata_bytes() const {
     return static_cast<int64_t>(sizeof(Row) + page.capacity() * sizeof(PageId) +
                                 (alive.capacity() + visible.capacity()) * sizeof(uint16_t) + want.capacity() +
-                                note.capacity() * sizeof(uint32_t) + set.capacity() * sizeof(SetTag)) +
+                                note.capacity() * sizeof(uint32_t) + set.capacity() * sizeof(SetTag) +
+                                back.capacity() * sizeof(PageId)) +
            near.metadata_bytes();
 }
 
@@ -111,7 +120,7 @@ void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
             const PageId page = pool.take();
             resize(row, row.entries() + 1);
             row.page.back() = page;
-            if (row.tagged) row.set.back() = kPending;
+            if (row.tagged) row.set.back() = kPending, row.back.back() = kNoPage;
         }
         const int last = row.entries() - 1;
         const int first = kSlots - row.room();
@@ -157,7 +166,7 @@ void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fr
         row.page[first + f] = fresh[f].page;
         row.alive[first + f] = row.visible[first + f] = fresh[f].alive;
         row.want[first + f] = fresh[f].want;
-        if (row.tagged) row.set[first + f] = fresh[f].set;
+        if (row.tagged) row.set[first + f] = fresh[f].set, row.back[first + f] = kNoPage;
         if (row.noted) std::copy_n(fresh[f].note, kSlots, &row.note[static_cast<size_t>(first + f) * kSlots]);
         row.stored += std::popcount(fresh[f].alive);
     }
@@ -226,11 +235,26 @@ void arrange(Row& row, const View& view) {
     permute(row.visible, 1);
     permute(row.want, 1);
     permute(row.set, 1);
+    permute(row.back, 1);
     if (row.noted) permute(row.note, kSlots);
+}
+
+void come_near(Row& row, int entry, PageId near) {
+    row.back[entry] = row.page[entry];
+    row.page[entry] = near;
+}
+
+void go_far(Row& row, int entry, PageId far, Pools& pools) {
+    pool_of(pools, row.page[entry]).release(row.page[entry]);
+    row.page[entry] = far;
+    row.back[entry] = kNoPage;
 }
 
 Row share(const Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).share(id);
+    for (PageId id : row.back) {
+        if (id != kNoPage) pool_of(pools, id).share(id);
+    }
     Row copy = row;
     copy.near = {};
     return copy;
@@ -238,6 +262,7 @@ Row share(const Row& row, Pools& pools) {
 
 void release(Row& row, Pools& pools) {
     for (PageId id : row.page) pool_of(pools, id).release(id);
+    for (int e = 0; row.tagged && e < row.entries(); ++e) release_back(row, e, pools);
     row.near.release(pools);
     const bool noted = row.noted, tagged = row.tagged;
     row = Row{};

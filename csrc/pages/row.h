@@ -32,6 +32,7 @@ struct Row {
     std::vector<uint8_t> want;   // state and tier the latest plan asked of the page; 0: as it is; and those
     std::vector<uint32_t> note;  // [entries, 16], or empty if the row carries none
     std::vector<SetTag> set;     // of each page, or empty if the row is not tagged
+    std::vector<PageId> back;    // the Far page of the same bytes, or kNoPage; likewise
     NearCopies near;             // of Far pages
     int32_t sealed = 0;          // entries before this one are sealed
     int32_t stored = 0;          // alive slots of all entries
@@ -94,6 +95,10 @@ void tag(Row& row, std::span<const SetTag> tags);
 // Puts sealed entries that the view leaves out first, each part by set, and a set as it stands: the order is that of the view,
 // whatever views came before.
 void arrange(Row& row, const View& view);
+
+// An entry's page is another one of the same bytes: the old one's share is released, but for one that is kept as `back`.
+void come_near(Row& row, int entry, PageId near);            // its Far page is kept
+void go_far(Row& row, int entry, PageId far, Pools& pools);  // far: what is kept already, or a new one
 
 // A second row over the same pages, without Near copies of its own.
 Row share(const Row& row, Pools& pools);

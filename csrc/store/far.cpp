@@ -4,7 +4,6 @@
 
 #include <cerrno>
 #include <cstring>
-#include <stdexcept>
 
 #include "common/check.h"
 #include "common/checksum.h"
@@ -20,12 +19,12 @@ void whole(Call call, const char* name, int64_t n, int64_t place) {
         const ssize_t part = call(done);
         if (part < 0 && errno == EINTR) continue;
         if (part < 0) {
-            throw std::runtime_error(
+            throw MachineError(
                 message("far tier: ", name, " of ", n, " bytes at ", place, " failed: ", std::strerror(errno)));
         }
         if (part == 0) {
-            throw std::runtime_error(message("far tier: ", name, " of ", n, " bytes at ", place, " ended after ", done,
-                                             ": the file was cut short"));
+            throw MachineError(message("far tier: ", name, " of ", n, " bytes at ", place, " ended after ", done,
+                                       ": the file was cut short"));
         }
         done += part;
     }
@@ -60,8 +59,8 @@ void FarSlabs::read(PageId page, void* to) const {
     whole([&](int64_t done) { return ::pread(slab.file, bytes + done, page_bytes_ - done, at + done); }, "pread",
           page_bytes_, at);
     if (checksum(to, page_bytes_) != slab.sums[page_index(page)]) {
-        throw std::runtime_error(message("far tier: the ", page_bytes_, " bytes at ", at,
-                                         " are not those that were written: the file was changed or is damaged"));
+        throw MachineError(message("far tier: the ", page_bytes_, " bytes at ", at,
+                                   " are not those that were written: the file was changed or is damaged"));
     }
 }
 

@@ -18,7 +18,7 @@ class FarSlabs {
     void lend(int slab, int file, int64_t offset, int n_pages);  // space that the file has already
     void give_back(int slab);
 
-    void write(PageId page, const void* from);  // std::runtime_error: the machine's
+    void write(PageId page, const void* from);  // MachineError where that fails
     void read(PageId page, void* to) const;     // likewise, and where the bytes are not those that were written
     int64_t metadata_bytes() const;
 

@@ -70,6 +70,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
               layers_.size() - 1);
         dense_[l] = 1;
     }
+    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) n_indexed_ += indexed(l);
     check(options_.far.size() <= 1, "Store: far has ", options_.far.size(), " states, expected at most 1");
     for (size_t l = 0; l < layers_.size(); ++l) {
         place(l, State::full, Tier::near) = layer_pool_[l];
@@ -93,8 +94,8 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.recall.pages == 0 || options_.sinks % kSlots == 0, "Store: sinks is ", options_.sinks,
           ", expected a multiple of ", kSlots, " where pages are selected");
     check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
-    const bool plain = options_.recall.pages == 0 && options_.far.empty() && !options_.massed;
-    check(!options_.sets || plain, "Store: sets with recall, a Far tier or mass, expected one or the other");
+    check(!options_.sets || (options_.recall.pages == 0 && !options_.massed),
+          "Store: sets with recall or mass, expected one or the other");
     set_recall(options_.recall);
 }
 

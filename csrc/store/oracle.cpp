@@ -1,5 +1,6 @@
 // What a selection can be at best: every token is read to choose by its true share of attention. For tests and evaluations.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "ops/mass.h"
@@ -30,7 +31,6 @@ void Store::select_exactly(int layer, const AttendCall& call) {
     const int most = options_.recall.pages * (tokens ? kSlots : 1);
     parts_.selected.assign(static_cast<size_t>(n) * most, -1);
     parts_.picked.assign(tokens ? parts_.selected.size() : 0, 0);
-    parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
     for (int r = 0; r < n; ++r) {
@@ -55,9 +55,11 @@ void Store::select_exactly(int layer, const AttendCall& call) {
             out.selected[out.count++] = first + static_cast<int32_t>(e);
         }
     }
+    refuse_unranked(layer);
 }
 
 // Of each slot of a row's entries from `first` to the tail: its share of all attention, summed over the heads; -1: not visible.
+// Of a row with a key that is not finite only which entry is not ranked.
 std::vector<float> Store::true_shares(int layer, const AttendCall& call, int r, int first) {
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
@@ -70,11 +72,15 @@ std::vector<float> Store::true_shares(int layer, const AttendCall& call, int r, 
     if (entries == 0) return share;
     begin_lists();
     for (int e = first; e < row.sealed; ++e) list_page(row, e, row.page[e]);
-    attend_rows_.resize(1);
-    ops::AttendRow& whole = attend_rows_[0];
-    whole = part_row(r, group, dim, 0, parts_.pages.size(), out.data(), lse.data(), nullptr);
-    whole.own = 0, whole.sinks = nullptr, whole.logits = logits.data();
+    attend_rows_.assign(1, part_row(r, group, dim, 1, 0, parts_.pages.size(), out.data(), lse.data(), nullptr));
+    attend_rows_[0].logits = logits.data();
     attend_now(layer, call, DType::f32);
+    for (size_t i = 0; i < logits.size(); ++i) {
+        const int e = first + static_cast<int>(i % share.size()) / kSlots;
+        if (std::isfinite(logits[i]) || !(row.visible[e] >> i % kSlots & 1)) continue;
+        parts_.select[r].unranked = e;
+        return share;
+    }
     for (int g = 0; g < group; ++g) all[g] = logaddexp(all[g], lse[g]);
     ops::mass({logits.data(), all, share.data(), 1, group, 1, entries, ops::Reduce::sum, threads_});
     for (int slot = 0; slot < entries * kSlots; ++slot) {

@@ -56,9 +56,8 @@ struct Parts {
     std::vector<uint16_t> masks, picked;      // of a part's lists; of the tokens that an oracle has chosen
     std::vector<size_t> ends;                 // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
-    std::vector<float> votes;  // of the selected pages, if rows share them
-    std::vector<float> exact;  // [G] log-sum-exps of the row that is audited
-    std::vector<float> left;   // [rows] of what sharing took from a row, its share of attention
+    std::vector<float> votes, x;  // of the selected pages, if rows share them: [rows, K], [rows, G, K]
+    std::vector<float> exact;     // [G] log-sum-exps of the row that is audited
     std::vector<ops::SelectRow> select;
     std::vector<pages::Miss> misses;
 

@@ -30,7 +30,7 @@ void* moved(void* base, int64_t elements, DType type) {
 int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
-           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(picked) + of(exact) + of(left) +
+           of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(x) + of(picked) + of(exact) +
            of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
 }
 
@@ -143,7 +143,8 @@ bool Store::any_far(int layer) const {
     for (const StepSequence& s : step_) {
         for (int h = 0; s.count > 0 && h < layers_[layer].kv_heads; ++h) {
             const pages::Row& row = s.sequence->rows[first_row_[layer] + h];
-            if (std::any_of(row.page.begin(), row.page.begin() + row.sealed, [&](PageId id) { return far(id); }))
+            if (std::any_of(row.page.begin() + row.aside, row.page.begin() + row.sealed,
+                            [&](PageId id) { return far(id); }))
                 return true;
         }
     }
@@ -211,10 +212,12 @@ void Store::begin_parts(int layer) {
     }
 }
 
-// Row r of the call over the list [first, end) into a part's place: out [T, G, D] and lse [T, G] from token tokens[0] on.
-ops::AttendRow Store::part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
+// Row r of the call over the list [first, end) into a part's place: out [T, G, D] and lse [T, G] from token tokens[0] on. Only
+// part 0 has the call's own tokens and sink logits.
+ops::AttendRow Store::part_row(int r, int group, int dim, int part, size_t first, size_t end, float* out, float* lse,
                                const int32_t* tokens) const {
     ops::AttendRow row = parts_.whole[r];
+    if (part > 0) row.own = 0, row.sinks = nullptr;
     row.q = moved(row.q, row.tokens[0] * row.q_stride_t, options_.dtype);
     row.tokens = tokens;
     row.pages = parts_.pages.data() + first;
@@ -275,10 +278,8 @@ void Store::stream_row(int layer, const AttendCall& call, int r) {
         parts_.lse[part].assign(static_cast<size_t>(span) * group, kMinusInf);
     }
     const auto attend = [&](int part) {
-        ops::AttendRow& now = attend_rows_[0];
-        now = part_row(r, group, dim, 0, parts_.pages.size(), parts_.out[part].data(), parts_.lse[part].data(),
-                       parts_.tokens.data());
-        if (part > 0) now.own = 0, now.sinks = nullptr;
+        attend_rows_[0] = part_row(r, group, dim, part, 0, parts_.pages.size(), parts_.out[part].data(),
+                                   parts_.lse[part].data(), parts_.tokens.data());
         attend_now(layer, call, DType::f32);
     };
     begin_lists();

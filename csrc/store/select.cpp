@@ -60,8 +60,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         }
         float lse[ops::kMaxGroup];
         write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
-        note_captured(lses, parts_.rest.data() + at, group, parts_.left[r],
-                      r == audited ? parts_.exact.data() : nullptr);
+        note_captured(lses, parts_.rest.data() + at, group, r == audited ? parts_.exact.data() : nullptr);
     }
     settle_workspace(longest_);
 }
@@ -112,17 +111,15 @@ int Store::list_selected(int first) {
     return r;
 }
 
-// The lists of rows first..end into their part's places; only the first part has the call's own tokens and sink logits.
+// The lists of rows first..end into their part's places.
 void Store::attend_lists(int layer, const AttendCall& call, int part, int first, int end) {
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
     attend_rows_.resize(end - first);
     for (int r = first; r < end; ++r) {
         const int64_t at = static_cast<int64_t>(r) * group;
-        ops::AttendRow& row = attend_rows_[r - first];
-        row = part_row(r, group, dim, parts_.ends[r - first], parts_.ends[r - first + 1],
-                       parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
-        if (part > 0) row.own = 0, row.sinks = nullptr;
+        attend_rows_[r - first] = part_row(r, group, dim, part, parts_.ends[r - first], parts_.ends[r - first + 1],
+                                           parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
     }
     attend_now(layer, call, DType::f32);
 }
@@ -133,14 +130,14 @@ void Store::select_pages(int layer, const AttendCall& call) {
     const int group = shape.q_heads / shape.kv_heads, n = static_cast<int>(parts_.whole.size()), most = recall.widest();
     parts_.selected.resize(static_cast<size_t>(n) * most);
     parts_.votes.resize(recall.most > 0 ? parts_.selected.size() : 0);
+    parts_.x.resize(parts_.votes.size() * group);
     parts_.picked.clear();
-    parts_.left.assign(n, 0.0f);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
-    int64_t zone = 0;
-    for (int r = 0; r < n; ++r) zone += zone_room(*parts_.rows[r]);
-    parts_.zone.resize(zone);
-    zone = 0;
+    size_t zones = 0;
+    for (int r = 0; r < n; ++r) zones += parts_.select[r].zone_most = zone_room(*parts_.rows[r]);
+    parts_.zone.resize(zones);
+    int32_t* zone = parts_.zone.data();
     for (int r = 0; r < n; ++r) {
         const pages::Row& row = *parts_.rows[r];
         const ops::AttendRow& whole = parts_.whole[r];
@@ -156,11 +153,14 @@ void Store::select_pages(int layer, const AttendCall& call) {
         out.most = most;
         out.selected = parts_.selected.data() + static_cast<int64_t>(r) * most;
         out.lse_rest = parts_.rest.data() + static_cast<int64_t>(r) * group;
-        if (recall.most > 0) out.votes = parts_.votes.data() + static_cast<int64_t>(r) * most;
+        if (recall.most > 0) {
+            out.votes = parts_.votes.data() + static_cast<int64_t>(r) * most;
+            out.selected_x = parts_.x.data() + static_cast<int64_t>(r) * group * most;
+        }
         if (recall.estimate > 0.0f) {
-            out.zone = parts_.zone.data() + zone;
-            zone += zone_room(row);
-            out.zone_most = std::max(0, zone_room(row) - most);
+            out.zone = zone;
+            zone += out.zone_most;
+            out.zone_most = std::max(0, out.zone_most - most);  // the others are for what sharing takes from it
         }
     }
     ops::SelectParams p{
@@ -205,7 +205,7 @@ int Store::zone_room(const pages::Row& row) const {
 }
 
 // Of what the rows of a sequence have selected, the K each of highest vote stay, ties those of the lower row and entry; at
-// least `least` of each row. Their order stays.
+// least `least` of each row. Their order stays; what a row gives up is of its rest.
 void Store::share_pages(int first, int rows) {
     const Recall& recall = options_.recall;
     struct Choice {
@@ -231,7 +231,10 @@ void Store::share_pages(int first, int rows) {
     const int group = static_cast<int>(parts_.rest.size() / parts_.select.size());
     for (size_t i = most; i < all.size(); ++i) {
         ops::SelectRow& row = parts_.select[all[i].row];
-        parts_.left[all[i].row] += row.votes[all[i].place] / static_cast<float>(group);
+        float* const rest = parts_.rest.data() + static_cast<int64_t>(all[i].row) * group;
+        for (int g = 0; g < group; ++g) {
+            rest[g] = logaddexp(rest[g], row.selected_x[static_cast<int64_t>(g) * row.most + all[i].place]);
+        }
         if (row.zone) row.zone[row.zone_count++] = row.selected[all[i].place];
         row.selected[all[i].place] = -1;
     }
@@ -264,13 +267,12 @@ void Store::estimate_rest(int layer, const AttendCall& call) {
     ops::estimate(p);
 }
 
-// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; left: the share of attention that
-// its selection gave up to others; exact [G], or null: of all that the row holds.
-void Store::note_captured(const float* const* read, const float* rest, int group, float left, const float* exact) {
+// read [2][G]: of the parts of a row that were read; rest [G], of an oracle that of all; exact [G], or null: of all that the
+// row holds.
+void Store::note_captured(const float* const* read, const float* rest, int group, const float* exact) {
     for (int g = 0; g < group; ++g) {
         const float lse = logaddexp(read[0][g], read[1][g]);
-        const float of_rest = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
-        float share = of_rest * (1.0f - std::min(left, 1.0f));
+        float share = rest[g] == kMinusInf ? 1.0f : 1.0f / (1.0f + std::exp(rest[g] - lse));
         if (options_.recall.oracle != Oracle::none) share = std::min(1.0f, std::exp(lse - rest[g]));
         captured_.sum += share;
         captured_.least = std::min(captured_.least, share);
@@ -286,10 +288,8 @@ void Store::note_captured(const float* const* read, const float* rest, int group
 // The row of this call that is to be read whole, or -1: one in each `audit` passes over the layers, each time another layer.
 int Store::audited_row(int rows) const {
     if (options_.recall.audit <= 0) return -1;
-    int layers = 0;
-    for (int l = 0; l < static_cast<int>(layers_.size()); ++l) layers += recalls(l);
-    const int period = options_.recall.audit * layers + 1;  // no multiple of the layers
-    const int round = clock_ / period / layers;             // of all layers, each time another row
+    const int period = options_.recall.audit * n_indexed_ + 1;  // no multiple of the layers
+    const int round = clock_ / period / n_indexed_;             // of all layers, each time another row
     return clock_ % period ? -1 : round % rows;
 }
 

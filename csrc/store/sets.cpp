@@ -19,6 +19,84 @@ void Store::set_view(SeqId seq, pages::View view) {
     for (pages::Row& row : s.rows) pages::arrange(row, s.view);
 }
 
+void Store::show(int layer, SeqId seq, bool all) {
+    check_layer(layer, "show");
+    Sequence& s = find(seq, "show");
+    for (int h = 0; h < layers_[layer].kv_heads; ++h) pages::arrange(row_of(s, layer, h), all ? pages::View{} : s.view);
+}
+
+// A page that is shared with another row, or has a Far page of its own, needs no new one there.
+std::vector<int64_t> Store::moving(int layer, SeqId seq) {
+    check_layer(layer, "moving");
+    Sequence& s = find(seq, "moving");
+    std::vector<int64_t> pages(pools_.size(), 0);
+    for (int h = 0; h < layers_[layer].kv_heads && !options_.far.empty(); ++h) {
+        const pages::Row& row = row_of(s, layer, h);
+        for (int e = 0; e < row.sealed; ++e) {
+            const PageId page = row.page[e];
+            if (e >= row.aside && far(page)) ++pages[near_of(page_pool(page))];
+            if (e < row.aside && goes_far(row, e) && row.back[e] == kNoPage) ++pages[far_of(layer, page)];
+        }
+    }
+    return pages;
+}
+
+// One page after another, each whole: an error leaves those that were not read Far.
+void Store::bring(int layer, SeqId seq) {
+    check_layer(layer, "bring");
+    Sequence& s = find(seq, "bring");
+    for (int h = 0; h < layers_[layer].kv_heads; ++h) {
+        pages::Row& row = row_of(s, layer, h);
+        for (int e = row.aside; e < row.sealed; ++e) {
+            if (!far(row.page[e])) continue;
+            pages::Pool& near = pools_[near_of(page_pool(row.page[e]))];
+            const PageId to = near.take();
+            try {
+                read_far(row.page[e], to);
+            } catch (...) {
+                near.release(to);
+                throw;
+            }
+            pages::come_near(row, e, to);
+            moved_bytes_ += near.page_bytes();
+        }
+    }
+}
+
+// Likewise: an error leaves those that were not written Near, out of sight all the same.
+void Store::put_aside(int layer, SeqId seq) {
+    check_layer(layer, "put_aside");
+    Sequence& s = find(seq, "put_aside");
+    for (int h = 0; h < layers_[layer].kv_heads && !options_.far.empty(); ++h) {
+        pages::Row& row = row_of(s, layer, h);
+        for (int e = 0; e < row.aside; ++e) {
+            if (!goes_far(row, e)) continue;
+            PageId to = row.back[e];
+            if (to == kNoPage) {
+                pages::Pool& pool = pools_[far_of(layer, row.page[e])];
+                to = pool.take();
+                try {
+                    write_far(to, row.page[e]);
+                } catch (...) {
+                    pool.release(to);
+                    throw;
+                }
+                moved_bytes_ += pool.page_bytes();
+            }
+            pages::go_far(row, e, to, pools_);
+        }
+    }
+}
+
+// Whether a page of the Near tier has a place in the Far one.
+bool Store::goes_far(const pages::Row& row, int entry) const {
+    const Kind now = kinds_[page_pool(row.page[entry])];
+    return now.tier == Tier::near &&
+           std::find(options_.far.begin(), options_.far.end(), now.state) != options_.far.end();
+}
+
+int Store::far_of(int layer, PageId page) const { return pool_of(layer, state_of(page), Tier::far); }
+
 void Store::look_sets(int layer, std::span<const SeqId> seqs, pages::SetTag* out, int64_t columns) {
     check_layer(layer, "look_sets");
     check(options_.sets, "look_sets: this store has no sets");

@@ -55,7 +55,7 @@ struct Options {
     std::vector<int> dense = {};  // layers without selection and Far tier, though their attention is full
     std::vector<State> far = {};  // states in which tokens may go to the Far tier
     int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
-    bool sets = false;            // pages belong to sets; without recall, a Far tier and mass
+    bool sets = false;            // pages belong to sets; without recall and mass
 };
 
 // What a row's quantized keys are relative to, set when one is first quantized and frozen then.
@@ -246,7 +246,12 @@ class Store {
                      ops::PoolKind kind, ops::PoolDivide divide, float* out);  // score [R, group, N] -> [R, N]
 
     // Sets (sets.cpp)
-    void set_view(SeqId seq, pages::View view);  // what its steps read
+    void set_view(SeqId seq, pages::View view);  // what its steps read; pages that are Far then have to be brought
+    void show(int layer, SeqId seq, bool all);   // a layer by itself: all sets, or those of the view
+    std::vector<int64_t> moving(int layer, SeqId seq);  // pages of each pool that bring and put_aside take
+    void bring(int layer, SeqId seq);                   // Far pages that the layer shows come Near
+    void put_aside(int layer, SeqId seq);  // pages that it does not show go Far; nothing without a Far tier
+    int64_t moved_bytes() const { return moved_bytes_; }  // by these, so far
     void look_sets(int layer, std::span<const SeqId> seqs, pages::SetTag* out,
                    int64_t columns);  // [R, N]; 0 beyond a row
     // Queries at `positions` [n] that are no tokens of the sequence, over all that a layer's view holds; in a step its tokens
@@ -291,6 +296,8 @@ class Store {
     bool far(PageId page) const { return kinds_[page_pool(page)].tier == Tier::far; }
     const std::vector<PageId>& ring_of(int far_pool) const { return rings_[far_pool]; }
     int near_of(int far_pool) const;
+    int far_of(int layer, PageId page) const;
+    bool goes_far(const pages::Row& row, int entry) const;
     void write_far(PageId page, PageId from);
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
@@ -305,7 +312,7 @@ class Store {
     void attend_streamed(int layer, const AttendCall& call);
     void fetch(pages::Row& row, std::span<const int32_t> entries);
     void begin_parts(int layer);
-    ops::AttendRow part_row(int r, int group, int dim, size_t first, size_t end, float* out, float* lse,
+    ops::AttendRow part_row(int r, int group, int dim, int part, size_t first, size_t end, float* out, float* lse,
                             const int32_t* tokens) const;
     void write_out(const ops::AttendRow& whole, int t, std::span<const float* const> outs,
                    std::span<const float* const> lses, int group, int dim, DType dtype, float* lse) const;
@@ -322,7 +329,7 @@ class Store {
     int audited_row(int rows) const;
     void audit(int layer, const AttendCall& call, int r);
     int zone_room(const pages::Row& row) const;
-    void note_captured(const float* const* read, const float* rest, int group, float left, const float* exact);
+    void note_captured(const float* const* read, const float* rest, int group, const float* exact);
     void stream_row(int layer, const AttendCall& call, int r);
     void attend_now(int layer, const AttendCall& call, DType out_dtype);
     State state_of(PageId page) const { return kinds_[page_pool(page)].state; }
@@ -343,6 +350,7 @@ class Store {
     std::vector<int> pool_of_;     // [L, tiers, states]; -1: none
     std::vector<uint8_t> dense_;   // [L] nothing is selected, and all stays Near
     int n_rows_ = 0;               // rows of one sequence
+    int n_indexed_ = 0;            // layers whose rows may be selected from
     Options options_;
     pages::Pools pools_;
     std::vector<PoolInfo> info_;
@@ -354,6 +362,7 @@ class Store {
     Audited audited_;
     int64_t hits_ = 0, misses_count_ = 0;
     int32_t clock_ = 0;  // steps that selected
+    int64_t moved_bytes_ = 0;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
     bool recording_ = false;

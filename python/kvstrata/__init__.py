@@ -16,6 +16,7 @@ _HOME = {
     "Cache": "cache",
     "KVCache": "hf",
     "LayerSpec": "config",
+    "MachineError": "config",
     "Policy": "policy",
     "Report": "report",
     "Sequence": "cache",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from kvstrata.cache import Sequence as Sequence
     from kvstrata.config import BudgetExceeded as BudgetExceeded
     from kvstrata.config import LayerSpec as LayerSpec
+    from kvstrata.config import MachineError as MachineError
     from kvstrata.config import Shape as Shape
     from kvstrata.config import Unsupported as Unsupported
     from kvstrata.hf.cache import KVCache as KVCache

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvstrata import holdings
-from kvstrata.bounds import Bounds
 from kvstrata.budget import Budget, Ledger, Scope
 from kvstrata.charges import Charges
 from kvstrata.config import BudgetExceeded, Shape
+from kvstrata.guard import Guard
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
 from kvstrata.policy import Plan, Policy, resolve
@@ -69,9 +69,9 @@ class Cache:
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
-        self._bounds = Bounds(self)
+        self._guard = Guard(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
-        self._bounds.open()
+        self._guard.open()
 
     @property
     def scope(self) -> Scope | None:
@@ -88,11 +88,11 @@ class Cache:
         """Ends the sequences; pages that nobody else holds are free at once."""
         self._store.free([s.id for s in seqs])
         self._end(seqs)
-        self._bounds.settle()
+        self._guard.settle()
 
     def fork(self, seq: Sequence, n: int = 1) -> list[Sequence]:
         """n more sequences that share every page with ``seq``; a shared open page is copied at its next append."""
-        self._bounds.share([*self._live, *[seq.id] * n])
+        self._guard.share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
         self._follow(ids, [seq.id] * n)
         found = self._begun(ids)
@@ -102,16 +102,20 @@ class Cache:
     def select(self, seqs: Items[Sequence], index: Items[int]) -> list[Sequence]:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
         gone = {s.id for s in seqs}
-        self._bounds.share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
+        self._guard.share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
         ids = self._store.select([s.id for s in seqs], list(index))
         self._follow(ids, [seqs[i].id for i in index])
         self._end(seqs)
         self._live += ids
-        self._bounds.settle()
+        self._guard.settle()
         return [Sequence(i) for i in ids]
 
     def crop(self, seqs: Items[Sequence], lengths: Items[int]) -> None:
-        """Shortens each sequence to its length in tokens. ValueError below :meth:`crop_floor`; then nothing changed."""
+        """Shortens each sequence to its length in tokens. ValueError below :meth:`crop_floor`; then nothing changed.
+
+        What was sealed stays so: cut below its tail, a sequence under a policy that selects has its last tokens in pages that a
+        step of one token reads if they are selected, until as many new ones are its tail.
+        """
         pairs = list(zip(seqs, lengths, strict=True))
         for seq, length in pairs:
             low, high = self._store.floor(seq.id), self._store.length(seq.id)
@@ -182,7 +186,7 @@ class Cache:
         self._live += ids
         found = [Sequence(i) for i in ids]
         try:
-            self._bounds.settle()
+            self._guard.settle()
             self._slabs.check()
         except BudgetExceeded:
             self.free(found)
@@ -320,7 +324,7 @@ class Cache:
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
         try:
-            if not self._bounds.falls():
+            if not self._guard.falls():
                 self._plans.after(before)
         except BudgetExceeded:
             if self.scope is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvstrata.budget import Hold, Ledger, Scope
@@ -28,6 +30,7 @@ class Charges:
         self._used = 0
         self._hold: Hold | None = None
         self._spare: Hold | None = None  # pages with which the plan after a step begins
+        self._apart = False
         self.scope: Scope | None = None
         if ledger is not None:
             self.scope = ledger.open(name=f"{cache.policy.name} {id(cache):x}")
@@ -107,10 +110,19 @@ class Charges:
         """One layer is planned: of what the step reserved, or BudgetExceeded."""
         if self._ledger is None or self.scope is None:
             return
-        if self._hold is not None and self._hold.left("plans"):
+        if self._hold is not None and not self._apart and self._hold.left("plans"):
             self._hold.draw(plans=1)
         else:
             self._ledger.reserve(self.scope, plans=1).commit()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Plans inside are none of those that a step reserved for itself."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def finish(self) -> None:
         """The step has ended; what it did not need is free."""

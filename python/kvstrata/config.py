@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstrata._C import MachineError as MachineError
 from kvstrata._C import Unsupported as Unsupported
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

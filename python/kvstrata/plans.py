@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvstrata.budget.allocate import RowsSeen
-from kvstrata.budget.costs import far_books, keeps_scores, page_costs
-from kvstrata.budget.entropy import EntropyShare
-from kvstrata.columns import checked, chosen_states, wide_columns
-from kvstrata.config import SLOTS, BudgetExceeded, Unsupported
-from kvstrata.policy.base import FULL, STATES, Allowance, Plan, Seen
+from kvstrata.budget.costs import keeps_scores
+from kvstrata.columns import checked
+from kvstrata.config import BudgetExceeded, MachineError, Unsupported
+from kvstrata.policy.base import FULL, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows, Spans
+from kvstrata.shares import Shares
 from kvstrata.sight import address, see, sets_of
 from kvstrata.statistics import Statistics
 from kvstrata.timetable import Timetable
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
-
-FRAGMENTS = 4
-"""Pages of a row that are part-filled as groups are no multiples of a page, and its part of free ones in Far slabs."""
 
 log = logging.getLogger("kvstrata")
 
@@ -39,8 +35,8 @@ class Plans:
         self.arithmetic: dict[int, tuple[float, float]] = {}
         """By layer: scale of q . k and softcap, as the model last used them."""
         self.statistics = Statistics()
+        self.shares = Shares(cache, self.statistics)
         self.timetable = Timetable(cache)
-        self._goal: tuple[int, int] | None = None  # limit and sequences of a plan before they bind
         self.counts = {
             "plans": 0,
             "evicted": 0,
@@ -67,7 +63,7 @@ class Plans:
             return
         seen = self._scored(seen, ids)
         if self._cache.policy.allocator is not None:
-            seen = replace(seen, allowance=self._equal_share(seen, ids))
+            seen = replace(seen, allowance=self.shares.equal(seen, ids))
         self._apply(seen, ids)
 
     def compact(self, layer: int, seq: int, spans: Spans) -> None:
@@ -92,7 +88,7 @@ class Plans:
             return
         found = [self._scored(seen, ids) for seen in found]
         if self._cache.policy.allocator is not None:
-            found = self._allocated(found, ids)
+            found = self.shares.allocated(found, ids)
         for seen in found:
             self._apply(seen, ids)
         self.note(ids)
@@ -105,20 +101,31 @@ class Plans:
 
     def ahead(self, ids: list[int], limit: int, batch: int) -> None:
         """All layers, for a lower limit or more sequences than now; the present limit leaves the room that rewriting takes."""
-        self._goal = limit, batch
+        self.shares.goal = limit, batch
         try:
             self.run(ids)
         finally:
-            self._goal = None
+            self.shares.goal = None
 
-    def give_way(self) -> bool:
-        """Before a step is refused: what can leave the Near tier goes, as far as a limit of an eighth less asks. False where
-        the policy moves nothing."""
-        limit = self._cache._slabs.limit
-        if limit is None or not self._cache.policy.archives or self._cache.policy.allocator is None:
-            return False
-        self.ahead(self._cache._live, limit - limit // 8, len(self._cache._live))
-        return True
+    @property
+    def gives_way(self) -> bool:
+        """Whether pages of the policy stay Near only as long as there is room."""
+        policy, limited = self._cache.policy, self._cache._slabs.limit is not None
+        return limited and policy.archives and policy.allocator is not None
+
+    def give_way(self, ends: dict[int, int]) -> None:
+        """Before a step is refused: what can leave the Near tier goes, as far as an eighth less than may be held asks. Not by
+        plans that the step reserved in a ledger. ends: tokens after the step, of sequences that are cut in it."""
+        live, bound = self._cache._live, self._cache._slabs.bound()
+        assert bound is not None
+        self.shares.goal = bound - bound // 8, len(live)
+        try:
+            with self._cache._charges.apart():
+                for layer in self.layers:
+                    self.cut(layer, live, [ends.get(i, self._store.length(i)) for i in live])
+            self.note(live)
+        finally:
+            self.shares.goal = None
 
     def before(self, counts: dict[int, int], cut: list[int]) -> None:
         """Plans what a step finds unplanned, where the limit has no room for both: sequences that are cut share their room with
@@ -138,30 +145,34 @@ class Plans:
     def after(self, before: dict[int, int]) -> None:
         """Plans what is due since a step, by the lengths of its sequences before it.
 
-        The tokens of the step stand. What archives can leave its own where they are: a plan that finds no room, or that the
-        machine fails, is put off to the end of the layer's next interval, and counted by sequence.
+        The tokens of the step stand, whatever is raised here, which says so. What archives can leave its own where they are: a
+        plan that finds no room, or that the machine fails, is put off to the end of the layer's next interval, and counted by
+        sequence. What a role of the policy raises by itself comes out.
         """
-        if not self._cache.policy.archives:
-            if due := self.timetable.after(before):
+        try:
+            if self._cache.policy.archives:
+                for layer, due in self.timetable.after_of(before):
+                    self._archive_or_put_off(layer, due)
+            elif due := self.timetable.after(before):
                 self.run(due)
-            return
-        for layer, due in self.timetable.after_of(before):
-            self._archive_or_put_off(layer, due)
+        except Exception as error:
+            error.add_note("raised by a plan after a step: the step's tokens stand")
+            raise
 
     def _archive_or_put_off(self, layer: int, ids: list[int]) -> None:
         """A sequence whose plan cannot be made holds up no other."""
         try:
             self._archive(layer, ids)
-        except (BudgetExceeded, RuntimeError) as error:
+        except (BudgetExceeded, MachineError) as error:
             if len(ids) > 1:
                 for i in ids:
                     self._archive_or_put_off(layer, [i])
                 return
             self.counts["plans put off"] += 1
-            if isinstance(error, RuntimeError):
+            if isinstance(error, MachineError):
                 self._failed(layer, error)
 
-    def _failed(self, layer: int, error: RuntimeError) -> None:
+    def _failed(self, layer: int, error: MachineError) -> None:
         """Says once that the machine failed a plan after a step, and counts it."""
         level = logging.DEBUG if self.counts["plans failed"] else logging.WARNING
         self.counts["plans failed"] += 1
@@ -173,11 +184,11 @@ class Plans:
         if self._cache._limit.each:
             return []
         due = self.timetable.crowded()
-        return due if due and self._share() else []
+        return due if due and self.shares.content() else []
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
-        self.timetable.note(ids, self._goal[1] if self._goal else len(self._cache._live))
+        self.timetable.note(ids, self.shares.goal[1] if self.shares.goal else len(self._cache._live))
 
     def cropped(self, seq: int, length: int) -> None:
         """The sequence was shortened."""
@@ -218,121 +229,6 @@ class Plans:
             score = score.contiguous()
             self._store.set_scores(seen.layer, ids, score.data_ptr(), score.shape[1])
         return replace(seen, score=score)
-
-    def _measured(self, seen: Seen, ids: list[int]) -> Tensor:
-        """OQ of each row, f32 [R], where its sequence is due; else, and where there is too little to tell, the last."""
-        heads = self._cache.shape.layers[seen.layer].kv_heads
-        allocator = cast(EntropyShare, self._cache.policy.allocator)
-        assert seen.read is not None
-        last = self.statistics.oq(seen.layer, ids, heads)
-        lengths = [self._store.length(i) for i in ids]
-        due = self.statistics.due(seen.layer, ids, lengths, allocator.every)
-        if not any(due) or allocator.queries == 0:
-            return last
-        queries = torch.tensor([self._store.queries(seen.layer, i, 0) for i in ids]).repeat_interleave(heads)
-        measured = seen.read.statistics(allocator.queries, allocator.stats)
-        new = torch.tensor(due).repeat_interleave(heads)
-        new &= allocator.known(queries, seen.stored.sum(1) - queries)
-        oq = torch.where(new, allocator.oq(measured), last)
-        values = torch.where(new[:, None], measured.mean(1), self.statistics.values(seen.layer, ids, heads))
-        for b, i in enumerate(ids):
-            rows = slice(b * heads, (b + 1) * heads)
-            if bool(new[rows].any()):
-                self.statistics.note(seen.layer, i, values[rows], oq[rows], lengths[b])
-        return oq
-
-    # --- what they may hold -------------------------------------------------------------------------------------------------
-
-    def _share(self) -> int:
-        """Bytes for unprotected tokens of one sequence: the same for each of the cache's, whichever are planned now. What one
-        does not need is not lent to another, which would hold it yet when the first has grown."""
-        cache = self._cache
-        limit, batch = self._goal or (cache._slabs.limit, max(1, len(cache._live)))
-        assert limit is not None
-        return max(0, cache._limit.content(cache.policy, limit, batch)) // batch
-
-    def _equal_share(self, seen: Seen, ids: list[int]) -> Allowance:
-        cache = self._cache
-        rows = sum(cache.shape.layers[i].kv_heads for i in self.layers)
-        each = torch.full((seen.positions.shape[0],), self._share() // rows, dtype=torch.int64)
-        if cache._slabs.has_far:  # all may go Far, and the books of Far pages are Near
-            movable = (seen.stored & ~seen.protected).sum(1)
-            each -= far_books(cache.shape, seen.layer, cache.policy) * (-(-movable // SLOTS) + FRAGMENTS)
-        costs = page_costs(cache.shape, seen.layer, cache.policy)
-        spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
-        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
-        if cache.policy.archives and not cache._slabs.has_far:
-            return self._all_near(seen, allowance)
-        return allowance
-
-    def _all_near(self, seen: Seen, allowance: Allowance) -> Allowance:
-        """Without a Far tier every page is Near: the bytes are what is left once all of them are in the state of archived ones,
-        and a Full page costs what it takes beyond that; where it takes no more, all may stay Full."""
-        costs, state = allowance.page_bytes, int(getattr(self._cache.policy.planner, "native_state", FULL))
-        more = costs[FULL] - costs[state]
-        if more == 0:
-            return replace(allowance, bytes=torch.full_like(allowance.bytes, 1 << 40), spare=1 << 40)
-        pages = -(-(seen.stored & ~seen.protected).sum(1) // SLOTS)
-        left = allowance.bytes - costs[state] * pages
-        return replace(
-            allowance, bytes=left, page_bytes={**costs, FULL: more}, spare=allowance.spare * more // costs[FULL]
-        )
-
-    def _last_share(self, layer: int, ids: list[int]) -> Tensor | None:
-        """The share of a layer's rows that stays Full by the statistics of the last plan, f32 [R]; None: the planner's own."""
-        allocator, shape = self._cache.policy.allocator, self._cache.shape
-        if allocator is None or "oq" not in allocator.needs:
-            return None
-        heads = shape.layers[layer].kv_heads
-        oq = torch.stack([self.statistics.oq(i, ids, heads) for i in self.layers])
-        nothing = torch.zeros(oq.shape, dtype=torch.int64)
-        sequence = torch.arange(len(ids)).repeat_interleave(heads)
-        table = RowsSeen(nothing, torch.ones(1, len(oq), dtype=torch.int64), oq=oq, sequence=sequence)
-        share: Tensor | None = allocator.allocate(table, 0).full_share
-        return None if share is None else share[self.layers.index(layer)]
-
-    def _allocated(self, found: list[Seen], ids: list[int]) -> list[Seen]:
-        """Each sequence's share divided over its own rows: batch mates change nothing."""
-        cache, allocator = self._cache, self._cache.policy.allocator
-        assert allocator is not None
-        costs = [page_costs(cache.shape, seen.layer, cache.policy) for seen in found]
-        table = self._table(found, costs, ids)
-        if "mass" in allocator.needs and found[0].score is None:
-            raise Unsupported(f"policy {cache.policy.name!r}: its allocator needs scores, it has no scorer")
-        share = self._share()
-        given = [allocator.allocate(table.of(rows), share) for rows in table.sequences()]
-        each = torch.cat([g.bytes for g in given], 1)
-        shares = torch.cat([g.full_share for g in given], 1) if given[0].full_share is not None else None
-        formats = torch.cat([g.formats for g in given], 1) if given[0].formats is not None else None
-        out = []
-        for i, seen in enumerate(found):
-            full = None if shares is None else shares[i]
-            states = None if formats is None else chosen_states(seen, formats[i], costs[i])
-            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
-        return out
-
-    def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:
-        """[L, R, N] of unprotected tokens, moved to the front of each row."""
-        allocator = self._cache.policy.allocator
-        assert allocator is not None
-        free = [seen.stored & ~seen.protected for seen in found]
-        states = sorted(costs[0])
-        wide: dict[str, Tensor] = {}
-        if allocator.needs & {"mass"}:
-            wide = wide_columns(found, free, states)
-        more: dict[str, Tensor] = {}
-        if "oq" in allocator.needs:
-            more["oq"] = torch.stack([self._measured(seen, ids) for seen in found])
-        per_sequence = found[0].positions.shape[0] // len(ids)
-        return RowsSeen(
-            tokens=torch.stack([f.sum(1) for f in free]),
-            page_bytes=torch.tensor([[cost[s] for cost in costs] for s in states]),
-            formats=tuple("full" if s == FULL else next(n for n, t in STATES.items() if t == s) for s in states),
-            unit=min(min(cost.values()) for cost in costs),
-            sequence=torch.arange(len(ids)).repeat_interleave(per_sequence),
-            **wide,
-            **more,
-        )
 
     # --- what is done -----------------------------------------------------------------------------------------------------
 

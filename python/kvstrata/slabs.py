@@ -15,6 +15,7 @@ from kvstrata.budget.protect import ENTRY_BYTES, least_limit
 from kvstrata.budget.room import PIECE
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
+from kvstrata.memory import close, taken
 from kvstrata.policy import Policy
 from kvstrata.recall import Far
 from kvstrata.testing import fault_point
@@ -31,12 +32,6 @@ _SLAB_BYTES = 1024
 _UNLIMITED = 1 << 62
 _QUERY_BYTES = 8
 """What the longest list of queries that read Far pages keeps of each, with its part of room to grow."""
-
-
-def _close(files: dict[tuple[int, int], tuple[int, int]]) -> None:
-    """The space of files without a name is free at once."""
-    while files:
-        os.close(files.popitem()[1][0])
 
 
 class Slabs:
@@ -60,7 +55,7 @@ class Slabs:
         self._far = far
         self._far_pools = [p for p in range(store.n_pools) if store.pool(p)["far"]]
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # of Far slabs: descriptor, bytes
-        weakref.finalize(self, _close, self._files)
+        weakref.finalize(self, close, self._files)
         self.limit = limit
         self.books = Books()
         self._queries = 0  # of one sequence in a step that read Far pages, at the most
@@ -90,19 +85,19 @@ class Slabs:
     def admit(self, queries: int) -> None:
         """Before a step of recall, in which each sequence reads what it holds with so many queries at the most: its books are
         within the limit, of more queries for good. BudgetExceeded with nothing changed."""
-        if self._bound() is None or not self.books.apart:
+        if self.bound() is None or not self.books.apart:
             return
         queries = queries if self.has_far and queries > 1 else 0
 
         def short() -> int:
-            return -self._left(self._bound() or 0, queries) - _SLAB_BYTES
+            return -self._left(self.bound() or 0, queries) - _SLAB_BYTES
 
         if short() > 0:
             self.trim()
         while short() > 0 and self._store.shrink_near():
             self.trim()
         if (more := short()) > 0:
-            raise self._exceeded(self._bound() or 0, more)
+            raise self._exceeded(self.bound() or 0, more)
         self._queries = max(self._queries, queries)
 
     def reserve_pages(self, needed: list[int]) -> None:
@@ -156,14 +151,14 @@ class Slabs:
 
     def _spare(self, costs: list[int], parts: int = 1) -> int:
         """Bytes of pages that a plan may have lent: no more than is kept free for it, other parts of the limit still grow."""
-        bound = self._bound()
+        bound = self.bound()
         if bound is None:
             return _UNLIMITED
         left = self._left(bound) - len(costs) * self.books.slab  # the last slab of each pool may be a small one
         return min(left, max(bound // parts // PIECE, 2 * sum(costs)))
 
-    def _bound(self) -> int | None:
-        """The limit, or what a ledger leaves where that is less."""
+    def bound(self) -> int | None:
+        """Bytes that may be held: the limit, or what a ledger leaves where that is less."""
         if self._charges.scope is None:
             return self.limit
         now = self.nbytes()
@@ -226,7 +221,7 @@ class Slabs:
             pages = self._far_room(pool, pages, short)
         hold = self._charges.lend(pages * per_page, pages * self._store.pool(pool)["page_bytes"] if is_far else 0)
         try:
-            tensor = torch.empty(pages * per_page, dtype=torch.uint8, device=self._device)
+            tensor = taken(pages * per_page, self._device)
             if is_far:
                 index = self._lend_far(pool, pages, tensor)
             else:
@@ -246,13 +241,13 @@ class Slabs:
     def _fit(self, pool: int, wanted: int, short: int, needed: list[int]) -> int:
         """Pages of a pool's next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many
         beside what other pools still need."""
-        bound = self._bound()
+        bound = self.bound()
         if bound is None:
             return wanted
         room = self._room(pool, bound, needed)
         if room < short:
             self.trim(keep=needed)
-            bound = self._bound() or 0
+            bound = self.bound() or 0
             room = self._room(pool, bound, needed)
         if room < short:
             raise self._exceeded(bound, self._missing(needed))
@@ -292,7 +287,7 @@ class Slabs:
             try:
                 self.reserve_pages(ring)
             except BudgetExceeded as error:
-                least = "" if self.limit != self._bound() else f"; expected at least {self._least_for(ring)} bytes"
+                least = "" if self.limit != self.bound() else f"; expected at least {self._least_for(ring)} bytes"
                 raise BudgetExceeded(f"{error}, for the ring of {sum(ring)} pages of a Far tier{least}") from error
             self._store.hold_ring()
         self.settle()
@@ -348,7 +343,7 @@ class Slabs:
 
     def settle(self) -> None:
         """After books and workspace may have grown: where they did so past the limit, free pages go."""
-        bound, now = self._bound(), self.nbytes()
+        bound, now = self.bound(), self.nbytes()
         if bound is not None and now > bound:
             self.trim()
             now = self.nbytes()
@@ -368,7 +363,7 @@ class Slabs:
 
     def growth(self, policy: Policy, shape: Shape, batch: int, needed: list[int]) -> int:
         """Bytes by which tables and workspace may grow in a step of ``batch`` sequences that takes so many pages."""
-        bound, new = self._bound(), sum(needed)
+        bound, new = self.bound(), sum(needed)
         smallest = min(self._store.pool(p)["page_bytes"] for p in range(self._store.n_pools))
         if bound is not None:
             new = min(new, max(0, bound - self.held) // smallest)

@@ -62,16 +62,16 @@ class Step:
         try:
             counts = [last - first for first, last in zip(self._starts, self._starts[1:], strict=False)]
             self._ends = [self._store.length(i) + n for i, n in zip(self._ids, counts, strict=True)]
-            self._cache._bounds.admit(self._ids, self._ends)
+            self._cache._guard.admit(self._ids, self._ends)
             self._past = any(self._store.length(i) for i in self._ids)
             self._counts = dict(zip(self._ids, counts, strict=True))
             drops = self._cache.policy.planner is not None and not self._cache.policy.episodic
             self._cut = [i for i, n in self._counts.items() if drops and n > TURN_ABOVE]
             self._cache._charge(self._counts, self._cut)
             self._cache._plans.before(self._counts, self._cut)
-            self._cache._slabs.admit(max(self._counts.values()) if self._past else 0)
+            self._cache._guard.admit_queries(max(self._counts.values()) if self._past else 0)
             if not self._cut:
-                self._cache._bounds.reserve(self._store.longest)
+                self._cache._guard.reserve((0, len(self._cache.shape.layers)), (0, self._store.longest))
         except BaseException:
             self._store.rollback()
             self._cache._leave(self)
@@ -282,7 +282,8 @@ class Step:
         for first in range(0, longest, piece):
             last = min(first + piece, longest)
             if self._cut:
-                self._cache._slabs.reserve(layer, layer + 1, first, last)
+                ends = {i: self._ends[b] for b, i in enumerate(self._ids) if i in self._cut}
+                self._cache._guard.reserve((layer, layer + 1), (first, last), ends)
             self._append_piece(layer, q, k, v, first, last)
             if self._cut:
                 self._store.settle(layer)

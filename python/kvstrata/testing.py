@@ -29,7 +29,7 @@ _armed: ContextVar[Fault | None] = ContextVar("kvstrata_fault", default=None)
 
 @contextmanager
 def fault(point: str, nth: int = 1) -> Iterator[Fault]:
-    """Makes ``point`` raise RuntimeError at its nth visit inside the block."""
+    """Makes ``point`` raise MachineError at its nth visit inside the block."""
     armed = Fault(point, nth)
     token = _armed.set(armed)
     _C.arm_fault(point, nth)
@@ -48,4 +48,4 @@ def fault_point(point: str) -> None:
         return
     armed.visits += 1
     if armed.visits == armed.nth:
-        raise RuntimeError(f"fault injected at {point}")
+        raise _C.MachineError(f"fault injected at {point}")

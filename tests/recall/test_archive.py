@@ -312,8 +312,16 @@ def test_the_largest_parameters_that_are_not_refused() -> None:
     """A segment as long as the op can cluster, and Near copies by default as many as can be numbered."""
     assert Archive(segment=65536, segment_min=65536).segment == 65536
     assert PageMeans(79 + 16 * 20000).native(32, 16)[:2] == (20001, 32767)
-    with pytest.raises(ValueError, match="near_pages is 32767, expected 0, or at least the 32768 pages"):
-        PageMeans(63 + 16 * 32768).native(32, 16)
+    most = 32 + 16 + 15 + 16 * 32767 + 15
+    assert PageMeans(most).native(32, 16)[:2] == (32767, 32767)
+    for near in (32767, 40000):
+        with pytest.raises(ValueError, match=f"near_pages is {near}, expected 0, or at least the 32768 pages"):
+            PageMeans(most + 1, near_pages=near).native(32, 16)
+    with pytest.raises(
+        ValueError, match=f"PageMeans: budget is {most + 1} tokens, expected at most {most}, 32767 pages"
+    ):
+        PageMeans(most + 1).native(32, 16)
+    assert PageMeans(most + 1, near_pages=0).native(32, 16)[:2] == (32768, 0)
 
 
 def test_more_that_is_refused() -> None:

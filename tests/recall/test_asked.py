@@ -6,10 +6,12 @@ from math import inf
 from typing import Any
 
 import pytest
+from accounts import judged, mild
 from archived import SHAPE, fed, small
 
 from kvstrata import Budget, Cache, Unsupported
 from kvstrata.budget import Schedule
+from kvstrata.policy import strata
 from kvstrata.recall import Far, PageMeans
 
 FALLING = Schedule("rex", interval=64, horizon=640, end=100)
@@ -102,3 +104,15 @@ def test_a_tier_for_a_policy_that_archives_nothing() -> None:
     with pytest.raises(Unsupported, match="far is '1MiB', policy 'streaming' archives nothing"):
         Cache(SHAPE, Budget.bytes("4MiB", far="1MiB"), "streaming")
     assert not Cache(SHAPE, Budget.bytes("4MiB", far=None), "streaming")._slabs.has_far
+
+
+def test_as_many_pages_are_read_as_the_window_leaves() -> None:
+    """Under a limit that more sequences share the window is smaller, and pages of the step's budget take its place."""
+    policy = strata(32 + 64 + 15 + 16, state="full", window=64, segment=256, segment_min=256, interval=16, chunk=256)
+    pair = mild(policy, budget="1700KiB")
+    assert pair.cache.policy.window == 64
+    seqs = pair.new(3)
+    pair.feed(seqs, [500, 400, 300])
+    assert pair.cache.policy.window == 16 and pair.cache.report().far_tokens > 2000
+    for _ in range(3):
+        assert {len(a.chosen) for a in judged(pair, seqs)} == {4}

@@ -99,3 +99,28 @@ def test_an_oracle_in_between_leaves_nothing_behind() -> None:
         pair.cache.set_selector(PageMeans(127))
         outputs.append([out for _ in range(4) for out in pair.feed([seq], [1])])
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("selector", [TopPages, TopTokens])
+def test_a_key_that_is_no_number(selector: type[TopPages] | type[TopTokens], bad: float) -> None:
+    """Its page cannot be told from the others: refused, as by summaries, and withdrawn. Among sinks it is read anyway."""
+    for position in (300, 10):
+        pair = begun(choosing(selector), 500)
+        (seq,) = pair.new()
+        with pair.cache.step([seq], [500]) as step:
+            for layer in range(2):
+                q, k, v = pair.drawn(layer, 500)
+                k[position, 1, 3] = bad
+                step.attend(layer, q, k, v)
+        q, k, v = pair.drawn(0, 1)
+        step = pair.cache.step([seq], [1]).open()
+        if position >= 32:
+            with pytest.raises(ValueError, match="attend: layer 0, head 1 of the 0. sequence .* are not finite"):
+                step.attend(0, q, k, v)
+        else:
+            step.attend(0, q, k, v)
+        step.rollback()
+        other = next(s for s in pair.pieces if s != seq)
+        pair.feed([other], [1])
+        pair.cache.free([seq])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from archived import ALL, EXACT, fed, ruled, sealed, small, worst
 from waiting import file_of, put_off
 
 from kvstrata.config import BudgetExceeded
-from kvstrata.policy.base import FAR, PROVISIONAL
-from kvstrata.recall import Far
+from kvstrata.policy.base import FAR, PROVISIONAL, Seen
+from kvstrata.recall import Archive, Far, Position
 
 PAGE = 8192
 
@@ -107,3 +108,37 @@ def test_a_sequence_that_fails_holds_up_no_other() -> None:
         rule.plan(n)
         pair.check_rule(seqs[0], layer, rule)
     pair.check_contents()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A packer with a mistake, from so many tokens on."""
+
+    error: Exception
+    after: int = 600
+    packer: Position = Position()
+
+    def group(self, seen: Seen, segment: torch.Tensor) -> torch.Tensor:
+        if int(seen.lengths.max()) > self.after:
+            raise self.error
+        return self.packer.group(seen, segment)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyError("mine"), torch.OutOfMemoryError("mine")])
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_a_role_raises_comes_out(error: Exception, n: int) -> None:
+    """No plan is put off for it, and it says that the step's tokens stand."""
+    policy = small()
+    assert isinstance(policy.planner, Archive)
+    pair = fed(replace(policy, planner=replace(policy.planner, packer=Broken(error))))
+    seqs = pair.new(n)
+    pair.feed(seqs, [600] * n)
+    raised = 0
+    for i in range(32):
+        try:
+            pair.feed(seqs, [1] * n)
+        except type(error) as found:
+            assert found is error and any("the step's tokens stand" in note for note in found.__notes__)
+            raised += 1
+        assert [pair.cache.logical_length(s) for s in seqs] == [601 + i] * n
+    assert raised == 4 and put_off(pair) == (0, 0), "of two layers, twice each"

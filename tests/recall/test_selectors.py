@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accounts import BUDGET, INT8, Account, accounts, judged, mild, narrowed, policy
+from accounts import BUDGET, INT8, Account, accounts, alone, judged, mild, narrowed, policy, reading_of
 from archived import EXACT, SHAPE, Fed, error, small
 from torch import Tensor
 
@@ -156,6 +156,24 @@ def test_rows_share_the_pages_of_the_budget(packer: Packer, mass: float, least: 
         assert sum(a.clear for a in every) >= 6
         assert all(error(a.got, a.made.read(a.chosen)[0]) < EXACT for a in every if a.clear)
     assert min(counts) < 4 < max(counts)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.9])
+def test_what_rows_give_up_is_of_their_rest(mass: float) -> None:
+    """Captured of each query head is 1 / (1 + exp(lse_rest - lse_read)) over the pages that are read in the end."""
+    pair = mild(policy(MassThreshold(BUDGET, mass=mass, reach=3.0)), Shape([LayerSpec(3, 12, 64)] * 2, torch.float32))
+    seqs, reading, judgements, given = pair.new(2), reading_of(pair), 0, 0
+    pair.feed(seqs, [900, 600])
+    for _ in range(10):
+        before = pair.cache._store.captured()[0]
+        every = accounts(pair, seqs, reading)
+        if not all(a.clear for a in every):
+            continue
+        expected = sum(float(torch.sigmoid(a.made.read(a.chosen)[1] - a.made.rest(a.chosen)).sum()) for a in every)
+        assert pair.cache._store.captured()[0] - before == pytest.approx(expected, rel=2e-4)
+        judgements += 1
+        given += sum(len(a.chosen) < len(alone(a.made, a.vote, reading)) for a in every)
+    assert judgements >= 2 and given > judgements
 
 
 class Sharp(Fed):

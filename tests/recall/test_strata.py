@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from archived import EXACT, SHAPE, Fed, error, fed, small, worst
 from test_limits import Watched, within
 from torch import Tensor
-from waiting import tables
+from waiting import put_off, tables
 
 from kvstrata import Budget, LayerSpec, Policy, Sequence, Shape
 from kvstrata.config import BudgetExceeded
@@ -214,6 +215,22 @@ def test_the_pages_of_high_mass_stay() -> None:
     wanted = label[positions[0].long()] == 3
     assert 0.15 < float(near.sum() / sealed.sum()) < 0.8
     assert (near & wanted).sum() / (sealed & wanted).sum() > 0.9
+
+
+@pytest.mark.parametrize("step", [1, 16, 128])
+@pytest.mark.parametrize("far", ["auto", None])
+def test_what_a_dense_layer_holds_is_no_others(far: str | None, step: int) -> None:
+    """It stays Near whatever its length: the other layer gives way, until the dense one alone fills most of the limit."""
+    pair = fed(replace(quick(chunk=64), dense_layers=(0,)), budget="2000KiB", far=far)
+    (seq,) = pair.new()
+    pair.feed([seq], [300])
+    while tried(pair, [seq], [step]):
+        assert pair.cache.logical_length(seq) < 3000
+    within(pair)
+    dense = pair.cache.logical_length(seq) * SHAPE.token_bytes() // 2
+    assert dense > (0.7 if far else 0.6) * 2000 * 1024
+    assert put_off(pair) <= (1, 0), "but where the limit is reached"
+    pair.check_contents(False)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])

@@ -19,7 +19,7 @@ _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
 _BLOCK, _NEAR_COPY = 104, 12
 """Bytes of a row's last block of summaries, beside them, with its place in a list; of a Near copy's place."""
-_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 112, 32
+_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 120, 32
 """Bytes of what a call says of a row: to attend, to select, and how its work is cut."""
 _HOLD = 4
 """Pages by which the tail of a row may be longer while a step is recorded."""
@@ -120,8 +120,8 @@ def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
     grown = s.kv_heads * max(batch, 2 * (batch - 1))  # places of what was enlarged for more rows
     steady = pages(policy.sinks) + pages(policy.window or SLOTS) + 2 + _HOLD
     longest = max(widest, steady)
-    parts = (3 if reads.estimate else 2) * group * (dim + 1) * 4 + group * 4 + _SELECT_ROW + 4
-    parts += widest * (4 + (4 if reads.most else 0) + (8 if reads.estimate else 0))
+    parts = (3 if reads.estimate else 2) * group * (dim + 1) * 4 + group * 4 + _SELECT_ROW
+    parts += widest * (4 + (4 * (group + 1) if reads.most else 0) + (8 if reads.estimate else 0))
     lists = _ATTEND_ROW * rows + 2 * 8 * _doubled(rows) + 8 * _doubled(rows + 1) + 6 * _doubled(rows * longest)
     most = _attending(s, batch, longest)
     if policy.selector is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstrata.budget.sizes import size
+from kvstrata.config import MachineError
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Far:
         return size("Far: limit", self.limit, least=1)
 
     def open(self, size: int) -> int:
-        """A file of ``size`` bytes whose space is there: its descriptor. RuntimeError with the machine's reason."""
+        """A file of ``size`` bytes whose space is there: its descriptor. MachineError with its reason."""
         folder = tempfile.gettempdir() if self.path is None else self.path
         try:
             file = _nameless(folder)
         except OSError as error:
-            raise RuntimeError(f"far tier: no file can be made in {folder}: {error}") from error
+            raise MachineError(f"far tier: no file can be made in {folder}: {error}") from error
         try:
             os.posix_fallocate(file, 0, size)
         except OSError as error:
             os.close(file)
-            raise RuntimeError(f"far tier: {folder} has no room for {size} bytes: {error}") from error
+            raise MachineError(f"far tier: {folder} has no room for {size} bytes: {error}") from error
         return file
 
 

@@ -56,8 +56,14 @@ class PageVotes:
         return most
 
     def native(self, sinks: int, window: int) -> Reading:
-        """As the store takes it. ValueError where Near pages are fewer than are read."""
+        """As the store takes it. ValueError where Near pages are fewer than are read, or could not be as many."""
         pages = self.pages(sinks, window)
+        if self.near_pages is None and pages > MAX_NEAR_PAGES:
+            most = sinks + window + SLOTS * (MAX_NEAR_PAGES + 2) - 2
+            raise ValueError(
+                f"{self._name}: budget is {self.budget} tokens, expected at most {most}, {MAX_NEAR_PAGES} pages, or"
+                " near_pages=0"
+            )
         near = min(2 * pages, MAX_NEAR_PAGES) if self.near_pages is None else self.near_pages
         if near and not pages <= near <= MAX_NEAR_PAGES:
             expected = f"0, or at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvstrata.config import BudgetExceeded
+from kvstrata.config import BudgetExceeded, MachineError
+from kvstrata.tiers import native_reading
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
 
 
-class Bounds:
+class Guard:
     """Keeps the limit of one cache's slabs, and its policy, to the sequences that share them."""
 
     def __init__(self, cache: Cache) -> None:
@@ -39,16 +41,31 @@ class Bounds:
         elif policy.planner is None and budget.unit == "tokens" and max(lengths) > budget.value:
             raise BudgetExceeded(f"budget: limit is {budget.value} tokens per row, the step needs {max(lengths)}")
 
-    def reserve(self, tokens: int) -> None:
-        """The pages of the open step, of at most so many tokens of a sequence. BudgetExceeded with nothing changed but what has
-        left the Near tier for it."""
-        slabs, whole = self._cache._slabs, (0, len(self._cache.shape.layers), 0, tokens)
+    def admit_queries(self, queries: int) -> None:
+        """What the open step works in as it reads its sequences with so many queries each. As :meth:`reserve`."""
+        self._pressed(lambda: self._cache._slabs.admit(queries), {})
+
+    def reserve(self, layers: tuple[int, int], tokens: tuple[int, int], ends: dict[int, int] | None = None) -> None:
+        """The pages of a range of the open step's tokens in a range of layers. BudgetExceeded with nothing changed but what has
+        left the Near tier for it; from what kept it there, if something did. ends: of sequences that are cut in the step."""
+        self._pressed(lambda: self._cache._slabs.reserve(*layers, *tokens), ends or {})
+
+    def _pressed(self, need: Callable[[], None], ends: dict[int, int]) -> None:
+        """Once more where what can leave the Near tier has left it."""
+        plans, kept = self._cache._plans, None
         try:
-            slabs.reserve(*whole)
+            return need()
         except BudgetExceeded:
-            if not self._cache._plans.give_way():
+            if not plans.gives_way:
                 raise
-            slabs.reserve(*whole)
+        try:
+            plans.give_way(ends)
+        except (BudgetExceeded, MachineError) as error:
+            kept = error
+        try:
+            need()
+        except BudgetExceeded as refusal:
+            raise refusal from kept
 
     def _fit(self, after: dict[int, int]) -> None:
         """A budget is shared by all sequences: with their number known, and none begun, the policy is fitted anew; the limit
@@ -67,6 +84,8 @@ class Bounds:
                 cache._store.refit(policy.window, policy.queries)
                 if cache._slabs.has_far:
                     cache._store.shrink_ring(policy.ring)
+                if policy.selector is not None:  # beside another window it reads as many pages as its budget leaves
+                    cache._store.set_recall(native_reading(policy.selector.native(policy.sinks, policy.window)))
                 cache.policy = policy
             self._fitted = to
         if self._follows:
