@@ -124,6 +124,7 @@ PARTS |= dict.fromkeys(
         "memory",
         "timetable",
         "spans",
+        "views",
     ),
     "cache",
 )

@@ -316,32 +316,12 @@ class Store:
     def needed(self, first_layer: int, last_layer: int, first: int, last: int) -> list[int]: ...
     def missing(self, first_layer: int, last_layer: int, first: int, last: int) -> list[int]: ...
     def append(self, layer: int, k: _Strides, v: _Strides, first: int, last: int, threads: int) -> None: ...
-    def attend(
-        self,
-        layer: int,
-        q: _Strides,
-        out: _Strides,
-        lse: _Strides,
-        sinks: int,
-        out_dtype: int,
-        scale: float,
-        softcap: float,
-        threads: int,
-    ) -> None: ...
-    def append_attend(
-        self,
-        layer: int,
-        q: _Strides,
-        k: _Strides,
-        v: _Strides,
-        out: _Strides,
-        lse: _Strides,
-        sinks: int,
-        out_dtype: int,
-        scale: float,
-        softcap: float,
-        threads: int,
-    ) -> None: ...
+    # fmt: off
+    def attend(self, layer: int, q: _Strides, out: _Strides, lse: _Strides, sinks: int, out_dtype: int, scale: float,
+               softcap: float, threads: int) -> None: ...
+    def append_attend(self, layer: int, q: _Strides, k: _Strides, v: _Strides, out: _Strides, lse: _Strides, sinks: int,
+                      out_dtype: int, scale: float, softcap: float, threads: int) -> None: ...
+    # fmt: on
     def stage_queries(self, layer: int, q: _Strides) -> None: ...
     def add_mass(
         self, layer: int, q: _Strides, first: int, last: int, scale: float, softcap: float, threads: int

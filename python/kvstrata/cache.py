@@ -22,6 +22,7 @@ from kvstrata.slabs import Slabs
 from kvstrata.spans import SpanStep
 from kvstrata.step import Step, packed, padded
 from kvstrata.tiers import make_store, native_reading, read_tokens, resolve_far
+from kvstrata.views import Views
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Cache:
         self._live: list[int] = []
         self._step: Step | None = None
         self._plans = Plans(self)
+        self._views = Views(self)
         self._guard = Guard(self)
         self._counts = dict.fromkeys(("crops", "forks"), 0)
         self._guard.open()
@@ -232,8 +234,15 @@ class Cache:
 
     def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False) -> None:
         """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their
-        better halves alone; None: every set."""
-        self._store.set_view(seq.id, sets is None, list(sets or ()), halves)
+        better halves alone; None: every set. Where there is a Far tier, the others are there. BudgetExceeded or
+        RuntimeError, and the view as it was, where they cannot move.
+        """
+        self._views.turn(seq.id, sets is None, list(sets or ()), halves)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the pages of sets that have gone Far or come Near, so far."""
+        return self._store.moved_bytes
 
     def sets(self, layer: int, seq: Sequence, head: int) -> list[tuple[int, int]]:
         """The set of each page of one row, in table order, and its slots that hold a token: BACKBONE, 1..E, whichever half it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
-from kvstrata.config import BudgetExceeded, MachineError, Unsupported
+from kvstrata.config import BudgetExceeded, MachineError
 from kvstrata.policy.base import FULL, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows, Spans

@@ -274,6 +274,11 @@ class Slabs:
         """Whether there is a Far tier."""
         return bool(self._far_pools)
 
+    def by_tier(self, needed: list[int]) -> tuple[list[int], list[int]]:
+        """Pages of each pool, those of the Near tier and those of the Far one apart."""
+        far = [n if p in self._far_pools else 0 for p, n in enumerate(needed)]
+        return [n - m for n, m in zip(needed, far, strict=True)], far
+
     @property
     def far_bytes(self) -> int:
         """Bytes of the Far tier's files."""

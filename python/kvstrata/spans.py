@@ -27,8 +27,8 @@ class SpanStep:
     """Tokens of one sequence, and behind them E spans of queries. Made by :meth:`Cache.read`; leaving its ``with`` block
     commits, an exception rolls back: the tokens go, layers that were compacted stay so.
 
-    Tensors are packed: the tokens, then each span. Every layer appends its tokens, then the spans attend to all that its view
-    holds and, causally, to themselves; then, if it compacts, the layer is planned.
+    Tensors are packed: the tokens, then each span. Every layer shows all its sets, whatever the view is, and appends its
+    tokens; the spans attend to all of that and, causally, to themselves; then, if it compacts, the layer is planned.
     """
 
     def __init__(self, cache: Cache, seq: Sequence, tokens: int, spans: list[int], compact: bool) -> None:
@@ -87,10 +87,25 @@ class SpanStep:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`Step.attend`, of tokens and spans: q [tokens + all spans, Hq, D], k and v the same with H heads."""
-        n = self._tokens
         self._check(layer, q, k, v)
         self._attended.add(layer)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        self._cache._views.open(layer, self._seq)
+        try:
+            return self._attend(layer, q, k, v, scale, softcap, sinks)
+        finally:
+            self._cache._views.close(layer, self._seq)
+
+    def _attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        n, out = self._tokens, torch.empty(q.shape, dtype=q.dtype)
         if self._step is not None:
             self._cache._slabs.reserve(layer, layer + 1, 0, n)  # plans of the layers before may have taken what it had
             out[:n] = self._step.attend(layer, q[:n], k[:n], v[:n], scale=scale, softcap=softcap, sinks=sinks)

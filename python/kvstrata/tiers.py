@@ -47,8 +47,8 @@ def resolve_far(far: Far | str | int | None, budget: Budget | None, policy: Poli
             f"Cache: far is {far!r}, that of the budget is {budget.far!r}, expected one of them, or both equal"
         )
     if found == "auto":
-        return Far() if policy.archives else None
-    if found is not None and not policy.archives:
+        return Far() if policy.archives or policy.episodic else None
+    if found is not None and not (policy.archives or policy.episodic):
         said = far if given != "auto" else budget and budget.far
         raise Unsupported(f"Cache: far is {said!r}, policy {policy.name!r} archives nothing; expected 'auto' or None")
     return found

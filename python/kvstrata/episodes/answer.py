@@ -14,12 +14,14 @@ from kvstrata.episodes.route import Route
 @dataclass(frozen=True)
 class Answer:
     """text; ids: tokens that were generated, a stop token left out; route: None while all is seen; seconds: of the whole call,
-    what it had to read first included; stopped: by a token of the model's, not by max_new_tokens."""
+    what it had to read first included; bytes_moved: between Near and Far memory;
+    stopped: by a token of the model's, not by max_new_tokens."""
 
     text: str
     ids: tuple[int, ...]
     route: Route | None
     seconds: float
+    bytes_moved: int
     stopped: bool
 
 
@@ -36,12 +38,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class ConversationReport:
-    """A snapshot. near, peak, limit: bytes; full: of a cache that keeps every token; separate: of E caches of B tokens, as the
-    paper has them; tokens: seen; stored: slots of all rows; pending: tokens that no compaction has seen; switches: questions
-    that read other episodes than the one before; uncertain: of the last 50 questions, the share that no window was like;
-    advice: a refresh that would pay, and why, or None."""
+    """A snapshot. near, peak, limit: bytes; far: of the Far tier's files; moved: between the two, so far; full: of a cache that
+    keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
+    pending: tokens that no compaction has seen; switches: questions that read other episodes than the one before; uncertain:
+    of the last 50 questions, the share that no window was like; advice: a refresh that would pay, and why, or None."""
 
     near: int
+    far: int
+    moved: int
     peak: int
     limit: int
     full: int
@@ -70,6 +74,7 @@ class ConversationReport:
         rows = {
             "turns, tokens": f"{self.turns:,}, {self.tokens:,} ({self.pending:,} pending)",
             "near bytes": f"{self.near:,} (peak {self.peak:,}, limit {self.limit:,})",
+            "far bytes": f"{self.far:,} ({self.moved:,} moved)",
             "bytes, full cache": f"{self.full:,}",
             "bytes, E caches of B": f"{self.separate:,}",
             "stored slots": f"{self.stored:,}",

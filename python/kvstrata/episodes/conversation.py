@@ -216,6 +216,7 @@ class Conversation:
         try:
             self._read()
             self._store.make_room(len(ids) + most)
+            moved = self._store.moved_bytes
             mark, out, before = self._store.mark(), list[int](), self._turned
             try:
                 self._turned = before.to(self._history.route(question, *self._routing))
@@ -231,7 +232,7 @@ class Conversation:
                 self._store.show(before.episodes)
                 raise
             text, route = self._keep(asked, ids, out, mark, remember), self._turned.route
-            return Answer(text, tuple(out), route, time.perf_counter() - began, done)
+            return Answer(text, tuple(out), route, time.perf_counter() - began, self._store.moved_bytes - moved, done)
         finally:
             self._busy = False
 
@@ -304,6 +305,8 @@ class Conversation:
         held, store, topics = self._store.cache.report(), self._store, self._history.topics
         return ConversationReport(
             near=held.nbytes,
+            far=held.far_bytes,
+            moved=store.moved_bytes,
             peak=held.peak_bytes,
             limit=self._sizes.limit_bytes(self._model.shape),
             full=held.dense_bytes,

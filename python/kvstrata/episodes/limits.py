@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvstrata.budget.books import SLAB, books
-from kvstrata.budget.costs import page_costs
+from kvstrata.budget.costs import far_books, page_costs
 from kvstrata.budget.protect import pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
@@ -29,7 +29,8 @@ MOST = 1 << 17
 class Sizes:
     """Tokens, all of a row but for prompt. budget: that one question sees (B), the tail included; chunk: read at a time (C);
     prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
-    the most there may be. share, heads, head_floor, layers, private: of :class:`kvstrata.policy.Backbone`.
+    the most there may be. share, heads, head_floor, layers, private: of :class:`kvstrata.policy.Backbone`. far: sets that no
+    question reads are in a Far tier; without, all are Near.
 
     budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
     """
@@ -45,6 +46,7 @@ class Sizes:
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
+    far: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk < LEAST_CHUNK or self.chunk % SLOTS:
@@ -101,20 +103,28 @@ class Sizes:
         return pages(backbone), pages(self.episodes * private)
 
     def limit_bytes(self, shape: Shape) -> int:
-        """What the cache holds at the most, with its tables and what it works in, as all sets stay Near."""
+        """What the cache holds Near at the most, with its tables and what it works in: of private sets those that a question
+        reads, those of the one layer in work, and one row that is rewritten; without a Far tier all of them."""
         policy = self.policy()
         costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
         full, private = FULL, STATES.get(self.private, FULL)
-        total, rewriting = 0, 0
+        total, rewriting, working = 0, 0, 0
         for layer, (spec, cost) in enumerate(zip(shape.layers, costs, strict=True)):
             if spec.window is not None:
                 total += spec.kv_heads * (pages(spec.window + 64 + self.chunk) + 2) * cost[full]
                 continue
             own, sets = self.stored_pages(shape, layer)
-            total += own * cost[full] + sets * cost[private]
+            total += own * cost[full]
+            if self.far:
+                total += sets * far_books(shape, layer, policy)
+                working = max(working, sets * cost[private])
+            else:
+                total += sets * cost[private]
             own, sets = self.row_pages(shape, layer)
             rewriting = max(rewriting, own * cost[full] + sets * cost[private])
-        total += rewriting
+        total += rewriting + working
+        if self.far:
+            total += policy.ring * sum(max(costs[i].values()) for i, _ in shape.kinds)
         smallest = min(min(cost.values()) for cost in costs)
         limit = total
         for _ in range(3):  # what the books take grows with the limit, a little

@@ -12,6 +12,8 @@ from kvstrata.cache import Cache
 from kvstrata.config import SLOTS
 from kvstrata.episodes.limits import Sizes
 from kvstrata.episodes.model import ChatModel
+from kvstrata.spans import SpanStep
+from kvstrata.step import Step
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class EpisodeStore:
         self._model = model
         self.sizes = sizes
         self._prompts = prompts
-        self.cache = Cache(model.shape, budget=f"{sizes.limit_bytes(model.shape)}B", policy=sizes.policy())
+        limit = sizes.limit_bytes(model.shape)
+        self.cache = Cache(model.shape, budget=f"{limit}B", policy=sizes.policy(), far="auto" if sizes.far else None)
         (self._seq,) = self.cache.new()
         self._planned = 0  # tokens before this one are in a set, or evicted
-        self._view: tuple[tuple[int, ...], bool] | None = None
+        self._view: tuple[tuple[int, ...], bool] | None = None  # None: all
         self.compactions = 0
         self.episodes = 0
 
@@ -104,7 +107,10 @@ class EpisodeStore:
         self._compact(torch.empty(0, dtype=torch.int64))
 
     def _feed(self, ids: Tensor, logits: bool) -> Tensor | None:
-        with self.cache.step([self._seq], [len(ids)]) as step:
+        fed: Step | SpanStep = self.cache.step([self._seq], [len(ids)])
+        if self._view is None and self.compactions:  # every layer shows its sets while it is read, and no longer
+            fed = self.cache.read(self._seq, len(ids), [], compact=False)
+        with fed as step:
             return self._model.forward(ids, step.positions, step, "last" if logits else "none")
 
     def _compact(self, ids: Tensor) -> None:
@@ -114,12 +120,9 @@ class EpisodeStore:
                 f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
                 f" {self.sizes.prompt}"
             )
-        self.cache.view(self._seq, None)
-        try:
-            with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
-                self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
-        finally:
-            self._show()
+        self._show()
+        with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
+            self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
         self._planned = max(0, self.length - self.sizes.recent) // SLOTS * SLOTS
         self.compactions += 1
         self.episodes = len(prompts)
@@ -133,8 +136,13 @@ class EpisodeStore:
         self._show()
 
     def _show(self) -> None:
-        sets, halves = self._view or (None, False)
+        sets, halves = self._view or ((), False)  # all of them are Near in the layer in work alone
         self.cache.view(self._seq, sets, halves=halves)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Between Near and Far memory, so far."""
+        return self.cache.moved_bytes
 
     def mark(self) -> Mark:
         """Where the conversation stands."""

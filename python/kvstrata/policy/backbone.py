@@ -64,6 +64,11 @@ class Backbone:
         if self.private != "full" and self.private not in STATES:
             raise ValueError(f"Backbone: private is {self.private!r}, expected 'full' or one of {', '.join(STATES)}")
 
+    @property
+    def native_state(self) -> int:
+        """The state of private sets, in which they go Far."""
+        return STATES.get(self.private, FULL)
+
     # --- sizes ------------------------------------------------------------------------------------------------------------
 
     def of_layer(self, layer: int) -> int:
@@ -120,7 +125,7 @@ class Backbone:
     def _states(self, seen: Seen, sets: Tensor) -> Tensor:
         """Private tokens in their format, others as they are: bits only fall."""
         private = (sets > BACKBONE) & (sets != PENDING)
-        fallen = torch.where(private, STATES.get(self.private, FULL), FULL)
+        fallen = torch.where(private, self.native_state, FULL)
         kept = torch.maximum(seen.state.int(), fallen)
         return torch.where(seen.stored & (sets >= 0), kept, EVICTED).to(torch.uint8)
 

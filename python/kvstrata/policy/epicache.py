@@ -8,6 +8,9 @@ from kvstrata.policy.backbone import Backbone
 from kvstrata.policy.base import Policy
 from kvstrata.policy.patched import PatchedPrompt
 
+RING = 2
+"""Near pages through which Far ones are read to look at: sets come Near whole."""
+
 
 def epicache(
     budget: int,
@@ -39,4 +42,5 @@ def epicache(
         formats=() if private == "full" else (private,),
         sinks=guards,
         window=recent,
+        ring=RING,
     )
