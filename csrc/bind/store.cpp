@@ -336,7 +336,7 @@ void bind_store(py::module_& m) {
         .def("row_sets",
              [](const Store& s, SeqId seq, int layer, int head) {
                  const pages::Row& r = s.row(seq, layer, head);
-                 return py::make_tuple(r.set, r.aside);
+                 return py::make_tuple(r.set, r.aside, r.back);
              })
         .def("attend_beside", &attend_beside);
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });

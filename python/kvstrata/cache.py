@@ -247,7 +247,7 @@ class Cache:
     def sets(self, layer: int, seq: Sequence, head: int) -> list[tuple[int, int]]:
         """The set of each page of one row, in table order, and its slots that hold a token: BACKBONE, 1..E, whichever half it
         is of, or PENDING (:mod:`kvstrata.policy.base`)."""
-        tags, _ = self._store.row_sets(seq.id, layer, head)
+        tags, _, _ = self._store.row_sets(seq.id, layer, head)
         _, alive, _, _ = self._store.row(seq.id, layer, head)
         own = (t if t == PENDING else t & ~LESSER_HALF for t in tags)
         return [(tag, mask.bit_count()) for tag, mask in zip(own, alive, strict=True)]

@@ -89,8 +89,8 @@ class SpanStep:
         """As :meth:`Step.attend`, of tokens and spans: q [tokens + all spans, Hq, D], k and v the same with H heads."""
         self._check(layer, q, k, v)
         self._attended.add(layer)
-        self._cache._views.open(layer, self._seq)
         try:
+            self._cache._views.open(layer, self._seq)
             return self._attend(layer, q, k, v, scale, softcap, sinks)
         finally:
             self._cache._views.close(layer, self._seq)

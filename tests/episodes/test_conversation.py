@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import check_pages
 from plain import END, PlainChat, words
 from rich.console import Console
 from topics import TOPICS, CountedWords, talk
@@ -73,7 +74,7 @@ def test_three_hundred_turns_keep_the_limit() -> None:
     found = []
     for _ in range(2):
         chat = made(PlainChat(layers=2, dtype=torch.bfloat16), episodes=4, max_episodes=6)
-        store, limit = chat._store, chat.report().limit
+        limit = chat.report().limit
         history = talk(240, seed=2) + talk(60, seed=3, topics=("garden", "sea"))
         answers = []
         for first in range(0, 300, 10):
@@ -85,8 +86,7 @@ def test_three_hundred_turns_keep_the_limit() -> None:
                 chat.build()
             report = chat.report()
             assert report.near <= limit and report.peak <= limit
-            pages = {p for i in range(2) for h in range(2) for p in store.cache._store.row(store._seq.id, i, h)[0]}
-            assert store.cache._store.pool(0)["used"] == len(pages)
+            check_pages(chat._store.cache)
         assert report.compactions > 10 and report.switches > 2 and 4 <= len(report.episodes) <= 6
         found.append((answers, tables(chat)))
     assert [a.ids for a in found[0][0]] == [a.ids for a in found[1][0]]

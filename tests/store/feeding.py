@@ -23,3 +23,13 @@ def drawn(cache: Cache, tokens: int, generator: torch.Generator) -> Iterator[lis
             torch.randn(tokens, heads, spec.head_dim, generator=generator).to(cache.shape.dtype)
             for heads in (spec.q_heads, spec.kv_heads, spec.kv_heads)
         ]
+
+
+def check_pages(cache: Cache) -> None:
+    """Pages in use are those that tables name, with the Far copies of Near ones, and the ring."""
+    store, named = cache._store, set[int]()
+    for i in cache._live:
+        for layer, spec in enumerate(cache.shape.layers):
+            for h in range(spec.kv_heads):
+                named |= {*store.row(i, layer, h)[0], *store.row_sets(i, layer, h)[2]} - {-1}
+    assert sum(store.pool(p)["used"] for p in range(store.n_pools)) == len(named) + sum(store.ring_pages())
