@@ -7,7 +7,7 @@ and the rule ``shipped``: arXiv 2509.17396 and its code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -176,8 +176,7 @@ class Loaded:
         key = q, tuple(sorted(episodes))
         if key not in self._known:
             self._known[key] = self._measured(*key)
-        known = self._known[key]
-        return Outcome(episodes, *(getattr(known, name) for name in MEASURES[:-1]), margin=margin)
+        return replace(self._known[key], episodes=episodes, margin=margin)
 
     def _measured(self, q: int, episodes: tuple[int, ...]) -> Outcome:
         evidence = list(self.reading.questions[q].evidence)
@@ -207,8 +206,7 @@ class Loaded:
 
 def _held(holds: Bools, turns: Sequence[int], places: Sequence[int]) -> Bools:
     """Whether any of these windows or episodes has a part of each of these turns."""
-    found: Bools = holds[list(turns)][:, list(places)].any(axis=1)
-    return found
+    return np.asarray(holds[list(turns)][:, list(places)].any(axis=1))
 
 
 def _shares(found: Bools) -> tuple[float, float, float]:
@@ -243,7 +241,7 @@ def measured(reading: Reading, cut: Cut, seed: int) -> dict[Line, list[Outcome]]
     in_time = chunks(reading, group.count)
     apart = Loaded(reading, in_time, _prompts(reading, in_time, cut.representatives, cut.pick))
     for rule in ("nearest_window", "centroid"):
-        lines[f"time chunks, {rule}", "raw"] = _routed(reading, apart, rule, "raw")[rule, "raw"]
+        lines[f"in time, {rule}", "raw"] = _routed(reading, apart, rule, "raw")[rule, "raw"]
     sizes = np.bincount(group.labels) / len(group.labels)
     lines["random", NO_QUERY] = [loaded.mean(q, np.full(group.count, 1 / group.count)) for q in every]
     lines["size-proportional", NO_QUERY] = [loaded.mean(q, sizes) for q in every]
