@@ -20,8 +20,9 @@ from typing import Any
 from kvstrata.cli.output import Output
 from kvstrata.quality import manifest
 from kvstrata.quality.contenders import label
-from kvstrata.quality.report import placed, table
-from kvstrata.quality.run import write
+from kvstrata.quality.manifest import write
+from kvstrata.quality.markdown import table
+from kvstrata.quality.report import placed
 
 MARK = "performance"
 

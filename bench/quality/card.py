@@ -24,8 +24,10 @@ from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 from kvstrata.quality import report
 from kvstrata.quality.contenders import shape_of
+from kvstrata.quality.manifest import write
+from kvstrata.quality.markdown import table
 from kvstrata.quality.metrics import Cell
-from kvstrata.quality.run import Config, Run, subject, write
+from kvstrata.quality.run import Config, Run, subject
 from kvstrata.quality.tasks import CONTINUATION, RETRIEVAL
 
 OTHERS = ("frequent", "recent")
@@ -117,7 +119,7 @@ def training(folder: Path) -> list[str]:
         for s in told["stages"]
         if s["done"]
     ]
-    return [*parts, *report.table(header, rows)]
+    return [*parts, *table(header, rows)]
 
 
 def answers(cells: dict[tuple[str, int], Cell], lengths: tuple[int, ...]) -> list[str]:
@@ -125,7 +127,7 @@ def answers(cells: dict[tuple[str, int], Cell], lengths: tuple[int, ...]) -> lis
     rows = [[task, *(_shown(cells[task, n]) for n in lengths)] for task in (*RETRIEVAL, *OTHERS)]
     text = ", ".join(f"{cells['text', n]['perplexity']:.2f} at {n} tokens" for n in lengths)
     return [
-        *report.table(["task", *(f"{n} tokens" for n in lengths)], rows),
+        *table(["task", *(f"{n} tokens" for n in lengths)], rows),
         f"Perplexity per token on held-out text, over the last {CONTINUATION} tokens or half of a context: {text}.\n",
     ]
 

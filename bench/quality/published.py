@@ -13,8 +13,8 @@ from typing import Any
 
 from kvstrata.cli.output import Output
 from kvstrata.quality import manifest
-from kvstrata.quality.report import table
-from kvstrata.quality.run import write
+from kvstrata.quality.manifest import write
+from kvstrata.quality.markdown import table
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from typing import Any
 
 from kvstrata.budget import Budget
 from kvstrata.quality.contenders import label
-from kvstrata.quality.report import placed, spread, table
-from kvstrata.quality.run import MANIFEST, write
+from kvstrata.quality.manifest import MANIFEST, write
+from kvstrata.quality.markdown import table
+from kvstrata.quality.report import placed, spread
 
 MARK = "answers against bytes"
 OPTIONS = ("tasks", "policies", "peers", "budgets", "lengths", "n", "seed", "mode")

@@ -2,10 +2,14 @@
 
     kvstrata eval --model bench/quality/model --tasks all --policies all --budgets 25%,12.5% --out results/run1
     kvstrata eval report results/run1
+    kvstrata eval episodes --data locomo10.json --format locomo
 
 A run is a folder: manifest.json, records.jsonl, metrics.json, timings.json, predictions.csv, report.md, plots. The same
 command again goes on where it was stopped. A task is a name, or a JSONL file with one object per line:
 {"context": "...", "questions": ["..."], "answers": ["..."]}.
+
+eval episodes needs no model: it measures how much of the evidence of questions about long conversations is loaded when
+each is sent to an episode, on a user's LoCoMo or RealTalk files or on the generated set that comes with kvstrata.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kvstrata.cli import routing
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 from kvstrata.quality import MODES
@@ -22,7 +27,12 @@ MODEL = "bench/quality/model"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="report RUN", help="write the report of a run again, run nothing")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="report RUN | episodes",
+        help="write the report of a run again; or send questions to episodes",
+    )
     parser.add_argument("--model", metavar="M", default=MODEL, help=f"a folder or a hub id; default: {MODEL}")
     parser.add_argument("--tasks", metavar="T,..", default="all", help="names, JSONL files, or all (default)")
     parser.add_argument("--policies", metavar="P,..", default="all", help="names, all (default), or none")
@@ -36,22 +46,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, default=MODES[0])
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes; threads are shared out")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("results/eval"), help="default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/eval, or results/episodes")
+    routing.arguments(parser.add_argument_group("eval episodes"))
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    from kvstrata.quality import report
-
+    if args.words == ["episodes"]:
+        return routing.run(args, out)
     if args.words:
         if len(args.words) != 2 or args.words[0] != "report":
-            return out.fail(f"eval: {' '.join(args.words)!r} is not understood, expected: report RUN")
-        folder = Path(args.words[1])
-        return _finish(folder, *report.make(folder), out)
+            return out.fail(f"eval: {' '.join(args.words)!r} is not understood, expected: report RUN, or episodes")
+        return _report(Path(args.words[1]), out)
+    from kvstrata.quality import report
     from kvstrata.quality.run import Run
 
-    run = Run(args.out, _config(args))
+    folder = args.out or Path("results/eval")
+    run = Run(folder, _config(args))
     left, whole = len(run.units()), len(run.examples())
-    out.line(f"{args.out}: {whole - left} of {whole} examples measured, {left} to go")
+    out.line(f"{folder}: {whole - left} of {whole} examples measured, {left} to go")
     with out.progress("examples", left) as advance:
         run.work(lambda unit: advance(f"{unit.task} {unit.length or ''}"))
     for contender in run.outside():
@@ -59,7 +71,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
             run.work_outside(contender)
     for complaint in run.complaints:
         out.line(f"left out: {complaint}", style="yellow")
-    return _finish(args.out, *report.make(args.out, run.complaints), out)
+    return _finish(folder, *report.make(folder, run.complaints), out)
+
+
+def _report(folder: Path, out: Output) -> int:
+    from kvstrata.quality import routing_report
+
+    if routing_report.is_one(folder):
+        return routing.finish(folder, out)
+    from kvstrata.quality import report
+
+    return _finish(folder, *report.make(folder), out)
 
 
 def _config(args: argparse.Namespace) -> Any:

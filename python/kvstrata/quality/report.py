@@ -12,9 +12,11 @@ from typing import Any
 
 from kvstrata.quality import metrics
 from kvstrata.quality.contenders import label
+from kvstrata.quality.manifest import MANIFEST, write
+from kvstrata.quality.markdown import table
 from kvstrata.quality.measure import Record
 from kvstrata.quality.metrics import Cell
-from kvstrata.quality.run import MANIFEST, Key, load_records, write
+from kvstrata.quality.run import Key, load_records
 
 COLUMNS = ("task", "length", "index", "contender", "budget", "question", "expected", "answer", "right")
 
@@ -89,19 +91,6 @@ def _percent(c: Cell, field: str) -> str:
 def spread(c: Cell) -> str:
     """An interval of accuracy in per cent."""
     return f"{100 * c['low']:.1f} to {100 * c['high']:.1f}" if "low" in c else "-"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A markdown table; columns after the first are set right."""
-    line = "| {} |".format
-    width = [max(3, *(len(r[i]) for r in (header, *rows))) for i in range(len(header))]
-
-    def padded(row: Sequence[str]) -> str:
-        first, *rest = (c.rjust(w) for c, w in zip(row, width, strict=True))
-        return line(" | ".join([first.strip().ljust(width[0]), *rest]))
-
-    rule = line(" | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)))
-    return [padded(header), rule, *map(padded, rows), ""]
 
 
 def placed(text: str, mark: str, new: str) -> str:

@@ -19,11 +19,12 @@ from kvstrata.hf.load import load
 from kvstrata.hf.patch import patch
 from kvstrata.quality import MODES, jsonl, manifest, outside
 from kvstrata.quality.contenders import Contender, line_up, missing
+from kvstrata.quality.manifest import whole_lines
 from kvstrata.quality.measure import Record, Subject, measure
 from kvstrata.quality.tasks import EVAL_SEEDS, TASKS, Example, World
 from kvstrata.quality.text import lines
 
-RECORDS, MANIFEST = "records.jsonl", "manifest.json"
+RECORDS = "records.jsonl"
 Key = tuple[str, int, int, str, str]
 """(task, length, index, contender, budget or "")."""
 
@@ -82,17 +83,7 @@ class Run:
         """ValueError if the folder holds a run of another configuration."""
         self.folder, self.config = folder, config
         self.complaints: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        asked = json.loads(json.dumps(asdict(config)))
-        path = folder / MANIFEST
-        if path.exists():
-            held = json.loads(path.read_text())["config"]
-            other = [k for k in asked if held.get(k) != asked[k]]
-            if other:
-                said = ", ".join(f"{k}: {held.get(k)!r}, not {asked[k]!r}" for k in other)
-                raise ValueError(f"{folder} holds a run of another configuration ({said}): name another folder")
-        else:
-            write(path, json.dumps(manifest.of(asked), indent=2) + "\n")
+        manifest.settle(folder, json.loads(json.dumps(asdict(config))))
         self.records = load_records(folder)
 
     def examples(self) -> list[tuple[str, int, int]]:
@@ -176,24 +167,10 @@ def key(task: str, length: int, index: int, contender: Contender) -> Key:
     return task, length, index, contender.name, contender.budget or ""
 
 
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    draft = path.with_suffix(path.suffix + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def load_records(folder: Path) -> dict[Key, Record]:
     """The records of a folder by key; a line that a kill cut short is cut off the file."""
-    path = folder / RECORDS
     found: dict[Key, Record] = {}
-    if not path.exists():
-        return found
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write(path, whole)
-    for line in whole.splitlines():
+    for line in whole_lines(folder / RECORDS):
         record = json.loads(line)
         task, length, index, name, budget = record.pop("key")
         found[task, length, index, name, budget] = record

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.quality.contenders import label
-from kvstrata.quality.run import write
+from kvstrata.quality.manifest import write
 
 
 def save(stem: Path, made: dict[str, Any], x: str, fields: dict[str, tuple[str, float]]) -> None:
