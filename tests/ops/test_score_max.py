@@ -51,27 +51,26 @@ def check(case: Window, spans: Tensor, **more: Any) -> Tensor:
 @pytest.mark.parametrize("formats", FORMATS, ids="+".join)
 def test_formats(isa: str, formats: tuple[str, ...]) -> None:
     """Ragged rows of every length, hidden and empty ones, poison in unused slots."""
-    for masks in ("ragged", "tail1"):
-        check(make_window([0, *SIZES], formats=formats, masks=masks, width=9), offsets(3, 0, 5, 1))
+    check(make_window([0, *SIZES], formats=formats, masks="ragged", width=9), offsets(3, 0, 5, 1))
 
 
 def test_numbers_of_queries(isa: str) -> None:
     """On both sides of a block of queries and of a tile of its rows; heads and spans end within blocks."""
-    for width in (*SIZES, 65, 130, 300):
+    for width in (*SIZES, 65, 130):
         case = make_window([5, 2], formats=("bf16", "int4"), width=width, group=3, masks="ragged", seed=width)
         check(case, offsets(width))
         check(case, offsets(width // 3, width // 2 - width // 3, width - width // 2))
 
 
 def test_head_dims(isa: str) -> None:
-    for dim in (1, 2, 17, 32, 48, 80, 96, 112, 128, 160, 192, 256, 333, 512):
+    for dim in (1, 2, 17, 32, 48, 80, 112, 160, 192, 256, 333, 512):
         formats = FULL if dim % 16 else FORMATS[-1]
         check(make_window([9, 4], formats=formats, dim=dim, masks="ragged", seed=dim), offsets(4, 4))
 
 
 def test_groups(isa: str) -> None:
     for group in (1, 2, 3, 5, 7, 8, 16):
-        check(make_window([17, 5], group=group, width=13, seed=group), offsets(6, 7))
+        check(make_window([17, 5], group=group, width=13, masks="tail1", seed=group), offsets(6, 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -82,9 +81,9 @@ def test_query_types(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_a_real_row(isa: str) -> None:
-    """4,096 tokens in bf16, four spans of 48 queries of two heads, D = 128."""
-    case = make_window([256, 100], width=192, dim=128, masks="ragged", holes=0.02)
-    check(replace(case, q=case.q.bfloat16()), offsets(48, 48, 48, 48))
+    """2,400 tokens in bf16, four spans of 24 queries of two heads, D = 128."""
+    case = make_window([150, 40], width=96, dim=128, masks="ragged", holes=0.02)
+    check(replace(case, q=case.q.bfloat16()), offsets(24, 24, 24, 24))
 
 
 def test_features_of_attention(isa: str) -> None:
