@@ -14,6 +14,7 @@ _HOME = {
     "Budget": "budget",
     "BudgetExceeded": "config",
     "Cache": "cache",
+    "Conversation": "episodes",
     "KVCache": "hf",
     "LayerSpec": "config",
     "MachineError": "config",
@@ -22,6 +23,7 @@ _HOME = {
     "Sequence": "cache",
     "Shape": "config",
     "Step": "step",
+    "Turn": "episodes",
     "Unsupported": "config",
     "backends": "backend",
     "patch": "hf",
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from kvstrata.config import MachineError as MachineError
     from kvstrata.config import Shape as Shape
     from kvstrata.config import Unsupported as Unsupported
+    from kvstrata.episodes import Conversation as Conversation
+    from kvstrata.episodes import Turn as Turn
     from kvstrata.hf.cache import KVCache as KVCache
     from kvstrata.hf.patch import patch as patch
     from kvstrata.hf.patch import patched as patched

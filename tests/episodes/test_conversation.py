@@ -280,3 +280,14 @@ def test_no_turns_is_a_plain_chat() -> None:
         chat.ask(f"{chr(97 + i % 26)} boat harbour wave tide anchor?", max_new_tokens=8)
     assert chat.report().compactions > 0 and chat.report().near <= chat.report().limit
     assert words(3, 0).shape == (3,)
+
+
+def test_labels_are_words_of_a_topic_and_no_names() -> None:
+    """What is said in every topic alike, and who says it, tells none from the others."""
+    chat = made()
+    chat.add([Turn(t.speaker, f"well, well, about this: {t.text}") for t in talk(200, seed=13, switch=0.05)])
+    chat.build()
+    own = [set(words.split()) for words in TOPICS.values()]
+    assert len(chat.episodes) == 4
+    for episode in chat.episodes:
+        assert any(set(episode.label.split(", ")) <= words for words in own), episode.label

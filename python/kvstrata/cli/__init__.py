@@ -1,4 +1,4 @@
-"""The command line: kvstrata demo | generate | eval | bench | doctor.
+"""The command line: kvstrata demo | generate | chat | eval | bench | doctor.
 
 Exit 0: done; 1: failed or unsupported, with the reason on standard error; 2: bad usage. With --json standard output
 holds one JSON object and nothing else. Off a terminal the output is plain text.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from kvstrata.cli import bench, demo, doctor, eval, generate
+from kvstrata.cli import bench, chat, demo, doctor, eval, generate
 from kvstrata.cli.output import Output
 
-VERBS = {"demo": demo, "generate": generate, "eval": eval, "bench": bench, "doctor": doctor}
+VERBS = {"demo": demo, "generate": generate, "chat": chat, "eval": eval, "bench": bench, "doctor": doctor}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json as codec
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_WIDTH = 160
 """Columns of a line where no terminal says how many it has."""
+
+
+class Advance(Protocol):
+    """So many steps more are done, and this was the last."""
+
+    def __call__(self, said: str, by: int = 1) -> None: ...
 
 
 class Output:
@@ -27,6 +35,12 @@ class Output:
     def line(self, text: str = "", style: str = "") -> None:
         if not self.json:
             self._out.print(escape(text), style=style or None, highlight=False, soft_wrap=True)
+
+    def piece(self, text: str) -> None:
+        """Part of a line, at once. What does not print is shown as an escape: no terminal obeys what a model says."""
+        if not self.json:
+            shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+            self._out.print(Text(shown), end="", soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Columns whose header begins with ">" are set flush right."""
@@ -58,25 +72,33 @@ class Output:
             yield
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar on a terminal, a line at every tenth elsewhere. Gives a function to call after each step, with a word
-        on what was done."""
+    def progress(self, what: str, total: int, after: float = 0.0) -> Iterator[Advance]:
+        """A bar on a terminal, a line at every tenth elsewhere; nothing for what ends within ``after`` seconds. Gives a
+        function to call after each step, with a word on what was done, and how many steps it was."""
         bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self._err, transient=True)
         shown = self._err.is_terminal
         task = bar.add_task(escape(what), total=total)
-        tenths = 0
+        tenths, began = 0, time.monotonic()
 
-        def advance(said: str) -> None:
+        def advance(said: str, by: int = 1) -> None:
             nonlocal tenths
-            bar.advance(task)
-            bar.update(task, description=escape(said))
+            bar.update(task, advance=by, description=escape(said))
+            if time.monotonic() - began < after:
+                return
             done = int(bar.tasks[0].completed)
-            if not shown and not self.json and 10 * done // max(1, total) > tenths:
+            if shown:
+                bar.start()
+            elif not self.json and 10 * done // max(1, total) > tenths:
                 tenths = 10 * done // max(1, total)
                 self._err.print(escape(f"{done} of {total} {what}, {said}"), highlight=False, soft_wrap=True)
 
-        with bar if shown else nullcontext():
+        if shown and not after:
+            bar.start()
+        try:
             yield advance
+        finally:
+            if bar.live.is_started:
+                bar.stop()
 
     def result(self, value: dict[str, Any]) -> None:
         """The JSON object; nothing without --json."""
@@ -86,8 +108,12 @@ class Output:
     def fail(self, reason: str) -> int:
         """Says why, and returns exit code 1."""
         self.result({"error": reason})
-        self._err.print(escape(f"kvstrata: {reason}"), style="red", highlight=False, soft_wrap=True)
+        self.warn(reason)
         return 1
+
+    def warn(self, reason: str) -> None:
+        """Says on standard error what went wrong, or was stopped."""
+        self._err.print(escape(f"kvstrata: {reason}"), style="red", highlight=False, soft_wrap=True)
 
     def _box(self) -> Any:
         from rich import box

@@ -1,8 +1,12 @@
-"""Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic."""
+"""Conversations far longer than the cache: the text cut into windows, windows into topics, a question sent to its topic,
+under a limit of bytes."""
 
+from kvstrata.episodes.answer import Answer, ConversationReport, Episode
 from kvstrata.episodes.cluster import Clusters, cluster
+from kvstrata.episodes.conversation import Conversation
 from kvstrata.episodes.embed import Embedder, Fitted, InputEmbedding, MiniLM, SentenceModel, auto
 from kvstrata.episodes.model import Attending, ChatModel
+from kvstrata.episodes.picture import picture
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
@@ -10,10 +14,14 @@ from kvstrata.episodes.sensitivity import sensitivity
 from kvstrata.episodes.topics import Placed, Topics
 
 __all__ = [
+    "Answer",
     "Attending",
     "ChatModel",
     "Clusters",
+    "Conversation",
+    "ConversationReport",
     "Embedder",
+    "Episode",
     "Fitted",
     "InputEmbedding",
     "MiniLM",
@@ -29,6 +37,7 @@ __all__ = [
     "cluster",
     "fit",
     "line",
+    "picture",
     "represent",
     "segment",
     "sensitivity",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -197,12 +197,12 @@ class Conversation:
 
     def stream(
         self, question: str, *, max_new_tokens: int = 256, remember: bool = True, sampler: Sampler = greedy
-    ) -> Iterator[str]:
-        """The answer of :meth:`ask` in pieces of text, as they come. Closed early, the words so far are the answer.
+    ) -> Generator[str, None, Answer]:
+        """The answer of :meth:`ask` in pieces of text, as they come; returns it. Closed early, the words so far are the answer.
 
         RuntimeError for another call of this conversation before it ends.
         """
-        yield from self._answered(question, max_new_tokens, remember, sampler)
+        return (yield from self._answered(question, max_new_tokens, remember, sampler))
 
     def _answered(self, question: str, most: int, remember: bool, sampler: Sampler) -> Generator[str, None, Answer]:
         self._check()
@@ -315,6 +315,7 @@ class Conversation:
             tokens=store.length,
             stored=held.stored_tokens,
             pending=store.pending,
+            unread=len(self._queue),
             budget=self._sizes.budget,
             chunk=self._sizes.chunk,
             compactions=store.compactions,

@@ -151,17 +151,18 @@ class History:
         return router.route(query, vectors, labels, self.topics.centroids, last)
 
     def labels(self) -> tuple[str, ...]:
-        """Of each episode the words that tell it from the others."""
+        """Of each episode the words that tell it from the others: by times said, weighed by how much more often than in all."""
         if self.topics is None:
             return ()
-        count = len(self.topics.centroids)
-        said = [Counter[str]() for _ in range(count)]
+        names = {turn.speaker.lower() for turn in self.turns}
+        said = [Counter[str]() for _ in range(len(self.topics.centroids))]
         for window, e in zip(self.windows, self.topics.labels.tolist(), strict=False):
-            said[e].update(re.findall(r"[^\W\d_]{3,}", window.text.lower()))
-        among = Counter(word for words in said for word in words)
+            said[e].update(word for word in re.findall(r"[^\W\d_]{3,}", window.text.lower()) if word not in names)
+        whole: Counter[str] = sum(said, Counter())
 
         def best(words: Counter[str]) -> str:
-            rank = sorted(words, key=lambda w: (-words[w] * log(1 + count / among[w]), w))
-            return ", ".join(rank[:LABEL])
+            share = words.total() / whole.total() if whole else 1.0
+            weight = {w: n * log(n / (whole[w] * share)) for w, n in words.items()}
+            return ", ".join(sorted(words, key=lambda w: (-weight[w], -words[w], w))[:LABEL])
 
         return tuple(best(words) for words in said)
