@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class StoredRow:
     """The page table of one row, without its pages. Lists have one element for each entry.
 
-    pools: of its page, or the Near one of the same kind; alive: u16 masks of the slots that hold a token; sets: u16 tags, none in a cache without sets; sealed:
-    entries that are; frozen, mean: what its quantized keys are relative to, set or not yet, [D] or zeros ([]).
+    pools: of its page, in this cache, or the Near one of the same kind; alive: u16 masks of the slots that hold a token;
+    sets: u16 tags, none in a cache without sets; sealed: entries that are; frozen, mean: whether it is set what its quantized
+    keys are relative to, and what it is, [D], or zeros ([]).
     """
 
     pools: list[int]
@@ -78,8 +79,8 @@ def restore(
     length: int,
     floor: int,
 ) -> None:
-    """Puts rows back into a sequence without a token, in the order of :func:`places`, under the cache's limit. Private sets that
-    its view leaves out are Far, if there is such a tier.
+    """Puts rows back into a sequence without a token, in the order of :func:`places`, under the cache's limit. Private sets
+    that its view leaves out are Far, if there is such a tier.
 
     pages(number of the row): payload u8, page behind page in the order of its entries, and positions i32 [entries, 16]; one
     row's at a time is held beside the cache. length: tokens seen; floor: :meth:`Cache.crop_floor`. BudgetExceeded where there
@@ -94,6 +95,7 @@ def restore(
         for pool in of_row:
             needed[pool] += 1
     cache._slabs.reserve_pages(needed)
+    view = store.view(seq)
     try:
         for number, (row, (layer, head)) in enumerate(zip(rows, where, strict=True)):
             payload, positions = pages(number)
@@ -109,6 +111,7 @@ def restore(
         store.restore_length(seq, length, floor)
     except BaseException:
         store.clear(seq)
+        store.set_view(seq, *view)
         cache.trim()
         raise
     cache._slabs.settle()

@@ -41,8 +41,8 @@ class ConversationReport:
     """A snapshot. near, peak, limit: bytes; far: of the Far tier's files; moved: between the two, so far; full: of a cache that
     keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
     pending: tokens that no compaction has seen; switches: questions that read other episodes than the one before; uncertain:
-    of the last 50 questions, the share that no window was like; advice: a refresh that would pay, and why, or None; file: bytes on
-    disk, as last saved or loaded."""
+    of the last 50 questions, the share that no window was like; advice: a refresh that would pay, and why, or None; file: bytes
+    on disk, as last saved or loaded."""
 
     near: int
     far: int

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvstrata import stored
 from kvstrata.budget import Budget
-from kvstrata.config import BudgetExceeded
+from kvstrata.config import BudgetExceeded, MachineError
 from kvstrata.episodes.conversation import Conversation, Turned
 from kvstrata.episodes.embed import Embedder, Fitted
 from kvstrata.episodes.folder import FORMAT, MANIFEST, Facts, Folder, Kept
@@ -206,7 +206,7 @@ def load_conversation(
             saved.resume(chat, turns)
         except BaseException as damage:
             chat.close()
-            if not repair or not isinstance(damage, RuntimeError) or turns is None:
+            if not repair or turns is None or not isinstance(damage, RuntimeError) or isinstance(damage, MachineError):
                 raise
             chat, whole = saved.empty(model, embedder), False
             _reread(chat, turns)
