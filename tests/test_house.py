@@ -125,6 +125,7 @@ PARTS |= dict.fromkeys(
         "timetable",
         "spans",
         "views",
+        "stored",
     ),
     "cache",
 )

@@ -121,6 +121,21 @@ void score_max(Store& s, int layer, const std::vector<SeqId>& seqs, const SpanTu
                 {scale, softcap}, reinterpret_cast<float*>(out), columns);
 }
 
+// A row that was kept elsewhere; centre: frozen, and its mean.
+void restore_row(Store& s, SeqId seq, int layer, int head, const std::vector<int32_t>& pool,
+                 const std::vector<uint16_t>& alive, const std::vector<pages::SetTag>& set, int sealed, Address payload,
+                 int64_t payload_bytes, Address positions, const std::tuple<bool, std::vector<float>>& centre) {
+    const auto& [frozen, mean] = centre;
+    s.restore_row(seq, layer, head,
+                  {pool, alive, set, sealed, reinterpret_cast<const unsigned char*>(payload), payload_bytes,
+                   reinterpret_cast<const int32_t*>(positions), frozen, mean});
+}
+
+py::tuple centre(const Store& s, SeqId seq, int layer, int head) {
+    const store::Centre found = s.centre_of(seq, layer, head);
+    return py::make_tuple(found.frozen, found.mean ? *found.mean : std::vector<float>{});
+}
+
 // (pages, alive, hidden, sealed entries) of one row, for tests and debugging.
 py::tuple row(const Store& s, SeqId seq, int layer, int head) {
     const pages::Row& r = s.row(seq, layer, head);
@@ -338,7 +353,16 @@ void bind_store(py::module_& m) {
                  const pages::Row& r = s.row(seq, layer, head);
                  return py::make_tuple(r.set, r.aside, r.back);
              })
-        .def("attend_beside", &attend_beside);
+        .def("attend_beside", &attend_beside)
+        .def("centre", &centre)
+        .def("copy_out",
+             [](Store& s, SeqId seq, int layer, int head, const std::vector<int32_t>& entries, Address payload,
+                Address positions) {
+                 s.copy_out(seq, layer, head, entries, reinterpret_cast<unsigned char*>(payload),
+                            reinterpret_cast<int32_t*>(positions));
+             })
+        .def("restore_row", &restore_row)
+        .def("restore_length", &Store::restore_length);
     m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
     m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
     m.def("fault_visits", &fault::visits);

@@ -30,6 +30,7 @@
 #include "store/queries.h"
 #include "store/reading.h"
 #include "store/repack.h"
+#include "store/saved.h"
 
 namespace kvstrata::store {
 
@@ -258,6 +259,13 @@ class Store {
     // that are appended count. call: q and out [n, Hq, D], lse.
     void attend_beside(int layer, SeqId seq, std::span<const int32_t> positions, const AttendCall& call);
 
+    // What rows hold, to be kept elsewhere and put back (saved.cpp)
+    void copy_out(SeqId seq, int layer, int head, std::span<const int32_t> entries, unsigned char* payload,
+                  int32_t* positions);
+    Centre centre_of(SeqId seq, int layer, int head) const;
+    void restore_row(SeqId seq, int layer, int head, const SavedRow& saved);
+    void restore_length(SeqId seq, int64_t length, int64_t floor);  // after all its rows
+
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
     PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
@@ -288,6 +296,7 @@ class Store {
     Sequence blank() const;  // without a token
     std::vector<QueryRing> rings() const;
     Sequence clone(const Sequence& s);
+    void check_saved(int layer, const SavedRow& saved) const;
     void check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect);
     void check_set(const pages::Row& row, int entry, int64_t line, int i, pages::SetTag to) const;
     bool recalls(int layer) const { return options_.recall.pages > 0 && indexed(layer); }

@@ -2,7 +2,8 @@
 
 Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages taken, nothing written), ``plan.after_check``
 (a row's plan was checked, nothing moved), ``plan.after_write`` (its new pages are
-written, the table still holds the old ones), ``far.write`` and ``far.read`` (before a page goes to the Far tier or comes back).
+written, the table still holds the old ones), ``far.write`` and ``far.read`` (before a page goes to the Far tier or comes back),
+``disk.write``, ``disk.sync``, ``disk.rename``, ``disk.remove`` (before each such call as a conversation is saved).
 """
 
 from __future__ import annotations

@@ -186,6 +186,7 @@ def test_pair_heads_divide_exactly_and_keep_floors() -> None:
         ({"budget": 160, "head_floor": 2}, "head_floor is 2"),
         ({"budget": 160, "private": "int3"}, "private is 'int3'"),
         ({"budget": 160, "layers": (160, 20)}, "layers has 20"),
+        ({"budget": 160, "kernel": 4}, "kernel is 4, expected odd"),
     ],
 )
 def test_bad_parameters(options: dict, text: str) -> None:  # type: ignore[type-arg]

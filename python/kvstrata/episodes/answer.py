@@ -42,7 +42,7 @@ class ConversationReport:
     keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
     pending: tokens that no compaction has seen; unread: tokens that were added and are not read yet; switches: questions that
     read other episodes than the one before; uncertain: of the last 50 questions, the share that no window was like; advice: a
-    refresh that would pay, and why, or None."""
+    refresh that would pay, and why, or None; file: bytes on disk, as last saved or loaded."""
 
     near: int
     far: int
@@ -67,6 +67,7 @@ class ConversationReport:
     strays: int
     zeros: int
     advice: str | None
+    file: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +86,8 @@ class ConversationReport:
             "questions": f"{self.questions:,} ({self.switches:,} switched, {self.uncertain:.0%} uncertain of late)",
             "embedder": self.embedder,
         }
+        if self.file:
+            rows["bytes on disk"] = f"{self.file:,}"
         if self.strays or self.zeros:
             rows["windows"] = f"{self.strays:,} strays, {self.zeros:,} that say nothing"
         for name, value in (rows | ({"advice": self.advice} if self.advice else {})).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvstrata.budget import Budget
 from kvstrata.episodes.answer import Answer, ConversationReport, Episode
 from kvstrata.episodes.embed import Embedder, auto
+from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
@@ -113,6 +115,7 @@ class Conversation:
         self._turned = Turned()
         self._busy = False
         self._closed = False
+        self._kept: Kept | None = None
 
     def _made(self) -> EpisodeStore:
         return EpisodeStore(self._model, self._sizes, self._prompts)
@@ -327,11 +330,12 @@ class Conversation:
             strays=len(topics.strays) if topics else 0,
             zeros=topics.zeros if topics else 0,
             advice=self._advice(),
+            file=self._kept.nbytes if self._kept else 0,
         )
 
     def _advice(self) -> str | None:
         history = self._history
-        if history.topics is None:
+        if history.topics is None or not history.whole:
             return None
         if len(history.windows) >= 2 * history.clustered:
             return "refresh: there are twice as many windows as when topics were told apart"
@@ -345,7 +349,7 @@ class Conversation:
 
     def refresh(self, what: Literal["labels", "rebuild"]) -> None:
         """ "labels": topics are told apart anew, and what is stored is compacted by their prompts; what was evicted stays gone.
-        "rebuild": then all the text is read again. ValueError for anything else, and where nothing was said."""
+        "rebuild": then all the text is read again. ValueError for anything else, and where nothing was said or kept."""
         self._check()
         if what not in ("labels", "rebuild"):
             raise ValueError(f"refresh: {what!r} is unknown, expected 'labels' or 'rebuild'")
@@ -369,6 +373,27 @@ class Conversation:
         self._queue = ids
         self._turned = replace(self._turned, route=None)
         self._read()
+
+    # --- on disk ----------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, keep_text: bool = True) -> int:
+        """:func:`kvstrata.episodes.saved.save_conversation`."""
+        from kvstrata.episodes.saved import save_conversation
+
+        return save_conversation(self, path, keep_text=keep_text)
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str],
+        model: ChatModel,
+        *,
+        embedder: Embedder | Literal["auto"] = "auto",
+        repair: bool = False,
+    ) -> Conversation:
+        """:func:`kvstrata.episodes.saved.load_conversation`."""
+        from kvstrata.episodes.saved import load_conversation
+
+        return load_conversation(path, model, embedder=embedder, repair=repair)
 
     def close(self) -> None:
         """Gives all memory back. A closed conversation refuses everything."""

@@ -69,6 +69,15 @@ class History:
     prompts: tuple[Tensor, ...] = ()
     clustered: int = 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether the text of every window is known."""
+        return all(window.text for window in self.windows)
+
+    def forgotten(self) -> History:
+        """Without turns, and without the text of the windows, which stay in their topics."""
+        return replace(self, turns=(), windows=(Window((), ""),) * len(self.windows), left=())
+
     # --- turns ------------------------------------------------------------------------------------------------------------
 
     def said(self, turns: Sequence[Turn], how: Segments) -> History:
@@ -98,6 +107,8 @@ class History:
 
     def grouped(self, how: Segments, embedder: Embedder, encode: Callable[[str], Tensor], prompt: int) -> History:
         """All windows clustered anew, with a prompt for each topic. ValueError without a turn."""
+        if not self.whole:
+            raise ValueError("conversation: its text was not kept, expected topics to stay as they are")
         whole = self.closed(how)
         if not whole.windows:
             raise ValueError("conversation: nothing was said yet, expected a turn to tell topics from")
@@ -130,7 +141,8 @@ class History:
             len(self.prompts) :
         ]
         texts = [w.text for w in self.windows]
-        prompts = (fit(texts, windows, encode, prompt, how.instruction) for windows in picked)
+        known = ([w for w in windows if texts[w]] or [len(texts) - 1] for windows in picked)  # the last one founded it
+        prompts = (fit(texts, windows, encode, prompt, how.instruction) for windows in known)
         return replace(self, prompts=(*self.prompts, *prompts))
 
     # --- questions --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ MOST = 1 << 17
 class Sizes:
     """Tokens, all of a row but for prompt. budget: that one question sees (B), the tail included; chunk: read at a time (C);
     prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
-    the most there may be. share, heads, head_floor, layers, private: of :class:`kvstrata.policy.Backbone`. far: sets that no
+    the most there may be. share, heads, head_floor, layers, private, kernel: of :class:`kvstrata.policy.Backbone`. far: sets that no
     question reads are in a Far tier; without, all are Near.
 
     budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
@@ -46,6 +46,7 @@ class Sizes:
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
+    kernel: int = 1
     far: bool = True
 
     def __post_init__(self) -> None:
@@ -67,7 +68,16 @@ class Sizes:
     @property
     def planner(self) -> Backbone:
         """Who gives tokens to sets."""
-        return Backbone(self.budget, self.recent, self.share, self.heads, self.head_floor, self.layers, self.private)
+        return Backbone(
+            self.budget,
+            self.recent,
+            self.share,
+            self.heads,
+            self.head_floor,
+            self.layers,
+            self.private,
+            self.kernel,
+        )
 
     def policy(self) -> Policy:
         """The policy of the cache."""
@@ -79,6 +89,7 @@ class Sizes:
             head_floor=self.head_floor,
             layers=self.layers,
             private=self.private,
+            kernel=self.kernel,
             guards=self.guards,
         )
 

@@ -29,7 +29,9 @@ class Backbone:
     budget: tokens of a row that one question can see (B of the paper), the tail included, the mean over the heads of a layer;
     layers: of each layer instead; recent: r, the tail; share: of what is left that goes to the backbone, 0 < share < 1; heads:
     "pair" divides a layer's tokens by what each head has of its best ones, each row gets at least head_floor of them, "uniform"
-    equally; private: "full", or the quantized format of private sets. budget, layers and recent are multiples of 16.
+    equally; private: "full", or the quantized format of private sets; kernel: stored tokens at most kernel // 2 positions away
+    lend their score (SnapKV's pooling, with which what follows a token that is attended to stays with it; 1: paper). budget,
+    layers and recent are multiples of 16.
 
     With b of a row, E episodes and its scores s_e (:class:`kvstrata.policy.patched.PatchedPrompt`): the backbone has
     pad(share * (b - r)) tokens, each set what is left of b - r; one episode has no set. Episode e wants the b - r best by s_e.
@@ -45,6 +47,7 @@ class Backbone:
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
+    kernel: int = 1
     names_sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class Backbone:
             raise ValueError(f"Backbone: heads is {self.heads!r}, expected 'pair' or 'uniform'")
         if not 0 <= self.head_floor <= 1:
             raise ValueError(f"Backbone: head_floor is {self.head_floor}, expected 0 to 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"Backbone: kernel is {self.kernel}, expected odd and >= 1")
         if self.private != "full" and self.private not in STATES:
             raise ValueError(f"Backbone: private is {self.private!r}, expected 'full' or one of {', '.join(STATES)}")
 
@@ -97,9 +102,8 @@ class Backbone:
     # --- the plan ---------------------------------------------------------------------------------------------------------
 
     def plan(self, seen: Seen) -> Plan:
-        assert seen.read is not None
         order = seen.positions.masked_fill(~seen.stored, torch.iinfo(torch.int32).max).argsort(1)
-        score = seen.read.patched()
+        score = self._pooled(seen)
         score = torch.where(score.isfinite(), score, 0.0).gather(2, order.expand(score.shape))
         free, guard = ((x & seen.stored).gather(1, order) for x in (~seen.open, seen.positions < seen.sinks))
         b = self._rows(seen, score.amax(0), free, len(score))
@@ -110,6 +114,14 @@ class Backbone:
         sets = torch.where(seen.open, PENDING, sets)
         state = self._states(seen, sets)
         return Plan(state=state, set=torch.where(sets < 0, BACKBONE, sets).to(torch.uint16))
+
+    def _pooled(self, seen: Seen) -> Tensor:
+        """Scores by episode, f32 [E, R, N], in table order."""
+        assert seen.read is not None
+        score = seen.read.patched()
+        if self.kernel == 1:
+            return score
+        return torch.stack([seen.read.pool(s, self.kernel, "max", "present") for s in score])
 
     def _rows(self, seen: Seen, pooled: Tensor, free: Tensor, episodes: int) -> Tensor:
         """b of each row, i64 [R]: exactly as many tokens as the layer has. pooled: f32 [R, N]."""

@@ -21,6 +21,7 @@ def epicache(
     head_floor: float = 0.25,
     layers: tuple[int, ...] | None = None,
     private: str = "full",
+    kernel: int = 1,
     guards: int = 16,
 ) -> Policy:
     """Keeps what the prompts of episodes attend to: a backbone for all of them, and of each a private set.
@@ -30,7 +31,7 @@ def epicache(
     Nothing is planned but in steps with spans (:meth:`kvstrata.Cache.read`), which :class:`kvstrata.Conversation` takes.
     ValueError for parameters, and where the backbone cannot hold the guards.
     """
-    planner = Backbone(budget, recent, share, heads, head_floor, layers, private)
+    planner = Backbone(budget, recent, share, heads, head_floor, layers, private, kernel)
     for layer, b in enumerate(layers or (budget,)):
         if b < (least := planner.least(guards, 2)):
             where = f" of layer {layer}" if layers else ""

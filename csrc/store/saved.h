@@ -1,0 +1,24 @@
+// A row as it is kept elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "pages/set.h"
+
+namespace kvstrata::store {
+
+// Its entries in order, and where their pages lie, one behind the other.
+struct SavedRow {
+    std::span<const int32_t> pool;
+    std::span<const uint16_t> alive;
+    std::span<const pages::SetTag> set;  // none, if rows are not tagged
+    int32_t sealed;
+    const unsigned char* payload;
+    int64_t payload_bytes;
+    const int32_t* positions;  // [entries, 16]
+    bool frozen;               // its centre, and the mean of that, if any
+    std::span<const float> mean;
+};
+
+}  // namespace kvstrata::store
