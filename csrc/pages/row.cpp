@@ -156,6 +156,13 @@ void seal(Row& row, int64_t boundary, Pools& pools) {
     }
 }
 
+void reopen(Row& row, int64_t boundary, Pools& pools) {
+    while (row.tagged && row.sealed > 0 && row.set[row.sealed - 1] == kPending &&
+           last_position(row, row.sealed - 1, pools) >= boundary) {
+        --row.sealed;
+    }
+}
+
 void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fresh, Pools& pools) {
     assert(static_cast<int>(keep.size()) == row.entries());
     const int tail = row.entries() - row.sealed, n_fresh = static_cast<int>(fresh.size()), first = row.sealed;

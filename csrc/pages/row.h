@@ -83,6 +83,10 @@ void seal(Row& row, int64_t boundary, Pools& pools);
 // row's share of pages that left is released; it takes over the references of fresh pages.
 void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fresh, Pools& pools);
 
+// Undoes seal for pending pages at the end of the sealed ones that hold a token from `boundary` on, of a tagged row: those that
+// a crop leaves as the last ones are the tail again.
+void reopen(Row& row, int64_t boundary, Pools& pools);
+
 // Drops leading whole entries whose tokens all lie before `boundary`. Returns one past the highest dropped position, or 0.
 int64_t drop_before(Row& row, int64_t boundary, Pools& pools);
 

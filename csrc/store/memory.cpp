@@ -81,7 +81,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
             place(l, kvstrata::store::state_of(f), Tier::near) = pool_for(f, layers_[l].head_dim, Tier::near);
         }
         if (!indexed(static_cast<int>(l)) || (options_.far.empty() && options_.recall.pages == 0)) continue;
-        need_quantizable(l, "summaries of pages");
+        if (!options_.sets) need_quantizable(l, "summaries of pages");
         for (State state : options_.far) {
             const int near = place(l, state, Tier::near);
             check(near >= 0, "Store: far has state ", static_cast<int>(state), ", expected 1 or one of the formats");

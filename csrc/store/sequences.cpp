@@ -137,7 +137,11 @@ std::vector<SeqId> Store::select(std::span<const SeqId> seqs, std::span<const in
 // A row and its index.
 void Store::crop_row(Sequence& s, int layer, int head, int64_t length) {
     pages::Row& row = row_of(s, layer, head);
-    if (!recalls(layer)) return pages::crop(row, length, pools_);
+    if (!recalls(layer)) {
+        pages::crop(row, length, pools_);
+        pages::reopen(row, length - options_.tail, pools_);
+        return;
+    }
     std::vector<int32_t> kept;
     pages::crop(row, length, pools_, &kept);
     Index& index = s.indices[first_row_[layer] + head];

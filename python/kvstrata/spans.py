@@ -109,7 +109,8 @@ class SpanStep:
         if self._step is not None:
             self._cache._slabs.reserve(layer, layer + 1, 0, n)  # plans of the layers before may have taken what it had
             out[:n] = self._step.attend(layer, q[:n], k[:n], v[:n], scale=scale, softcap=softcap, sinks=sinks)
-            self._store.settle(layer)
+            if self._compact and self._cache.shape.layers[layer].window is None:
+                self._store.settle(layer)
         if self._offsets[-1]:
             out[n:] = self._spans(layer, q[n:], k[n:], v[n:], *self._arithmetic(layer, scale, softcap), sinks)
         return out

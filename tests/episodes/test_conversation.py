@@ -12,7 +12,7 @@ from plain import END, PlainChat, words
 from rich.console import Console
 from topics import TOPICS, CountedWords, talk
 
-from kvstrata import Cache, testing
+from kvstrata import Cache, LayerSpec, Shape, testing
 from kvstrata.episodes import Turn
 from kvstrata.episodes.conversation import Conversation
 
@@ -247,8 +247,8 @@ def test_bad_calls_are_named() -> None:
         chat.ask(" ")
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         chat.ask("hello", max_new_tokens=0)
-    with pytest.raises(ValueError, match="tokens at once, expected at most the 128 of a chunk"):
-        chat.ask("hello", max_new_tokens=200)
+    with pytest.raises(ValueError, match="200 more that are taken back, expected at most the 128 of a chunk"):
+        chat.ask("hello", max_new_tokens=200, remember=False)
     with pytest.raises(ValueError, match="refresh: 'all' is unknown"):
         chat.refresh("all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Conversation: unknown \['bugdet'\]"):
@@ -291,3 +291,74 @@ def test_labels_are_words_of_a_topic_and_no_names() -> None:
     assert len(chat.episodes) == 4
     for episode in chat.episodes:
         assert any(set(episode.label.split(", ")) <= words for words in own), episode.label
+
+
+class Endless(PlainChat):
+    """Never stops by itself."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        logits = super().forward(*args, **options)
+        if logits is not None:
+            logits[END] = -torch.inf
+        return logits
+
+
+def test_an_answer_longer_than_a_chunk_compacts_within_it() -> None:
+    chat = made(Endless())
+    chat.add(talk(150, seed=13))
+    chat.build()
+    compactions = chat.report().compactions
+    answer = chat.ask("Of the boat?", max_new_tokens=400)
+    assert len(answer.ids) == 400 and chat.report().compactions > compactions + 2
+    assert chat.report().near <= chat.report().limit
+    assert chat.turns[-1].text == answer.text
+
+
+def test_what_is_taken_back_leaves_the_recent_tokens_recent() -> None:
+    """Sealed pages are the tail again once what came after them is gone: the next compaction leaves them."""
+    chat = made(Endless())
+    chat.add(talk(150, seed=14))
+    chat.build()
+    for question in ("Of the boat?", "Of bread?", "Of the moon?"):
+        chat.ask(question, max_new_tokens=100, remember=False)
+    length = chat.report().tokens
+    chat.refresh("labels")
+    for _, _, positions in tables(chat):
+        for row in positions:
+            assert set(range(length - 64, length)) <= set(row.tolist())
+
+
+class Windowed(PlainChat):
+    """Every second layer sees a sliding window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [LayerSpec(2, 4, 32, 96 if i % 2 else None) for i in range(4)]
+        self.shape = Shape(layers, torch.float32)
+
+
+def test_answers_are_taken_back_from_sliding_windows() -> None:
+    chat = made(Windowed())
+    chat.add(talk(150, seed=15))
+    chat.build()
+    first = chat.ask("Of the boat?", max_new_tokens=100, remember=False)
+    second = chat.ask("Of the boat?", max_new_tokens=100, remember=False)
+    assert first.ids == second.ids and chat.report().near <= chat.report().limit
+
+
+def test_one_window_is_an_episode() -> None:
+    chat = made()
+    chat.add([("Ada", "boat " * 600)])
+    chat.build()
+    assert len(chat.episodes) == 1 and chat.report().compactions > 0
+    chat.ask("Of the boat?", max_new_tokens=2)
+
+
+def test_the_last_piece_of_an_answer_is_streamed() -> None:
+    class Broken(PlainChat):
+        def text(self, ids: torch.Tensor) -> str:
+            return super().text(ids) + ("\N{REPLACEMENT CHARACTER}" if len(ids) > 2 else "")
+
+    one, two = made(Broken()), made(Broken())
+    pieces = "".join(one.stream("Of the boat?", max_new_tokens=6))
+    assert pieces == two.ask("Of the boat?", max_new_tokens=6).text

@@ -131,7 +131,7 @@ def test_a_fresh_process_goes_on_as_if_nothing_was(tmp_path: Path) -> None:
     [
         {"private": "int8", "heads": "uniform"},
         {"episodes": 1, "max_episodes": 2, "bounded": True, "dates": True},
-        {"router": Router("vote", margin=0.3), "tau": 0.5, "layers": (256, 240), "recent": 48},
+        {"router": Router("vote", margin=0.3), "tau": 0.5, "layers": (272, 240), "recent": 48},
     ],
     ids=["int8", "one", "router"],
 )

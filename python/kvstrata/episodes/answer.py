@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from torch import Tensor
 
 from kvstrata.episodes.route import Route
+
+Sampler = Callable[[Tensor], int]
+
+
+def greedy(logits: Tensor) -> int:
+    """The most likely token of logits f32 [V]."""
+    return int(logits.argmax())
 
 
 @dataclass(frozen=True)

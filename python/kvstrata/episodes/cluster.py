@@ -49,7 +49,7 @@ def cluster(vectors: Tensor, episodes: int = 4, *, seed: int = 42, n_init: int =
         labels[spoken] = _by_first(_kmeans(wide[spoken], episodes, seed, n_init))
     centroids = unit_rows(sums(wide, labels, int(labels.max()) + 1))
     own = (wide[spoken] * centroids[labels[spoken]]).sum(axis=1)
-    tau = float(np.percentile(own, STRAY_PERCENTILE)) if own.size else -1.0
+    tau = float(np.percentile(own, STRAY_PERCENTILE).clip(-1, 1)) if own.size else -1.0  # rounding may pass 1
     found = torch.from_numpy(centroids).to(torch.float32)
     return Clusters(torch.from_numpy(labels), found, tau, int((~spoken).sum()))
 

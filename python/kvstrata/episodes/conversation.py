@@ -4,65 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvstrata.budget import Budget
-from kvstrata.episodes.answer import Answer, ConversationReport, Episode
+from kvstrata.episodes.answer import Answer, ConversationReport, Episode, Sampler, greedy
 from kvstrata.episodes.embed import Embedder, auto
 from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
-from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.route import LATELY, Route, Router, Turned
 from kvstrata.episodes.segment import Turn, turns_of
 from kvstrata.episodes.store import EpisodeStore, Mark
 
 ASSISTANT, USER = "assistant", "user"
-LATELY = 50
 UNCERTAIN = 0.2
 """Of the last questions, the share that no window was like from which new topics are advised."""
 _SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
 _SEGMENTS = {f.name for f in fields(Segments)}
-Sampler = Callable[[Tensor], int]
-
-
-def greedy(logits: Tensor) -> int:
-    """The most likely token of logits f32 [V]."""
-    return int(logits.argmax())
-
-
-@dataclass(frozen=True)
-class Turned:
-    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of
-    the last 50 that were routed, whether no window was like them."""
-
-    route: Route | None = None
-    questions: int = 0
-    switches: int = 0
-    lately: tuple[bool, ...] = ()
-
-    def to(self, route: Route | None) -> Turned:
-        """After another question."""
-        if route is None:
-            return replace(self, questions=self.questions + 1)
-        other = self.route is not None and route.episodes != self.route.episodes
-        lately = (*self.lately, route.uncertain)[-LATELY:]
-        return Turned(route, self.questions + 1, self.switches + other, lately)
-
-    @property
-    def episodes(self) -> tuple[int, ...] | None:
-        """That are read; None: all."""
-        return None if self.route is None else self.route.episodes
-
-    @property
-    def uncertain(self) -> float:
-        """The share of late questions that no window was like."""
-        return sum(self.lately) / max(1, len(self.lately))
 
 
 class Conversation:
@@ -187,8 +151,9 @@ class Conversation:
         """Answers a question under the episodes that it is routed to.
 
         remember: question and answer become turns; without, they leave no trace but a compaction that made room for them.
-        sampler: the next token's id from logits f32 [V]. ValueError for a blank question, and where it and max_new_tokens are
-        more than a chunk, or than the model has positions for. An error takes back what was asked.
+        sampler: the next token's id from logits f32 [V]. ValueError for a blank question, where it and max_new_tokens are
+        more than the model has positions for, and, if they are to be taken back or the style is "transcript", than a chunk. An
+        error takes back what was asked, unless a compaction came while it was answered.
         """
         stream = self._answered(question, max_new_tokens, remember, sampler)
         while True:
@@ -209,35 +174,51 @@ class Conversation:
 
     def _answered(self, question: str, most: int, remember: bool, sampler: Sampler) -> Generator[str, None, Answer]:
         self._check()
-        began = time.perf_counter()
+        began, moved = time.perf_counter(), self._store.moved_bytes
         asked = Turn(USER, question)
-        if most < 1:
-            raise ValueError(f"ask: max_new_tokens is {most}, expected at least 1")
         ids, _ = self._model.tokens([asked], first=not self._begun, answer=True)
-        self._store.check(len(self._queue) + len(ids) + most)
+        self._check_room(len(ids), most, remember)
         self._busy = True
         try:
             self._read()
             self._store.make_room(len(ids) + most)
-            moved = self._store.moved_bytes
             mark, out, before = self._store.mark(), list[int](), self._turned
             try:
                 self._turned = before.to(self._history.route(question, *self._routing))
                 self._store.show(self._turned.episodes)
                 logits = self._store.read(ids, logits=True)
                 done = yield from self._generate(logits, out, most, sampler)
+                text = self._keep(asked, ids, out, mark, remember)
             except GeneratorExit:
                 self._keep(asked, ids, out, mark, remember)
                 raise
             except BaseException:
-                self._store.back(mark)
-                self._turned = before
-                self._store.show(before.episodes)
+                self._undo(asked, ids, out, mark, before)
                 raise
-            text, route = self._keep(asked, ids, out, mark, remember), self._turned.route
-            return Answer(text, tuple(out), route, time.perf_counter() - began, self._store.moved_bytes - moved, done)
+            seconds, moved = time.perf_counter() - began, self._store.moved_bytes - moved
+            return Answer(text, tuple(out), self._turned.route, seconds, moved, done)
         finally:
             self._busy = False
+
+    def _check_room(self, asked: int, most: int, remember: bool) -> None:
+        """ValueError where a question of so many tokens and its answer have no place."""
+        if most < 1:
+            raise ValueError(f"ask: max_new_tokens is {most}, expected at least 1")
+        if (not remember or self._model.style == "transcript") and asked + most > self._sizes.chunk:
+            what = "that are taken back" if not remember else "in style 'transcript'"
+            raise ValueError(
+                f"ask: a question of {asked} tokens and {most} more {what}, expected at most the {self._sizes.chunk} of a chunk"
+            )
+        self._store.check(len(self._queue) + asked + most)
+
+    def _undo(self, asked: Turn, ids: Tensor, out: list[int], mark: Mark, before: Turned) -> None:
+        """After an error: the question goes; where a compaction came since, which nothing takes back, what was said stays."""
+        if mark.compactions != self._store.compactions:
+            self._keep(asked, ids, out, mark, True)
+            return
+        self._store.back(mark)
+        self._turned = before
+        self._store.show(before.episodes)
 
     @property
     def _routing(self) -> tuple[Segments, Router, Embedder, Route | None]:
@@ -246,37 +227,39 @@ class Conversation:
     def _generate(
         self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler
     ) -> Generator[str, None, bool]:
-        """Appends ids to ``out``, yields text; whether the model ended it."""
+        """Appends ids to ``out``, yields text, all of it in the end; whether the model ended it."""
         said = ""
         while True:
             assert logits is not None
             token = sampler(logits)
-            if token in self._model.stop_ids:
-                return True
-            out.append(token)
-            text = self._model.text(torch.tensor(out))
-            if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            done = token in self._model.stop_ids
+            if not done:
+                out.append(token)
+            text, last = self._model.text(torch.tensor(out, dtype=torch.int64)), done or len(out) == most
+            if text.startswith(said) and (last or not text.endswith("\N{REPLACEMENT CHARACTER}")) and text != said:
                 yield text[len(said) :]
                 said = text
-            if len(out) == most:
-                return False
+            if last:
+                return done
             logits = self._store.read(torch.tensor([token]), logits=True)
 
     def _keep(self, asked: Turn, ids: Tensor, out: list[int], mark: Mark, remember: bool) -> str:
-        """Question and answer become part of the conversation, or go."""
+        """Question and answer become part of the conversation, or go. An error comes before anything has changed."""
         text = self._model.text(torch.tensor(out, dtype=torch.int64))
         if not remember:
             self._store.back(mark)
             return text
         turns = [asked, Turn(ASSISTANT, text)] if text.strip() else [asked]
+        history = self._history.said(turns, self._how)
         if self._model.style == "transcript":
-            self._store.back(mark)
             told, _ = self._model.tokens(turns, first=not self._begun, answer=False)
-            self._say(told)
+            self._store.back(mark)
         else:
-            unread = len(ids) + len(out) - (self._store.length - mark.length)
-            self._say(torch.cat([torch.tensor(out[len(out) - unread :], dtype=torch.int64), self._model.closing]))
-        self._history = self._history.said(turns, self._how)
+            read = self._store.length - mark.length
+            unread = torch.cat([ids, torch.tensor(out, dtype=torch.int64)])[read:]
+            told = torch.cat([unread, self._model.closing])
+        self._say(told)
+        self._history = history
         return text
 
     # --- looking ----------------------------------------------------------------------------------------------------------
@@ -349,20 +332,23 @@ class Conversation:
 
     def refresh(self, what: Literal["labels", "rebuild"]) -> None:
         """ "labels": topics are told apart anew, and what is stored is compacted by their prompts; what was evicted stays gone.
-        "rebuild": then all the text is read again. ValueError for anything else, and where nothing was said or kept."""
+        "rebuild": then all the text is read again; after an error the rest of it is, at :meth:`build`. ValueError for anything
+        else, and where nothing was said or kept."""
         self._check()
         if what not in ("labels", "rebuild"):
             raise ValueError(f"refresh: {what!r} is unknown, expected 'labels' or 'rebuild'")
-        before = self._history
-        try:
-            self._history = self._grouped()
-            if what == "rebuild":
-                self._rebuild()
-            elif self._store.length:
+        before, fitted = self._history, getattr(self._embedder, "fitted", None)
+        self._history = self._grouped()
+        if what == "rebuild":
+            self._rebuild()
+        elif self._store.length:
+            try:
                 self._store.compact()
-        except BaseException:
-            self._history = before
-            raise
+            except BaseException:
+                self._history = before
+                if fitted is not None:
+                    self._embedder.fitted = fitted  # type: ignore[attr-defined]
+                raise
         self._turned = replace(self._turned, route=None)
         self._store.show(None)
 

@@ -29,8 +29,8 @@ MOST = 1 << 17
 class Sizes:
     """Tokens, all of a row but for prompt. budget: that one question sees (B), the tail included; chunk: read at a time (C);
     prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
-    the most there may be. share, heads, head_floor, layers, private, kernel: of :class:`kvstrata.policy.Backbone`. far: sets that no
-    question reads are in a Far tier; without, all are Near.
+    the most there may be; far: sets that no question reads are in a Far tier, without all are Near; the others: of
+    :class:`kvstrata.policy.Backbone`.
 
     budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
     """
@@ -46,7 +46,7 @@ class Sizes:
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
-    kernel: int = 1
+    kernel: int = 17
     far: bool = True
 
     def __post_init__(self) -> None:
@@ -100,8 +100,13 @@ class Sizes:
         spec, planner = shape.layers[layer], self.planner
         b = planner.of_layer(layer)
         _, private = planner.sizes(b, self.episodes)
-        each = (b + self.chunk) // SLOTS + 1 + PART_FILLED
+        each = (
+            (max(b, self.budget) + self.chunk) // SLOTS + 1 + PART_FILLED
+        )  # B + C are whole before the first compaction
         sets = self.episodes * spec.kv_heads * private // SLOTS if self.episodes > 1 else 0
+        if self.heads == "pair":  # an uneven division rounds less off
+            most = int(spec.kv_heads * (1 - self.share) * (b - self.recent) / SLOTS + 1e-9)
+            sets = max(sets, self.episodes * most if self.episodes > 1 else 0)
         return spec.kv_heads * each, sets
 
     def row_pages(self, shape: Shape, layer: int) -> tuple[int, int]:
@@ -113,16 +118,29 @@ class Sizes:
         backbone, private = planner.sizes(b, self.episodes)
         return pages(backbone), pages(self.episodes * private)
 
+    def _check_layers(self, shape: Shape) -> None:
+        """ValueError unless ``layers`` has one for each, which sum to as many tokens as equal ones would."""
+        if self.layers is None:
+            return
+        if len(self.layers) != len(shape.layers):
+            raise ValueError(f"layers has {len(self.layers)} budgets, expected {len(shape.layers)}")
+        planned = [b for b, spec in zip(self.layers, shape.layers, strict=True) if spec.window is None]
+        if sum(planned) != self.budget * len(planned):
+            raise ValueError(
+                f"layers sum to {sum(planned)} tokens, expected {self.budget} for each of {len(planned)} with full attention"
+            )
+
     def limit_bytes(self, shape: Shape) -> int:
         """What the cache holds Near at the most, with its tables and what it works in: of private sets those that a question
         reads, those of the one layer in work, and one row that is rewritten; without a Far tier all of them."""
+        self._check_layers(shape)
         policy = self.policy()
         costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
         full, private = FULL, STATES.get(self.private, FULL)
         total, rewriting, working = 0, 0, 0
         for layer, (spec, cost) in enumerate(zip(shape.layers, costs, strict=True)):
-            if spec.window is not None:
-                total += spec.kv_heads * (pages(spec.window + 64 + self.chunk) + 2) * cost[full]
+            if spec.window is not None:  # with what an answer that is taken back needs, and a chunk
+                total += spec.kv_heads * (pages(spec.window + 2 * self.chunk) + 2) * cost[full]
                 continue
             own, sets = self.stored_pages(shape, layer)
             total += own * cost[full]
@@ -161,6 +179,8 @@ def sizes_of(
 
     if budget.unit == "tokens":
         return sized(int(budget.value))
+    if options.get("layers") is not None:
+        raise ValueError(f"layers with a budget of bytes, expected one of tokens: {budget} are not told apart by layer")
     low = _least(sized) // SLOTS
     if (least := sized(low * SLOTS).limit_bytes(shape)) > budget.value:
         raise ValueError(f"budget: {int(budget.value)} bytes, expected at least {least}")

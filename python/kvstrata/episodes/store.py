@@ -39,12 +39,17 @@ class EpisodeStore:
         self.sizes = sizes
         self._prompts = prompts
         limit = sizes.limit_bytes(model.shape)
-        self.cache = Cache(model.shape, budget=f"{limit}B", policy=sizes.policy(), far="auto" if sizes.far else None)
+        far = "auto" if sizes.far else None
+        # An answer of up to a chunk can be taken back from sliding windows, too.
+        self.cache = Cache(model.shape, f"{limit}B", sizes.policy(), far=far, hold=sizes.chunk)
         (self._seq,) = self.cache.new()
+        self._begin()
+
+    def _begin(self) -> None:
         self._planned = 0  # tokens before this one are in a set, or evicted
-        self._view: tuple[tuple[int, ...], bool] | None = None  # None: all
         self.compactions = 0
         self.episodes = 0
+        self.show(None)
 
     @property
     def length(self) -> int:
@@ -85,21 +90,19 @@ class EpisodeStore:
         return out
 
     def check(self, tokens: int) -> None:
-        """ValueError where so many more tokens, or a prompt behind them, pass the model's last position."""
-        last = self.length + max(tokens, self.sizes.prompt)
-        if last > self._model.max_positions:
+        """ValueError where so many more tokens, with the prompts of a compaction that may come behind any of them, pass the
+        model's last position."""
+        prompt = self.sizes.prompt
+        more = max(tokens + (prompt if tokens > self.room else 0), prompt)
+        if self.length + more > self._model.max_positions:
             raise ValueError(
-                f"conversation: {self.length} tokens seen and {max(tokens, self.sizes.prompt)} more, expected at most the"
+                f"conversation: {self.length} tokens seen and {more} more, expected at most the"
                 f" {self._model.max_positions} positions of the model"
             )
 
     def make_room(self, tokens: int) -> None:
-        """Compacts where so many tokens would not fit. ValueError for more than a chunk."""
-        if tokens > self.sizes.chunk:
-            raise ValueError(
-                f"conversation: {tokens} tokens at once, expected at most the {self.sizes.chunk} of a chunk"
-            )
-        if tokens > self.room:
+        """Compacts where so many tokens, or a chunk if they are more, would not fit."""
+        if min(tokens, self.sizes.chunk) > self.room:
             self.compact()
 
     def compact(self) -> None:
@@ -120,7 +123,6 @@ class EpisodeStore:
                 f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
                 f" {self.sizes.prompt}"
             )
-        self._show()
         with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
             self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
         self._planned = max(0, self.length - self.sizes.recent) // SLOTS * SLOTS
@@ -132,12 +134,10 @@ class EpisodeStore:
     def show(self, episodes: Sequence[int] | None) -> None:
         """What the next tokens see beside backbone and pending tokens: the sets of these episodes, numbered from 0, of two the
         better halves; None: all."""
-        self._view = None if episodes is None else (tuple(e + 1 for e in episodes), len(episodes) > 1)
-        self._show()
-
-    def _show(self) -> None:
-        sets, halves = self._view or ((), False)  # all of them are Near in the layer in work alone
+        view = None if episodes is None else (tuple(e + 1 for e in episodes), len(episodes) > 1)
+        sets, halves = view or ((), False)  # all of them are Near in the layer in work alone
         self.cache.view(self._seq, sets, halves=halves)
+        self._view: tuple[tuple[int, ...], bool] | None = view  # None: all
 
     @property
     def moved_bytes(self) -> int:
@@ -157,7 +157,7 @@ class EpisodeStore:
     def clear(self) -> None:
         """Forgets every token."""
         self.cache.clear([self._seq])
-        self._planned, self.compactions, self.episodes, self._view = 0, 0, 0, None
+        self._begin()
 
     def close(self) -> None:
         """Gives all memory back."""

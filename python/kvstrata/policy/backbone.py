@@ -47,7 +47,7 @@ class Backbone:
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
-    kernel: int = 1
+    kernel: int = 17
     names_sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

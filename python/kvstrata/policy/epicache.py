@@ -21,7 +21,7 @@ def epicache(
     head_floor: float = 0.25,
     layers: tuple[int, ...] | None = None,
     private: str = "full",
-    kernel: int = 1,
+    kernel: int = 17,
     guards: int = 16,
 ) -> Policy:
     """Keeps what the prompts of episodes attend to: a backbone for all of them, and of each a private set.
