@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,11 @@ from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
-from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.route import LATELY, Route, Router, Turned
 from kvstrata.episodes.segment import Turn, turns_of
 from kvstrata.episodes.store import EpisodeStore, Mark
 
 ASSISTANT, USER = "assistant", "user"
-LATELY = 50
 UNCERTAIN = 0.2
 """Of the last questions, the share that no window was like from which new topics are advised."""
 _SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
@@ -34,35 +33,6 @@ Sampler = Callable[[Tensor], int]
 def greedy(logits: Tensor) -> int:
     """The most likely token of logits f32 [V]."""
     return int(logits.argmax())
-
-
-@dataclass(frozen=True)
-class Turned:
-    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of
-    the last 50 that were routed, whether no window was like them."""
-
-    route: Route | None = None
-    questions: int = 0
-    switches: int = 0
-    lately: tuple[bool, ...] = ()
-
-    def to(self, route: Route | None) -> Turned:
-        """After another question."""
-        if route is None:
-            return replace(self, questions=self.questions + 1)
-        other = self.route is not None and route.episodes != self.route.episodes
-        lately = (*self.lately, route.uncertain)[-LATELY:]
-        return Turned(route, self.questions + 1, self.switches + other, lately)
-
-    @property
-    def episodes(self) -> tuple[int, ...] | None:
-        """That are read; None: all."""
-        return None if self.route is None else self.route.episodes
-
-    @property
-    def uncertain(self) -> float:
-        """The share of late questions that no window was like."""
-        return sum(self.lately) / max(1, len(self.lately))
 
 
 class Conversation:

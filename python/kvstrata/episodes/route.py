@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from kvstrata.episodes.vectors import F64, checked, first_of_largest, unit
 
 VOTERS = 10
 """Windows that vote."""
+LATELY = 50
+"""Questions that are looked back at."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,35 @@ class Route:
     scores: tuple[float, ...]
     margin: float
     uncertain: bool
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Where questions went. route: of the last; switches: questions that read other episodes than the one before; lately: of
+    the last 50 that were routed, whether no window was like them."""
+
+    route: Route | None = None
+    questions: int = 0
+    switches: int = 0
+    lately: tuple[bool, ...] = ()
+
+    def to(self, route: Route | None) -> Turned:
+        """After another question."""
+        if route is None:
+            return replace(self, questions=self.questions + 1)
+        other = self.route is not None and route.episodes != self.route.episodes
+        lately = (*self.lately, route.uncertain)[-LATELY:]
+        return Turned(route, self.questions + 1, self.switches + other, lately)
+
+    @property
+    def episodes(self) -> tuple[int, ...] | None:
+        """That are read; None: all."""
+        return None if self.route is None else self.route.episodes
+
+    @property
+    def uncertain(self) -> float:
+        """The share of late questions that no window was like."""
+        return sum(self.lately) / max(1, len(self.lately))
 
 
 @dataclass(frozen=True)

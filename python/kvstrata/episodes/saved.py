@@ -18,13 +18,13 @@ from torch import Tensor
 from kvstrata import stored
 from kvstrata.budget import Budget
 from kvstrata.config import BudgetExceeded, MachineError
-from kvstrata.episodes.conversation import Conversation, Turned
+from kvstrata.episodes.conversation import Conversation
 from kvstrata.episodes.embed import Embedder, Fitted
 from kvstrata.episodes.folder import FORMAT, MANIFEST, Facts, Folder, Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.model import ChatModel
 from kvstrata.episodes.pages import COLUMNS, PageFiles, Shelf
-from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.route import Route, Router, Turned
 from kvstrata.episodes.segment import Turn, Utterance, Window
 from kvstrata.episodes.tensors import TensorFile, parts
 from kvstrata.episodes.topics import Topics
