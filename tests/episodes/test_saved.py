@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from topics import CountedWords, talk
 from kvstrata.episodes import InputEmbedding, Router, Turn
 from kvstrata.episodes.conversation import Conversation
 from kvstrata.episodes.folder import LOCK, MANIFEST, Folder
+from kvstrata.episodes.pages import hashes
 from kvstrata.episodes.saved import load_conversation, save_conversation
+from kvstrata.episodes.tensors import TensorFile
 
 FRESH = """
 import json, sys
@@ -29,6 +32,7 @@ torch.set_num_threads(1)
 from keeping import answers, content, loaded
 from pathlib import Path
 from hashlib import sha256
+from io import FileIO
 chat = loaded(Path(sys.argv[1]))
 print(json.dumps([sha256(repr(content(chat)).encode()).hexdigest(), answers(chat)]))
 """
@@ -160,17 +164,40 @@ def test_a_save_a_turn_later_is_small(tmp_path: Path) -> None:
     assert content(loaded(tmp_path / "c")) == content(chat)
 
 
+def live(path: Path) -> dict[str, tuple[int, int]]:
+    """Of each file of pages, those that are of the conversation, and all."""
+    folder, manifest = Folder(path), json.loads((path / MANIFEST).read_text())
+    (index,) = path.glob("index-*")
+    with FileIO(str(index)) as file:
+        table = TensorFile(file).tensor("entries", None, 5)
+    held = {tuple(row) for row in table[:, :3].tolist()}
+    return {
+        name: (sum(row[0] == i for row in held), len(list(hashes(folder, name))))
+        for i, name in enumerate(manifest["pages"])
+    }
+
+
 def test_files_more_than_half_dead_are_rewritten(tmp_path: Path) -> None:
-    """After many saves and compactions the folder holds at most twice the pages that are in use, in few files."""
-    chat = made(2)
+    """Dead pages stay in a file until they are more than the others."""
+    chat, found = made(2), []
     for part in range(14):
         chat.add(talk(12, seed=part))
         chat.build()
         chat.save(tmp_path / "c")
-        size = chat._store.cache._store.pool(0)["page_bytes"] + 64 + 32
-        files = list((tmp_path / "c").glob("pages-*"))
-        assert sum(f.stat().st_size for f in files) <= 2 * entries(chat) * size + 4096 * len(files)
+        found += live(tmp_path / "c").values()
+        assert {name for name, _ in live(tmp_path / "c").items()} == {f.name for f in (tmp_path / "c").glob("pages-*")}
+    assert all(2 * used >= total for used, total in found) and any(used < total for used, total in found)
     assert chat.report().compactions > 3
+    assert content(loaded(tmp_path / "c", 2)) == content(chat)
+
+
+def test_pages_that_are_gone_are_written_again(tmp_path: Path) -> None:
+    chat = full(100, 2)
+    chat.save(tmp_path / "c")
+    for name, text in (("pages-1-0", None), ("pages-1-2", b"")):
+        (file,) = (tmp_path / "c").glob(f"{name}.*")
+        file.unlink() if text is None else file.write_bytes(text)
+    chat.save(tmp_path / "c")
     assert content(loaded(tmp_path / "c", 2)) == content(chat)
 
 
