@@ -103,11 +103,17 @@ def test_sets_are_disjoint_sized_and_halved() -> None:
 class Patched:
     """A reader that knows the scores."""
 
-    def __init__(self, score: torch.Tensor) -> None:
-        self.score = score
+    def __init__(self, score: torch.Tensor, positions: torch.Tensor) -> None:
+        self.score, self.positions = score, positions
 
     def patched(self) -> torch.Tensor:
         return self.score
+
+    def pool(self, score: torch.Tensor, kernel: int, kind: str, divide: str) -> torch.Tensor:
+        """The largest of stored tokens at most kernel // 2 positions away."""
+        assert (kind, divide) == ("max", "present") and self.positions is not None
+        near = (self.positions[:, :, None] - self.positions[:, None]).abs() <= kernel // 2
+        return torch.where(near, score[:, None], 0.0).amax(2)
 
 
 def seen_of(score: torch.Tensor, tail: int = 20, sinks: int = 16) -> Seen:
@@ -120,7 +126,7 @@ def seen_of(score: torch.Tensor, tail: int = 20, sinks: int = 16) -> Seen:
     wide = torch.arange(n).expand(rows, n)
     return Seen(
         0, positions.int(), torch.full((rows,), n), wide >= n - tail, torch.full((rows, n), FULL, dtype=torch.uint8), sinks,
-        read=Patched(score),  # type: ignore[arg-type]
+        read=Patched(score, positions),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -128,7 +134,7 @@ def test_a_plan_has_columns_of_the_table() -> None:
     """Scores go with their tokens, the tail stays pending, sinks are of the backbone, the rest is evicted."""
     score = torch.rand(3, 2, 400, generator=torch.Generator().manual_seed(1))
     seen = seen_of(score)
-    planner = Backbone(192, 64, heads="uniform")
+    planner = Backbone(192, 64, heads="uniform", kernel=1)
     plan = planner.plan(seen)
     assert plan.state is not None and plan.set is not None and plan.set.dtype == torch.uint16
     sets = plan.set.int()
@@ -155,13 +161,29 @@ def test_private_sets_take_their_format_and_bits_only_fall() -> None:
     seen = seen_of(score)
     was = seen.state.clone()
     was[0, :100] = INT8
-    plan = Backbone(192, 64, private="int8").plan(replace(seen, state=was))
+    plan = Backbone(192, 64, private="int8", kernel=1).plan(replace(seen, state=was))
     assert plan.state is not None and plan.set is not None
     sets = plan.set.int()
     private = (sets > 0) & (sets != PENDING)
     assert (plan.state[private] == INT8).all() and private.any()
     common = (sets == 0) & (plan.state != EVICTED)
     assert torch.equal(plan.state[common], was[common]) and (was[common] == INT8).any()
+
+
+def test_neighbours_lend_their_scores() -> None:
+    """What lies at most 8 positions from a token that is attended to stays with it."""
+    score = torch.zeros(1, 1, 400)
+    seen = seen_of(score)
+    at = [40, 120, 200, 280]
+    score[0, 0] = torch.isin(seen.positions[0], torch.tensor(at)).float()
+    for kernel, around in ((1, 0), (17, 8)):
+        plan = Backbone(160, 64, kernel=kernel).plan(seen)
+        assert plan.state is not None
+        kept = set(seen.positions[0][plan.state[0] != EVICTED].tolist())
+        assert all(set(range(p - around, p + around + 1)) <= kept for p in at)
+    assert not set(range(272, 289)) <= set(
+        seen.positions[0][Backbone(160, 64, kernel=1).plan(seen).state[0] != EVICTED].tolist()
+    )  # type: ignore[index]
 
 
 def test_pair_heads_divide_exactly_and_keep_floors() -> None:

@@ -9,6 +9,7 @@ from kvstrata.episodes.model import Attending, ChatModel
 from kvstrata.episodes.picture import picture
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.saved import load_conversation, save_conversation
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, segment, turns_of, utterances
 from kvstrata.episodes.sensitivity import sensitivity
 from kvstrata.episodes.topics import Placed, Topics
@@ -37,8 +38,10 @@ __all__ = [
     "cluster",
     "fit",
     "line",
+    "load_conversation",
     "picture",
     "represent",
+    "save_conversation",
     "segment",
     "sensitivity",
     "turns_of",

@@ -79,7 +79,7 @@ class Conversation:
         self._turned = Turned()
         self._busy = False
         self._closed = False
-        self._kept: Kept | None = None
+        self._kept = Kept()
 
     def _made(self) -> EpisodeStore:
         return EpisodeStore(self._model, self._sizes, self._prompts)
@@ -313,7 +313,7 @@ class Conversation:
             strays=len(topics.strays) if topics else 0,
             zeros=topics.zeros if topics else 0,
             advice=self._advice(),
-            file=self._kept.nbytes if self._kept else 0,
+            file=self._kept.nbytes,
         )
 
     def _advice(self) -> str | None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from kvstrata.testing import fault_point
 FORMAT = 1
 MANIFEST, WRITTEN, LOCK = "MANIFEST.json", "MANIFEST.tmp", "LOCK"
 NAME = re.compile(r"(?:turns|index|pages)-(\d+)(?:-\w+)?\.(?:jsonl|safetensors)", re.ASCII)
+REMEMBERED = 64
+"""Manifests by which a conversation knows a folder as its own."""
 PART = 1 << 20
 """Bytes read at a time."""
 
@@ -28,13 +30,16 @@ Facts = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kept:
-    """Where a conversation was saved or loaded last. manifests: sha256 of those that are its own there; nbytes: of all files;
-    pages: whether those files were found whole."""
+    """What a conversation was saved as, or loaded from. manifests: their sha256, the last ones; nbytes: of all files, at last;
+    damaged: the manifest whose pages were not whole."""
 
-    path: str
-    manifests: tuple[str, ...]
-    nbytes: int
-    pages: bool = True
+    manifests: tuple[str, ...] = ()
+    nbytes: int = 0
+    damaged: str = ""
+
+    def to(self, manifest: str) -> Kept:
+        """With another one, that may be there from now on."""
+        return replace(self, manifests=(*self.manifests, manifest)[-REMEMBERED:])
 
 
 class Folder:

@@ -51,7 +51,7 @@ def save_conversation(chat: Conversation, path: str | os.PathLike[str], *, keep_
     fitted = _fitted(chat)
     folder = Folder(path)
     with folder.writing():
-        own, known = _before(chat, folder)
+        known = _before(folder, chat._kept)
         generation = folder.generation()
         with folder.new() as facts:
             there = {name: file["bytes"] for name, file in known.items()}
@@ -64,29 +64,25 @@ def save_conversation(chat: Conversation, path: str | os.PathLike[str], *, keep_
             named = {name: known[name] for name in pages.files if name in known} | facts
             content = _described(chat, history) | {"generation": generation, "files": named}
             digest = folder.prepare(content | {"pages": pages.files, "kinds": pages.kinds})
-        kept = Kept(str(folder.path.resolve()), (digest,), sum(file["bytes"] for file in named.values()))
-        chat._kept = replace(
-            kept, manifests=(*own, digest), pages=bool(known)
-        )  # where the switch fails, one of them is there
+        chat._kept = chat._kept.to(digest)  # where the switch fails, either is there
         folder.switch()
-        chat._kept = kept
+        chat._kept = replace(chat._kept, nbytes=sum(file["bytes"] for file in named.values()))
         folder.clean(named)
         return sum(int(file["bytes"]) for file in facts.values())
 
 
-def _before(chat: Conversation, folder: Folder) -> tuple[tuple[str, ...], Facts]:
-    """sha256 of the manifest that is there, and its files of pages. RuntimeError where it is not this conversation's."""
-    before, kept = folder.manifest(), chat._kept
+def _before(folder: Folder, kept: Kept) -> Facts:
+    """The files of pages that are there. RuntimeError where they are another conversation's."""
+    before = folder.manifest()
     if before is None:
-        return (), {}
-    own = kept.manifests if kept is not None and kept.path == str(folder.path.resolve()) else ()
-    if before["sha256"] not in own:
+        return {}
+    if before["sha256"] not in kept.manifests:
+        own = kept.manifests[-1] if kept.manifests else "none"
         raise RuntimeError(
-            f"{folder.path / MANIFEST}: its sha256 is {before['sha256']}, expected {own[-1] if own else 'none'}: another"
-            " conversation was saved there, or this one was loaded, and saved, elsewhere"
+            f"{folder.path / MANIFEST}: its sha256 is {before['sha256']}, expected {own}: another conversation was saved"
+            " there, or this one by another process"
         )
-    assert kept is not None
-    return (before["sha256"],), {name: before["files"][name] for name in before["pages"]} if kept.pages else {}
+    return {} if before["sha256"] == kept.damaged else {name: before["files"][name] for name in before["pages"]}
 
 
 def _forgetting(chat: Conversation) -> History:
@@ -200,7 +196,7 @@ def load_conversation(
         for field, value in _fingerprints(model).items():
             _same(field, manifest.get(field), value)
         saved = Saved(folder, manifest, stack)
-        turns, whole = saved.turns(), True
+        turns, kept = saved.turns(), Kept((manifest["sha256"],), saved.nbytes)
         chat = saved.empty(model, embedder)
         try:
             saved.resume(chat, turns)
@@ -208,10 +204,9 @@ def load_conversation(
             chat.close()
             if not repair or turns is None or not isinstance(damage, RuntimeError) or isinstance(damage, MachineError):
                 raise
-            chat, whole = saved.empty(model, embedder), False
+            chat, kept = saved.empty(model, embedder), replace(kept, damaged=manifest["sha256"])
             _reread(chat, turns)
-        nbytes = sum(file["bytes"] for file in manifest["files"].values())
-        chat._kept = Kept(str(folder.path.resolve()), (manifest["sha256"],), nbytes, whole)
+        chat._kept = kept
         return chat
 
 
@@ -237,6 +232,11 @@ class Saved:
         self._folder = folder
         self._manifest = manifest
         self._stack = stack
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(int(file["bytes"]) for file in self._manifest["files"].values())
 
     def turns(self) -> list[Turn] | None:
         """None where they were not kept."""
