@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from talk import CHATML, tokenizer
+from talk import CHATML, MARKS, tokenizer
 from topics import TOPICS, CountedWords
 from topics import talk as said_of_topics
 
@@ -63,11 +63,13 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = tokenizer(CHATML)
     shape: dict[str, Any] = {"vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 32, "head_dim": 32}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
-    with torch.random.fork_rng(devices=[]):
+    shape |= {"bos_token_id": None, "eos_token_id": None}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
-        transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**shape, max_position_embeddings=1 << 16)
-        ).save_pretrained(folder)
+        config = transformers.LlamaConfig(**shape, max_position_embeddings=1 << 16)
+        model = transformers.LlamaForCausalLM(config)
+        model.lm_head.weight[tokens.convert_tokens_to_ids(list(MARKS))] = 0  # no mark is ever the likeliest
+        model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
 
@@ -83,7 +85,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def questions(count: int) -> str:
     r = random.Random(5)
-    asked = [f"Tell me of the {' and the '.join(r.sample(TOPICS[t].split(), 3))}." for t in list(TOPICS)[:4] * count]
+    asked = [f"{' '.join(r.sample(TOPICS[topic].split(), 3))}?" for topic in list(TOPICS)[:4] * count]
     return "\n".join(asked[:count]) + "\n"
 
 
@@ -133,6 +135,23 @@ def test_another_budget_reads_all_again(chat: Chat, talker: Path, history: Path)
     assert done.stdout.count("tokens again, which may take long.") == 2
     said = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=lines).stdout)
     assert len(said["answers"]) == 4 and said["report"]["budget"] == 384 and said["report"]["turns"] == 48
+
+
+def test_a_saved_talk_goes_on(chat: Chat, talker: Path, history: Path, tmp_path: Path) -> None:
+    """Answers are those of one that was never saved."""
+    first, second = questions(2).splitlines(keepends=True)
+    whole = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=first + second).stdout)
+    folder = tmp_path / "ada.kv"
+    done = chat(talker, *SMALL, "--history", history, lines=f"{first}/save {folder}\n")
+    assert done.returncode == 0 and f"Saved in {folder}" in done.stdout, done.stderr
+    loaded = ("--load", folder, *SMALL[4:])
+    done = chat(talker, *loaded, "--json", lines=f"{second}/save\n")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answers"][0]["text"] == whole["answers"][1]["text"]
+    assert json.loads(done.stdout)["report"]["turns"] == whole["report"]["turns"]
+    assert "/save: nothing given" in chat(talker, *SMALL, lines="/save\n").stderr
+    done = chat(talker, "--load", tmp_path / "none", *SMALL[4:])
+    assert done.returncode == 1 and str(tmp_path / "none") in done.stderr
 
 
 def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: Path) -> None:
