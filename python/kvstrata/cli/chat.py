@@ -120,20 +120,30 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return talk.run(args.model)
 
 
+def bundled(folder: Path = MODEL) -> tuple[Any, Any]:
+    """(model, tokenizer) of the trained model of a checkout, with a chat template: what is said is a line, and a line that
+    ends with "?" or ":" is a question, answered behind it. ValueError where it is not there."""
+    from kvstrata.hf.load import load
+
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"model: {BUNDLED!r} is {folder} of a checkout, which is not here; run it from the root of one"
+        )
+    model, tokenizer = load(str(folder))
+    assert tokenizer is not None
+    tokenizer.chat_template = LINES
+    model.generation_config.eos_token_id = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+    return model, tokenizer
+
+
 def _loaded(name: str, out: Output) -> tuple[Any, Any, bool]:
     """(model, tokenizer, whether it has a chat template)."""
     from kvstrata.cli.text import ByteTokenizer
     from kvstrata.hf.load import load
 
-    bundled = name == BUNDLED or Path(name).resolve() == MODEL.resolve()
-    if bundled and not (MODEL / "model.safetensors").is_file():
-        raise ValueError(f"model: {name!r} is {MODEL} of a checkout, which is not here; run it from the root of one")
     with out.busy(f"loading {name}"):
-        model, tokenizer = load(str(MODEL) if bundled else name)
-    if bundled:
-        assert tokenizer is not None
-        tokenizer.chat_template = LINES
-        model.generation_config.eos_token_id = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+        own = name == BUNDLED or Path(name).resolve() == MODEL.resolve()
+        model, tokenizer = bundled() if own else load(name)
     tokenizer = tokenizer or ByteTokenizer()
     return model, tokenizer, getattr(tokenizer, "chat_template", None) is not None
 
