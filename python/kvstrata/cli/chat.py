@@ -72,7 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--budget", metavar="B", type=conversation_budget, help='"2GiB" or "4096tok"; default: ' + BUDGET
     )
-    start.add_argument("--load", metavar="DIR", help="go on with what /save wrote")
+    start.add_argument("--load", metavar="DIR", help="go on with what /save wrote, under its settings")
     parser.add_argument("--system", metavar="TEXT", type=spoken, help="what stands before all that is said")
     parser.add_argument(
         "--style",
@@ -107,10 +107,33 @@ def run(args: argparse.Namespace, out: Output) -> int:
     watched: Any = Watched(chat_model(model, tokenizer, style=style, system=args.system))
     embedder = _embedder(args.embedder, watched, out)
     make = _maker(args, watched, embedder)
-    talk = Talk(make(args.budget or BUDGET), watched, make, out, args.max_new_tokens)
+    if args.load:
+        from kvstrata.episodes import Conversation
+
+        with out.busy(f"loading {args.load}"):
+            chat = Conversation.load(args.load, watched, embedder=embedder)
+    else:
+        chat = make(args.budget or BUDGET)
+    talk = Talk(chat, watched, make, out, args.max_new_tokens, args.load or "")
     talk.chat.add(args.history)
     _greet(args.model, style, talk.chat, out)
     return talk.run(args.model)
+
+
+def bundled(folder: Path = MODEL) -> tuple[Any, Any]:
+    """(model, tokenizer) of the trained model of a checkout, with a chat template: what is said is a line, and a line that
+    ends with "?" or ":" is a question, answered behind it. ValueError where it is not there."""
+    from kvstrata.hf.load import load
+
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"model: {BUNDLED!r} is {folder} of a checkout, which is not here; run it from the root of one"
+        )
+    model, tokenizer = load(str(folder))
+    assert tokenizer is not None
+    tokenizer.chat_template = LINES
+    model.generation_config.eos_token_id = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+    return model, tokenizer
 
 
 def _loaded(name: str, out: Output) -> tuple[Any, Any, bool]:
@@ -118,15 +141,9 @@ def _loaded(name: str, out: Output) -> tuple[Any, Any, bool]:
     from kvstrata.cli.text import ByteTokenizer
     from kvstrata.hf.load import load
 
-    bundled = name == BUNDLED or Path(name).resolve() == MODEL.resolve()
-    if bundled and not (MODEL / "model.safetensors").is_file():
-        raise ValueError(f"model: {name!r} is {MODEL} of a checkout, which is not here; run it from the root of one")
     with out.busy(f"loading {name}"):
-        model, tokenizer = load(str(MODEL) if bundled else name)
-    if bundled:
-        assert tokenizer is not None
-        tokenizer.chat_template = LINES
-        model.generation_config.eos_token_id = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+        own = name == BUNDLED or Path(name).resolve() == MODEL.resolve()
+        model, tokenizer = bundled() if own else load(name)
     tokenizer = tokenizer or ByteTokenizer()
     return model, tokenizer, getattr(tokenizer, "chat_template", None) is not None
 
@@ -154,8 +171,8 @@ def _maker(args: argparse.Namespace, model: Any, embedder: Embedder) -> Callable
 def _greet(name: str, style: str, chat: Conversation, out: Output) -> None:
     report = chat.report()
     out.line(
-        f"{name}, style {style}, topics by {report.embedder}. A question sees {report.budget:,} tokens, all is kept up to"
-        f" {report.budget + report.chunk:,}; at most {bytes_text(report.limit)}."
+        f"{name}, style {style}, topics by {report.embedder}. All is kept up to {report.budget + report.chunk:,} tokens;"
+        f" beyond, a question sees {report.budget:,}. The cache takes at most {bytes_text(report.limit)}."
     )
     if report.turns:
         out.line(f"{report.turns:,} turns were said before, {report.unread:,} tokens to read.")

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from kvstrata.cli.output import Output
+from kvstrata.cli.output import Output, bytes_text
 from kvstrata.episodes import Answer, Attending, Conversation, picture
 
 PATIENCE = 2.0
@@ -61,14 +62,22 @@ def stoppable() -> Iterator[Stopped]:
 class Talk:
     """A conversation at a terminal, or over lines of another input.
 
-    make: a new conversation under another budget; most: tokens of an answer, None: 256, at most half a chunk.
+    make: a new conversation under another budget; most: tokens of an answer, None: 256, at most half a chunk; folder: that
+    it was loaded from.
     """
 
     def __init__(
-        self, chat: Conversation, model: Watched, make: Callable[[str], Conversation], out: Output, most: int | None
+        self,
+        chat: Conversation,
+        model: Watched,
+        make: Callable[[str], Conversation],
+        out: Output,
+        most: int | None = None,
+        folder: str = "",
     ) -> None:
         self.chat, self._model, self._make, self._out, self._most = chat, model, make, out, most
         self._read_last: tuple[int, ...] | None = None  # episodes of the last question
+        self._folder = folder
         self._said: list[dict[str, Any]] = []
         self._failed = False
 
@@ -177,7 +186,7 @@ class Talk:
             self._out.line(f"No episodes yet: all is seen, up to {kept:,} tokens; there are {report.tokens:,}.")
             return
         if file:
-            picture(self.chat, file)
+            picture(self.chat, Path(file).expanduser())
             self._out.line(f"Picture: {file}")
             return
         read = self._read_last or ()
@@ -188,7 +197,13 @@ class Talk:
         self._out.table("Episodes", [">episode", "about", ">windows", ">slots", "read last"], rows)
 
     def _save(self, folder: str) -> None:
-        raise NotImplementedError
+        self._folder = folder or self._folder
+        if not self._folder:
+            raise ValueError("/save: nothing given, expected a folder")
+        written = self.chat.save(Path(self._folder).expanduser())
+        self._out.line(
+            f"Saved in {self._folder}, {bytes_text(written)} of new files; --load {self._folder} goes on with it."
+        )
 
     def _budget(self, text: str) -> None:
         if not text:
@@ -240,7 +255,7 @@ Command = Callable[[Talk, str], None]
 COMMANDS: dict[str, tuple[str, str, Command]] = {
     "/report": ("", "what is held: bytes, limit, episodes", Talk._report),
     "/episodes": ("[FILE.png]", "the topics; or a picture of them over time", Talk._episodes),
-    "/save": ("DIR", "writes the conversation to a folder, for --load", Talk._save),
+    "/save": ("[DIR]", "writes the conversation to a folder, the last one if none is given, for --load", Talk._save),
     "/budget": ("NEW", "reads all again under another budget", Talk._budget),
     "/refresh": ("[rebuild]", "tells topics apart anew; rebuild: and reads all again", Talk._refresh),
     "/help": ("", "this", Talk._help),
