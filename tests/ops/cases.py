@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +14,10 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 SLOTS = 16
+KEPT = 8
+"""Cases of a maker that are kept for other levels."""
+P, T = ParamSpec("P"), TypeVar("T")
+
 POISON = 0xFF  # every byte of it: NaN in f32, bf16 and f16, and in the scales of quantized pages
 
 
@@ -129,6 +136,25 @@ def write_page(pool: ops.Pool, slab: int, index: int, k: Tensor, v: Tensor) -> N
     write_pages(pool, slab, torch.tensor([index]), k.unsqueeze(0), v.unsqueeze(0), torch.tensor([0xFFFF]))
 
 
+def made_once(make: Callable[P, T]) -> Callable[P, T]:
+    """A maker of cases that keeps its last ones: the levels of a case follow each other (conftest.py), each gets a copy."""
+    made: dict[str, T] = {}
+
+    @wraps(make)
+    def copied(*args: P.args, **settings: P.kwargs) -> T:
+        if any(isinstance(value, Tensor) for value in (*args, *settings.values())):
+            return make(*args, **settings)
+        key = repr((args, settings))
+        if key not in made:
+            if len(made) == KEPT:
+                del made[next(iter(made))]
+            made[key] = make(*args, **settings)
+        return deepcopy(made[key])
+
+    return copied
+
+
+@made_once
 def make_case(
     lengths: list[int],
     *,

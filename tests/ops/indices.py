@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cases import made_once
 from tolerances import LSE, VOTE_TIE, assert_close
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class Index:
         return Index(self.q[one], self.blocks[one], self.visible[one], self.k[one], self.kind)
 
 
+@made_once
 def make_index(
     entries: int,
     *,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import SLOTS, poisoned_pools, slot_masks, write_pages, write_quantized
+from cases import SLOTS, made_once, poisoned_pools, slot_masks, write_pages, write_quantized
 from torch import Tensor
 
 from kvstrata import ops, reference
@@ -73,6 +73,7 @@ class Window:
         return self.slots & (self.positions < oldest[:, None, None]) & (self.positions >= skip)
 
 
+@made_once
 def make_window(
     lengths: list[int],
     *,

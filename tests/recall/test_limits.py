@@ -55,7 +55,7 @@ def test_the_limit_holds_at_every_call() -> None:
     pair = fed(small(chunk=256), SHAPE, budget=f"{LIMIT >> 10}KiB")
     watched, refused = Watched(pair), 0
     seqs = pair.new(2)
-    for i in range(70):
+    for i in range(50):
         try:
             pair.feed(seqs, [[1, 1], [700, 1], [1, 90], [17, 16]][i % 4])
         except BudgetExceeded as error:
@@ -65,7 +65,7 @@ def test_the_limit_holds_at_every_call() -> None:
     assert watched.calls > 1000
     assert 0.9 * LIMIT < watched.most <= LIMIT, "the limit is reached, and holds"
     assert refused > 0
-    assert pair.cache.report().far_tokens > 50_000
+    assert pair.cache.report().far_tokens > 40_000
     pair.check_contents()
 
 

@@ -67,8 +67,11 @@ def reading(selector: TopPages, pages: int, **settings: Any) -> Policy:
     return replace(policy, selector=selector.reading(policy.sinks + 16 + 15 + 16 * pages))
 
 
-@pytest.mark.parametrize("per", ["cache", "sequence"])
-@pytest.mark.parametrize("far", ["auto", None])
+@pytest.mark.parametrize(
+    ("per", "far", "threads"),
+    [("cache", "auto", 1), ("sequence", "auto", 3), ("cache", None, 3), ("sequence", None, 1)],  # each pair of values
+    indirect=["threads"],
+)
 @pytest.mark.parametrize(
     ("heads", "group", "dim", "layers", "pages", "selector"),
     [
@@ -117,11 +120,11 @@ def test_what_calls_work_in_is_known(threads: int, selector: TopPages) -> None:
     for pages, batch in ((1, 1), (12, 4), (33, 2)):
         pair = fed(reading(selector, pages), shape)
         seqs, store = pair.new(batch), pair.cache._store
-        for n in (1, 1, 900, *[1] * 20, 2, 1):
+        for n in (1, 1, 600, *[1] * 17, 2, 1):
             pair.feed(seqs, [n] * batch)
             known = books(pair.cache.policy, shape, 1 << 24, batch)
             held = sum(store.pool(p)["total"] for p in range(store.n_pools))
-            asked = 8 * 900 if pair.cache.logical_length(seqs[0]) > 2 else 0
+            asked = 8 * 600 if pair.cache.logical_length(seqs[0]) > 2 else 0
             assert store.workspace_bytes <= known.work + held * known.work_page + asked
             slabs = len(pair.cache._slabs._tensors)
             assert store.metadata_bytes <= known.fixed + held * known.page + slabs * known.slab
