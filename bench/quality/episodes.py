@@ -59,6 +59,7 @@ class Way:
 WAYS = {
     "epicache": Way("backbone and private sets"),
     "true question": Way("the true question is the prompt", 1, "question"),
+    "question for all": Way("so, of every episode", 4, "question"),
     "one episode": Way("one prompt of all windows", 1),
     "random routing": Way("an episode by lot", routing="random"),
     "uniform heads": Way("every head as many tokens", sizes=(("heads", "uniform"),)),
@@ -124,7 +125,9 @@ def way_answer(bench: Bench, name: str, tokens: Tokens, seed: int) -> Found:
     question = tokens.example.questions[0]
     history = History().said(turns_of(tokens.example.context), how)
     history = history.grouped(how, bench.embedder, bench.chat.plain, bench.prompt)
-    prompts = [torch.tensor(tokens.questions[0])] if way.prompt == "question" else list(history.prompts)
+    prompts = list(history.prompts)
+    if way.prompt == "question":
+        prompts = [torch.tensor(tokens.questions[0])] * way.episodes
     options = {"recent": bench.recent, "episodes": max(2, way.episodes)} | dict(way.sizes)
     sizes = sizes_of(
         Budget.bytes(bench.budget(tokens)), bench.chat.shape, chunk=bench.chunk, prompt=bench.prompt, **options
