@@ -157,7 +157,7 @@ def test_a_saved_talk_goes_on(chat: Chat, talker: Path, history: Path, tmp_path:
 
 def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: Path) -> None:
     lines = f"/nope\n/budget\n/budget 25%\n/budget 16tok\n/refresh all\n{'x' * 300}\nHello there.\n"
-    done = chat(talker, *SMALL, lines=lines)
+    done = chat(talker, *SMALL, "--style", "transcript", lines=lines)
     assert done.returncode == 1
     said = done.stderr.splitlines()
     for line in (
@@ -165,6 +165,7 @@ def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: P
         "/budget: nothing given",
         "a conversation takes bytes or tokens",
         "refresh: 'all' is unknown",
+        "in style 'transcript', expected at most the 128 of a chunk",
     ):
         assert any(line in told for told in said), line
     assert len([told for told in said if told.startswith("kvstrata: ")]) == 6
