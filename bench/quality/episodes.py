@@ -86,6 +86,7 @@ class Bench:
     chunk: int
     recent: int
     prompt: int
+    representatives: int
 
     def budget(self, tokens: Tokens) -> int:
         """Bytes that a contender may hold."""
@@ -121,7 +122,7 @@ def found(bench: Bench, answer: list[int], tokens: Tokens, report: Report, far: 
 def way_answer(bench: Bench, name: str, tokens: Tokens, seed: int) -> Found:
     """Episodes over a store of the same bytes."""
     way = WAYS[name]
-    how = Segments(episodes=way.episodes)
+    how = Segments(episodes=way.episodes, representatives=bench.representatives)
     question = tokens.example.questions[0]
     history = History().said(turns_of(tokens.example.context), how)
     history = history.grouped(how, bench.embedder, bench.chat.plain, bench.prompt)
@@ -178,7 +179,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.2, help="of the dense bytes")
     parser.add_argument("--chunk", type=positive, default=64)
     parser.add_argument("--recent", type=positive, default=32)
-    parser.add_argument("--prompt", type=positive, default=64, help="tokens of a patched prompt")
+    parser.add_argument("--prompt", type=positive, default=256, help="tokens of a patched prompt")
+    parser.add_argument("--representatives", type=positive, default=8, help="windows of a prompt")
     parser.add_argument("--embedder", choices=("minilm", "input", "hashed"), default="minilm")
     parser.add_argument("--contenders", default=",".join([*POLICIES, *WAYS]), metavar="C,..")
     parser.add_argument("--out", type=Path, metavar="STEM", help="writes STEM.md and STEM.json")
@@ -193,7 +195,16 @@ def main() -> int:
     model, tokenizer = load(args.model, "auto")
     subject, world = prepared(model, tokenizer)
     chat = chat_model(model, tokenizer, style="transcript")
-    bench = Bench(chat, subject, embedder_of(args.embedder, chat), args.share, args.chunk, args.recent, args.prompt)
+    bench = Bench(
+        chat,
+        subject,
+        embedder_of(args.embedder, chat),
+        args.share,
+        args.chunk,
+        args.recent,
+        args.prompt,
+        args.representatives,
+    )
     rows = measured(bench, names, args, world, out)
     body = []
     for name in names:

@@ -20,6 +20,7 @@ from talk import CHATML, MARKS, tokenizer
 from topics import TOPICS, CountedWords
 from topics import talk as said_of_topics
 
+from kvstrata import Conversation
 from kvstrata.cli import chat as command
 from kvstrata.cli import main
 from kvstrata.cli.output import Output
@@ -156,7 +157,7 @@ def test_a_saved_talk_goes_on(chat: Chat, talker: Path, history: Path, tmp_path:
 
 def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: Path) -> None:
     lines = f"/nope\n/budget\n/budget 25%\n/budget 16tok\n/refresh all\n{'x' * 300}\nHello there.\n"
-    done = chat(talker, *SMALL, lines=lines)
+    done = chat(talker, *SMALL, "--style", "transcript", lines=lines)
     assert done.returncode == 1
     said = done.stderr.splitlines()
     for line in (
@@ -164,6 +165,7 @@ def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: P
         "/budget: nothing given",
         "a conversation takes bytes or tokens",
         "refresh: 'all' is unknown",
+        "in style 'transcript', expected at most the 128 of a chunk",
     ):
         assert any(line in told for told in said), line
     assert len([told for told in said if told.startswith("kvstrata: ")]) == 6
@@ -281,6 +283,27 @@ def test_an_interrupt_stops_reading_which_goes_on_later(
     )
     assert whole["report"]["tokens"] == said["report"]["tokens"]
     assert whole["answers"][0]["text"] == said["answers"][0]["text"]
+
+
+def test_an_interrupt_in_the_last_pass_of_reading_asks_nothing(
+    chat: Chat, talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What closed the first answer is one pass: the second question is stopped, the third goes on."""
+    feeds = 0
+    build = Conversation.build
+
+    def interrupted(self: Conversation) -> None:
+        nonlocal feeds
+        feeds += 1
+        build(self)
+        if feeds == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Conversation, "build", interrupted)
+    done = chat(talker, *SMALL, "--json", lines="One.\nTwo.\nThree.\n")
+    assert done.returncode == 1 and "stopped" in done.stderr
+    said = json.loads(done.stdout)
+    assert [a["question"] for a in said["answers"]] == ["One.", "Three."] and said["report"]["turns"] == 4
 
 
 def test_a_terminal_asks_until_it_ends(chat: Chat, talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,7 +208,9 @@ def in_pieces(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     store, slabs = cache._store, cache._slabs
 
     def reserve_plan(layer: int, seq: int, head: int, columns: tuple[int, int, int]) -> int:
-        entries, changing, needed = store.plan_piece(layer, seq, head, *columns, [1] * store.n_pools, -1)
+        entries, changing, needed = store.plan_piece(
+            layer, seq, head, *columns[:3], [1] * store.n_pools, -1, columns[3]
+        )
         assert entries == 1 or not changing
         left.append(changing)
         slabs.reserve_pages(needed)

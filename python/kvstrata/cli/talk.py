@@ -145,7 +145,7 @@ class Talk:
         self._said.append(record | {"seconds": answer.seconds})
 
     def _read(self, work: Callable[[], None], total: int | None = None) -> None:
-        """Runs what reads so many tokens, None: those unread, and shows how far it is. Ctrl-C ends it between two passes."""
+        """Runs what reads so many tokens, None: those unread, and shows how far it is. Ctrl-C ends it after a pass."""
         report = self.chat.report()
         done = 0 if total else report.tokens
         total = report.unread if total is None else total
@@ -163,6 +163,8 @@ class Talk:
                 work()
             finally:
                 self._model.before = None
+            if stopped():  # in the last pass
+                raise KeyboardInterrupt
 
     # --- commands ---------------------------------------------------------------------------------------------------------
 
