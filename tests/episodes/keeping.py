@@ -76,6 +76,6 @@ def answers(chat: Conversation) -> list[Any]:
 
 def elsewhere(script: str, path: Path, **options: Any) -> subprocess.Popen[str]:
     """The script in a fresh process."""
-    folders_ = (HERE, HERE.parent / "store", HERE.parents[1] / "python")
+    folders_ = (HERE, HERE.parent / "store")  # kvstrata is where it is for this process: installed, or on PYTHONPATH
     command = [sys.executable, "-c", script, str(path), *map(str, folders_)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
