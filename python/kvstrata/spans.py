@@ -7,7 +7,6 @@ episodes run in one pass, none of which sees another.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from math import isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from kvstrata import dense, ops
 from kvstrata.config import DTYPES
 from kvstrata.rows import Spans
+from kvstrata.step import arithmetic
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache, Sequence
@@ -49,14 +49,15 @@ class SpanStep:
         self._offsets = [0, *accumulate(spans)]
         self._compact = compact
         self._step: Step | None = cache.step([seq], [tokens]) if tokens else None
-        self._ahead = cache.logical_length(seq) + tokens
+        self.positions = self._placed(cache.logical_length(seq))
+        """Position of each token and query for RoPE, i64 [tokens + all spans]: every span follows the tokens."""
+        self._beside: list[int] = self.positions[tokens:].tolist()
         self._attended: set[int] = set()
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of each token and query for RoPE, i64 [tokens + all spans]: every span follows the tokens."""
-        own = torch.arange(self._ahead - self._tokens, self._ahead)
-        return torch.cat([own, *(torch.arange(self._ahead, self._ahead + b - a) for a, b in pairwise(self._offsets))])
+    def _placed(self, length: int) -> Tensor:
+        ahead = length + self._tokens
+        spans = (torch.arange(ahead, ahead + b - a) for a, b in pairwise(self._offsets))
+        return torch.cat([torch.arange(length, ahead), *spans])
 
     def __enter__(self) -> SpanStep:
         if self._step is not None:
@@ -112,7 +113,8 @@ class SpanStep:
             if self._compact and self._cache.shape.layers[layer].window is None:
                 self._store.settle(layer)
         if self._offsets[-1]:
-            out[n:] = self._spans(layer, q[n:], k[n:], v[n:], *self._arithmetic(layer, scale, softcap), sinks)
+            how = arithmetic("attend", self._cache.shape.layers[layer], scale, softcap)
+            out[n:] = self._spans(layer, q[n:], k[n:], v[n:], *how, sinks)
         return out
 
     def _spans(
@@ -134,18 +136,10 @@ class SpanStep:
 
     def _attend_stored(self, layer: int, q: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.zeros(q.shape, dtype=torch.float32), torch.full(q.shape[:-1], -torch.inf)
-        at = self.positions[self._tokens :].tolist()
         strides = ((x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, out, lse.unsqueeze(-1)))
         where, how = tuple(strides), (DTYPES[torch.float32], scale, softcap, torch.get_num_threads())
-        self._store.attend_beside(layer, self._seq, at, where[0], where[1], where[2], *how)
+        self._store.attend_beside(layer, self._seq, self._beside, where[0], where[1], where[2], *how)
         return out, lse
-
-    def _arithmetic(self, layer: int, scale: float | None, softcap: float | None) -> tuple[float, float]:
-        scale = self._cache.shape.layers[layer].head_dim ** -0.5 if scale is None else scale
-        softcap = softcap or 0.0
-        if not isfinite(scale) or not isfinite(softcap) or softcap < 0:
-            raise ValueError(f"attend: scale is {scale}, softcap {softcap}, expected finite ones, softcap >= 0")
-        return scale, softcap
 
     def _check(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         layers, dtype = self._cache.shape.layers, self._cache.shape.dtype

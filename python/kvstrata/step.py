@@ -168,7 +168,7 @@ class Step:
         """
         self._check_open("attend")
         spec = self._check("attend", layer, q, k, v, sinks)
-        scale, cap = _arithmetic("attend", spec, scale, softcap)
+        scale, cap = arithmetic("attend", spec, scale, softcap)
         self._attended.add(layer)
         self._cache._plans.arithmetic[layer] = (scale, cap)
         sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
@@ -213,7 +213,7 @@ class Step:
         if q is not None and policy.massed and not self._cut:  # mass that a failed step takes back comes with attention
             self.attend(layer, q, k, v, scale=scale, softcap=softcap)
             return
-        self._cache._plans.arithmetic[layer] = _arithmetic("append", spec, scale, softcap)
+        self._cache._plans.arithmetic[layer] = arithmetic("append", spec, scale, softcap)
         self._attended.add(layer)
         self._append_chunk(layer, q, k, v)
 
@@ -383,7 +383,7 @@ def padded(cache: Cache, seqs: list[Sequence], valid: torch.Tensor) -> Step:
     return Step(cache, seqs, starts, valid.nonzero()[:, 1].tolist(), valid.shape[1])
 
 
-def _arithmetic(verb: str, spec: LayerSpec, scale: float | None, softcap: float | None) -> tuple[float, float]:
+def arithmetic(verb: str, spec: LayerSpec, scale: float | None, softcap: float | None) -> tuple[float, float]:
     """The scale and the softcap (0: none) of a layer's logits. ValueError for what is no number for that."""
     scale = spec.head_dim**-0.5 if scale is None else float(scale)
     cap = 0.0 if softcap is None else float(softcap)

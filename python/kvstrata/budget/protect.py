@@ -78,7 +78,7 @@ def _window_from_tokens(policy: Policy, tokens: int, interval: int) -> Policy:
 
 
 def least_limit(fits: Callable[[int], bool], refused: int) -> int:
-    """The smallest limit in bytes that fits, above one that does not."""
+    """The smallest limit that fits, above one that does not: what fits goes on to fit."""
     low, high = refused, 2 * refused + 1
     while not fits(high):
         low, high = high, 2 * high

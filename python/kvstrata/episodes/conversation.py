@@ -73,16 +73,13 @@ class Conversation:
         self._embedder = auto(model.embeddings, model.plain) if embedder == "auto" else embedder
         self._router = Router() if router is None else router
         self._history = History()
-        self._store = self._made()
+        self._store = EpisodeStore(model, self._sizes, self._prompts)
         self._queue = opening[:0]  # ids that were said and are not read yet
         self._begun = False  # the opening was written
         self._turned = Turned()
         self._busy = False
         self._closed = False
         self._kept = Kept()
-
-    def _made(self) -> EpisodeStore:
-        return EpisodeStore(self._model, self._sizes, self._prompts)
 
     # --- saying -----------------------------------------------------------------------------------------------------------
 
@@ -289,12 +286,13 @@ class Conversation:
     def report(self) -> ConversationReport:
         """What is held now."""
         held, store, topics = self._store.cache.report(), self._store, self._history.topics
+        assert held.limit_bytes is not None
         return ConversationReport(
             near=held.nbytes,
             far=held.far_bytes,
             moved=store.moved_bytes,
             peak=held.peak_bytes,
-            limit=self._sizes.limit_bytes(self._model.shape),
+            limit=held.limit_bytes,
             full=held.dense_bytes,
             separate=store.episodes * self._sizes.budget * self._model.shape.token_bytes(),
             turns=len(self._history.turns),

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from kvstrata.budget.books import SLAB, books
 from kvstrata.budget.costs import far_books, page_costs
-from kvstrata.budget.protect import pages
+from kvstrata.budget.protect import least_limit, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.backbone import Backbone
-from kvstrata.policy.base import FULL, STATES, Policy
+from kvstrata.policy.base import FULL, Policy
 from kvstrata.policy.epicache import epicache
 
 SLABS = 96
@@ -68,16 +68,9 @@ class Sizes:
     @property
     def planner(self) -> Backbone:
         """Who gives tokens to sets."""
-        return Backbone(
-            self.budget,
-            self.recent,
-            self.share,
-            self.heads,
-            self.head_floor,
-            self.layers,
-            self.private,
-            self.kernel,
-        )
+        planner = self.policy().planner
+        assert isinstance(planner, Backbone)
+        return planner
 
     def policy(self) -> Policy:
         """The policy of the cache."""
@@ -100,9 +93,8 @@ class Sizes:
         spec, planner = shape.layers[layer], self.planner
         b = planner.of_layer(layer)
         _, private = planner.sizes(b, self.episodes)
-        each = (
-            (max(b, self.budget) + self.chunk) // SLOTS + 1 + PART_FILLED
-        )  # B + C are whole before the first compaction
+        whole = max(b, self.budget) + self.chunk  # B + C before the first compaction
+        each = whole // SLOTS + 1 + PART_FILLED
         sets = self.episodes * spec.kv_heads * private // SLOTS if self.episodes > 1 else 0
         if self.heads == "pair":  # an uneven division rounds less off
             most = int(spec.kv_heads * (1 - self.share) * (b - self.recent) / SLOTS + 1e-9)
@@ -136,7 +128,7 @@ class Sizes:
         self._check_layers(shape)
         policy = self.policy()
         costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
-        full, private = FULL, STATES.get(self.private, FULL)
+        full, private = FULL, self.planner.native_state
         total, rewriting, working = 0, 0, 0
         for layer, (spec, cost) in enumerate(zip(shape.layers, costs, strict=True)):
             if spec.window is not None:  # with what an answer that is taken back needs, and a chunk
@@ -184,13 +176,8 @@ def sizes_of(
     low = _least(sized) // SLOTS
     if (least := sized(low * SLOTS).limit_bytes(shape)) > budget.value:
         raise ValueError(f"budget: {int(budget.value)} bytes, expected at least {least}")
-    high = 2 * low
-    while sized(high * SLOTS).limit_bytes(shape) <= budget.value:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if sized(middle * SLOTS).limit_bytes(shape) <= budget.value else (low, middle)
-    return sized(low * SLOTS)
+    too_large = least_limit(lambda n: sized(n * SLOTS).limit_bytes(shape) > budget.value, low)
+    return sized((too_large - 1) * SLOTS)
 
 
 def _least(sized: Callable[[int], Sizes]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvstrata.budget.split import split
 from kvstrata.config import SLOTS
 from kvstrata.policy.base import BACKBONE, EVICTED, FULL, LESSER_HALF, PENDING, STATES, Plan, Seen
+from kvstrata.policy.choose import pages_of
 
 LEAST_SET = 32
 """Tokens of a private set, at the least: a page for each half."""
@@ -18,7 +20,7 @@ LEAST_SET = 32
 
 def pad(tokens: float) -> int:
     """Tokens of so many whole pages."""
-    return -(-int(tokens // 1 + (tokens % 1 > 0)) // SLOTS) * SLOTS
+    return -(-ceil(tokens) // SLOTS) * SLOTS
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def halve(chosen: Tensor, score: Tensor) -> Tensor:
     out = chosen.clone()
     for e, s in enumerate(score):
         mine = chosen == e + 1
-        better = (mine.sum(1) + SLOTS - 1) // SLOTS // 2 * SLOTS
+        better = pages_of(mine.sum(1)) // 2 * SLOTS
         out[mine & ~_best(s, mine, better)] += LESSER_HALF
     return out
 
