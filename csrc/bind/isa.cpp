@@ -1,9 +1,12 @@
 // What runs here: instruction-set levels, whose threads, settings.
+#include <pybind11/stl.h>
+
 #include <string>
 
 #include "bind/bind.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cuda/library.h"
 #include "ops/settings.h"
 
 namespace kvstrata::bind {
@@ -23,6 +26,8 @@ void bind_isa(py::module_& m) {
     m.def("set_isa", &cpu::use_isa, py::arg("level"));
     m.def("threads_source", &cpu::threads_source);
     m.def("prefer_own_pool", &cpu::prefer_own_pool, py::arg("own"));
+    m.def("open_cuda", &cuda::open, py::arg("path"));
+    m.def("cuda_is_open", &cuda::is_open);
     m.def("settings", [] {
         py::dict d;
         d["isa"] = settings().isa;

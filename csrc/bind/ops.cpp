@@ -174,13 +174,14 @@ void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_
     check(outs_.size() >= 1, "merge: outs has 0 parts, expected at least 1");
     check(outs_.size() == lses_.size(), "merge: lses has ", lses_.size(), " parts, expected ", outs_.size(),
           " (set by outs)");
-    const Argument first("merge", "outs[0]", outs_[0]), out("merge", "out", out_), lse("merge", "lse", lse_);
+    const Call call("merge", outs_[0]);
+    const Argument first(call, "outs[0]", outs_[0]), out(call, "out", out_), lse(call, "lse", lse_);
     first.expect_rank({"N", "D"});
     const Dim N{"N", first.shape(0)}, D{"D", first.shape(1)};
     std::vector<const float*> outs, lses;
     for (size_t j = 0; j < outs_.size(); ++j) {
         const std::string part = message("outs[", j, "]"), weight = message("lses[", j, "]");
-        const Argument o("merge", part.c_str(), outs_[j]), l("merge", weight.c_str(), lses_[j]);
+        const Argument o(call, part.c_str(), outs_[j]), l(call, weight.c_str(), lses_[j]);
         o.expect({DType::f32}, {N, D}, "set by outs[0]").expect_contiguous();
         l.expect({DType::f32}, {N}, "set by outs[0]").expect_contiguous();
         outs.push_back(o.data<float>());
@@ -198,7 +199,7 @@ void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_
                                   lse.data<float>(),
                                   threads};
     py::gil_scoped_release release;
-    ops::merge(params);
+    ops::merge(params, call.where);
 }
 
 void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int threads) {
@@ -257,8 +258,8 @@ struct CanonicalPages {
     }
 };
 
-void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::handle pages, py::handle k, py::handle v,
-                   py::handle scales, const py::sequence& pools_, int threads) {
+void convert_pages(const char* op, void (*work)(const ops::PackParams&, const Where&), py::handle pages, py::handle k,
+                   py::handle v, py::handle scales, const py::sequence& pools_, int threads) {
     const CanonicalPages a(op, pages, k, v, scales);
     const Pools pools(op, pools_, true);
     a.check_formats(op, pools);
@@ -271,7 +272,7 @@ void convert_pages(const char* op, void (*work)(const ops::PackParams&), py::han
                                  threads,
                                  a.scales.data<uint16_t>()};
     py::gil_scoped_release release;
-    work(params);
+    work(params, {});
 }
 
 py::dict supported() {
@@ -319,7 +320,7 @@ void bind_ops(py::module_& m) {
           py::arg("window"), py::arg("threads"));
     m.def("merge", &merge, py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"), py::arg("threads"));
     m.def("mass", &mass, py::arg("logits"), py::arg("lse"), py::arg("out"), py::arg("reduce"), py::arg("threads"));
-    const auto convert = [&m](const char* name, void (*work)(const ops::PackParams&)) {
+    const auto convert = [&m](const char* name, void (*work)(const ops::PackParams&, const Where&)) {
         m.def(
             name,
             [name, work](py::handle pages, py::handle k, py::handle v, py::handle scales, const py::sequence& pools,

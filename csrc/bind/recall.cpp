@@ -15,13 +15,13 @@ namespace {
 
 int32_t int_of(int64_t n) { return static_cast<int32_t>(n); }
 
-using ClusterOp = void (*)(const ops::ClusterParams&);
-using ClusterBytes = int64_t (*)(const ops::ClusterParams&);
+using ClusterOp = void (*)(const ops::ClusterParams&, const Where&);
+using ClusterBytes = int64_t (*)(const ops::ClusterParams&, const Where&);
 
 template <ClusterBytes Bytes>
 int64_t cluster_workspace_bytes(int rows, int tokens, int head_dim, int threads) {
     std::vector<ops::ClusterRow> all(static_cast<size_t>(rows), {nullptr, nullptr, nullptr, tokens, 0});
-    return Bytes({all.data(), rows, head_dim, 0, nullptr, threads});
+    return Bytes({all.data(), rows, head_dim, 0, nullptr, threads}, {});
 }
 
 void run_cluster(const char* op, ClusterOp run, ClusterBytes bytes, py::handle keys_, py::handle live_,
@@ -40,10 +40,10 @@ void run_cluster(const char* op, ClusterOp run, ClusterBytes bytes, py::handle k
         rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0};
     }
     ops::ClusterParams p{rows.data(), int_of(R.size), int_of(D.size), iters, nullptr, threads};
-    p.workspace = workspace_of(op, space, bytes(p));
+    p.workspace = workspace_of(op, space, bytes(p, {}));
     {
         const py::gil_scoped_release release;
-        run(p);
+        run(p, {});
     }
     for (int64_t r = 0; r < R.size; ++r) pages.data<int32_t>()[r] = rows[r].pages;
 }
@@ -149,14 +149,14 @@ struct SelectArguments {
 };
 
 // Of rows of so many entries, which `size` of a row says.
-template <class Params, class Row, int32_t Row::* size, int64_t (*bytes)(const Params&)>
+template <class Params, class Row, int32_t Row::* size, int64_t (*bytes)(const Params&, const Where&)>
 int64_t scan_workspace_bytes(int rows, int group, int head_dim, int entries, int threads) {
     Row row{};
     row.*size = entries;
     std::vector<Row> all(static_cast<size_t>(rows), row);
     Params p{};
     p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return bytes(p);
+    return bytes(p, {});
 }
 
 void score_pages(py::handle q, py::handle blocks, py::handle visible, py::handle x_, py::handle workspace_, float scale,

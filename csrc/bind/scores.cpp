@@ -112,15 +112,15 @@ struct WindowArguments {
 
 // By capacity: so many rows, each of up to so many queries and entries.
 template <class Params>
-int64_t window_workspace_bytes(int64_t (*bytes)(const Params&), int rows, int queries, int group, int head_dim,
-                               int entries, int threads) {
+int64_t window_workspace_bytes(int64_t (*bytes)(const Params&, const Where&), int rows, int queries, int group,
+                               int head_dim, int entries, int threads) {
     ops::WindowRow row{};
     row.entries = entries, row.queries = queries;
     const std::vector<ops::WindowRow> all(static_cast<size_t>(rows), row);
     Params p{};
     p.rows = all.data();
     p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return bytes(p);
+    return bytes(p, {});
 }
 
 void score_window(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int window, int spread,
@@ -252,7 +252,8 @@ void pool(py::handle score_, py::handle pages_, py::handle visible_, py::handle 
 }
 
 void accumulate(py::handle score_, py::handle mass_, float decay, int combine, int threads) {
-    const Argument score("accumulate", "score", score_), mass("accumulate", "mass", mass_);
+    const Call call("accumulate", score_);
+    const Argument score(call, "score", score_), mass(call, "mass", mass_);
     score.expect_rank({"n"});
     const Dim n{"n", score.shape(0)};
     score.expect({DType::f32}, {n}).expect_contiguous();
@@ -260,7 +261,7 @@ void accumulate(py::handle score_, py::handle mass_, float decay, int combine, i
     const ops::AccumulateParams p{
         score.data<float>(), mass.data<float>(), n.size, decay, static_cast<ops::Combine>(combine), threads};
     py::gil_scoped_release release;
-    ops::accumulate(p);
+    ops::accumulate(p, call.where);
 }
 
 int64_t score_keys_workspace_bytes(int rows, int head_dim, int entries, int kind, int threads) {

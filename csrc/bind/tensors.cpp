@@ -43,6 +43,17 @@ std::string types_text(std::initializer_list<DType> types) {
     return out.str();
 }
 
+std::string device_text(const Where& where) { return where.on_host() ? "cpu" : message("cuda:", where.index); }
+
+py::tuple parts_of(const Call& call, const char* name, py::handle tensor) {
+    const py::tuple parts = py::reinterpret_borrow<py::tuple>(tensor);
+    check(py::isinstance<py::tuple>(tensor) && parts.size() == 6, call, ": ", name,
+          " is not (pointer, shape, strides, dtype, device, stream)");
+    return parts;
+}
+
+Where place_of(const py::tuple& parts) { return where_of(parts[4].cast<int>(), parts[5].cast<uintptr_t>()); }
+
 int64_t count(const TensorView& view) {
     int64_t n = 1;
     for (int i = 0; i < view.dims; ++i) n *= view.shape[i];
@@ -51,14 +62,23 @@ int64_t count(const TensorView& view) {
 
 }  // namespace
 
-Argument::Argument(const char* op, const char* name, py::handle tensor)
-    : op_(op), name_(name), given_(!tensor.is_none()) {
+Where where_of(int device, uintptr_t stream) {
+    if (device == 0) return {};
+    return {Device::cuda, device - 1, reinterpret_cast<void*>(stream)};
+}
+
+std::ostream& operator<<(std::ostream& out, const Call& call) { return out << call.op; }
+
+Call::Call(const char* op, py::handle tensor) : op(op) {
+    if (!tensor.is_none()) where = place_of(parts_of(*this, "tensor", tensor));
+}
+
+Argument::Argument(const Call& call, const char* name, py::handle tensor)
+    : op_(call), name_(name), given_(!tensor.is_none()) {
     if (!given_) return;
-    const py::tuple parts = py::reinterpret_borrow<py::tuple>(tensor);
-    check(py::isinstance<py::tuple>(tensor) && parts.size() == 5, op, ": ", name,
-          " is not (pointer, shape, strides, dtype, device)");
+    const py::tuple parts = parts_of(call, name, tensor);
     const py::tuple shape = parts[1], strides = parts[2];
-    check(shape.size() <= kMaxDims && shape.size() == strides.size(), op, ": ", name, " has ", shape.size(),
+    check(shape.size() <= kMaxDims && shape.size() == strides.size(), call, ": ", name, " has ", shape.size(),
           " dimensions, expected at most ", kMaxDims);
     view_.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
     view_.dims = static_cast<int>(shape.size());
@@ -67,7 +87,7 @@ Argument::Argument(const char* op, const char* name, py::handle tensor)
         view_.strides[i] = strides[i].cast<int64_t>();
     }
     view_.dtype = static_cast<DType>(parts[3].cast<int>());
-    view_.device = static_cast<Device>(parts[4].cast<int>());
+    view_.where = place_of(parts);
 }
 
 const Argument& Argument::expect_rank(std::initializer_list<const char*> dims) const {
@@ -82,7 +102,9 @@ const Argument& Argument::expect_rank(std::initializer_list<const char*> dims) c
 const Argument& Argument::expect(std::initializer_list<DType> types, std::initializer_list<Dim> dims,
                                  const char* note) const {
     if (!given_) return *this;
-    check(view_.device == Device::cpu, op_, ": ", name_, " is on cuda, expected cpu");
+    const Where &here = op_.where, &there = view_.where;
+    check(there.device == here.device && there.index == here.index, op_, ": ", name_, " is on ", device_text(there),
+          ", expected ", device_text(here));
     bool known = false;
     for (DType t : types) known |= t == view_.dtype;
     check(known, op_, ": ", name_, " has dtype ", ops::name(view_.dtype), ", expected ", types_text(types));
@@ -107,14 +129,14 @@ const Argument& Argument::expect_contiguous() const {
     return *this;
 }
 
-void* workspace_of(const char* op, const Argument& workspace, int64_t bytes) {
+void* workspace_of(const Call& op, const Argument& workspace, int64_t bytes) {
     const int64_t given = workspace.given() ? workspace.shape(0) : 0;
     check(given >= bytes, op, ": workspace has ", given, " bytes, expected at least ", bytes);
     check(reinterpret_cast<uintptr_t>(workspace.data<void>()) % 64 == 0, op, ": workspace is not 64-byte aligned");
     return workspace.data<void>();
 }
 
-Pools::Pools(const char* op, const py::sequence& pools, bool quantized)
+Pools::Pools(const Call& op, const py::sequence& pools, bool quantized)
     : op_(op), count_(static_cast<int>(pools.size())) {
     check(count_ <= kMaxPools, op, ": pools has ", count_, " pools, expected at most ", kMaxPools);
     for (int i = 0; i < count_; ++i) {
@@ -149,6 +171,12 @@ Pools::Pools(const char* op, const py::sequence& pools, bool quantized)
         view.n_slabs = static_cast<int32_t>(s.data.size());
         view.slabs = s.data.data();
         view.positions = s.positions.data();
+        const uintptr_t table = pool[4].cast<uintptr_t>();
+        check((table == 0) == op.on_host() || s.data.empty(), op, ": pools[", i, "] is ", table ? "" : "not ",
+              "on cuda, expected it where the tensors are");
+        if (!table) continue;
+        view.slabs = reinterpret_cast<unsigned char* const*>(table);
+        view.positions = reinterpret_cast<int32_t* const*>(table) + s.data.size();
     }
 }
 

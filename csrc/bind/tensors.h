@@ -1,8 +1,9 @@
 // Tensors and pools as Python hands them over, and the checks of their shapes.
 //
-// A tensor is the tuple (pointer, shape, strides in elements, dtype, device) of plain ints; a pool is (format,
-// head_dim, stride in bytes, [(pointer, pages, positions pointer), ...]). Neither torch nor numpy is needed to make
-// one.
+// A tensor is the tuple (pointer, shape, strides in elements, dtype, device, stream) of plain ints, device 0 the CPU and
+// 1 + i CUDA's device i; a pool is (format, head_dim, stride in bytes, [(pointer, pages, positions pointer), ...], table),
+// where the table, 0 on the CPU, is CUDA's own copy of the list: so many pointers to slabs, then to positions. Neither
+// torch nor numpy is needed to make one.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,17 +23,31 @@ struct Dim {
     int64_t size;
 };
 
+Where where_of(int device, uintptr_t stream = 0);  // by a device's number as tensors have it
+
+// An op that is called, and where it runs: on the CPU, or where a tensor lies.
+struct Call {
+    Call(const char* op) : op(op) {}  // NOLINT: an op's name is such a call
+    Call(const char* op, py::handle tensor);
+
+    bool on_host() const { return where.on_host(); }
+
+    const char* op;
+    Where where = {};
+};
+std::ostream& operator<<(std::ostream& out, const Call& call);
+
 // One argument of an op. Every message names op, argument, expected and actual.
 class Argument {
   public:
-    Argument(const char* op, const char* name, py::handle tensor);  // None: absent
+    Argument(const Call& call, const char* name, py::handle tensor);  // None: absent
 
     bool given() const { return given_; }
     int64_t shape(int i) const { return view_.shape[i]; }
     int64_t stride(int i) const { return view_.strides[i]; }
     DType dtype() const { return view_.dtype; }
 
-    // On the CPU, of one of the types, of this shape, last dimension contiguous. `note` says what set the sizes.
+    // Where the op runs, of one of the types, of this shape, last dimension contiguous. `note` says what set the sizes.
     const Argument& expect(std::initializer_list<DType> types, std::initializer_list<Dim> dims,
                            const char* note = "") const;
     const Argument& expect_rank(std::initializer_list<const char*> dims) const;
@@ -50,14 +65,14 @@ class Argument {
 
   private:
     unsigned char* bytes() const { return static_cast<unsigned char*>(view_.data); }
-    const char* op_;
+    Call op_;
     const char* name_;
     bool given_;
     TensorView view_;
 };
 
 // The memory of a workspace of at least so many bytes, 64-byte aligned.
-void* workspace_of(const char* op, const Argument& workspace, int64_t bytes);
+void* workspace_of(const Call& op, const Argument& workspace, int64_t bytes);
 
 // Where an element stands, as messages show it: pages[2, 5], or pages[2] where j is -1.
 struct Place {
@@ -70,11 +85,11 @@ struct Place {
 class Pools {
   public:
     // `quantized`: whether the op also takes pools of quantized formats.
-    Pools(const char* op, const py::sequence& pools, bool quantized = false);
+    Pools(const Call& op, const py::sequence& pools, bool quantized = false);
 
     const PoolView* views() const { return views_; }
 
-    // Throws unless `id` is a page of a pool whose head_dim is D.
+    // Throws unless `id` is a page of a pool whose head_dim is D. The id has been read on the CPU.
     void check_id(PageId id, int head_dim, Place place) const;
     void check_positions(const char* why) const;  // every pool has them
     int head_dim(PageId id) const;                // of the page's pool; 0 if there is no such pool
@@ -86,7 +101,7 @@ class Pools {
         std::vector<int32_t*> positions;
         std::vector<int32_t> pages;
     };
-    const char* op_;
+    Call op_;
     int count_ = 0;
     Slabs slabs_[kMaxPools];
     PoolView views_[kMaxPools] = {};

@@ -19,6 +19,16 @@ enum class Format : uint8_t { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, in
 enum class DType : uint8_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, u16 = 4, i32 = 5, i64 = 6, u64 = 7, i8 = 8 };
 
 enum class Device : uint8_t { cpu = 0, cuda = 1 };
+
+// Where an op runs. On CUDA it joins the work of a stream.
+struct Where {
+    Device device = Device::cpu;
+    int32_t index = 0;       // of the CUDA device
+    void* stream = nullptr;  // the raw cudaStream_t of the caller
+
+    constexpr bool on_host() const { return device == Device::cpu; }  // what pointers name can be read here
+};
+
 enum class Tier : uint8_t { near = 0, far = 1 };
 
 // The state column of a plan (u8): what a token is stored as.

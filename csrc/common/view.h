@@ -15,8 +15,7 @@ struct TensorView {
     int64_t shape[kMaxDims] = {};
     int64_t strides[kMaxDims] = {};  // in elements
     DType dtype = DType::f32;
-    Device device = Device::cpu;
-    int64_t stream = 0;  // raw cudaStream_t; 0 on the CPU
+    Where where;
 };
 
 }  // namespace kvstrata

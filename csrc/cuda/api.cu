@@ -77,6 +77,12 @@ int kvstrata_cuda_runtime_version(int* version) {
     return 0;
 }
 
+int kvstrata_cuda_use_device(int index, int* before) {
+    KV_CUDA_TRY(cudaGetDevice(before));
+    if (*before != index) KV_CUDA_TRY(cudaSetDevice(index));
+    return 0;
+}
+
 const char* kvstrata_cuda_error_string(int code) {
     if (code == kvstrata::cuda::kInvalid) return "an argument was refused";
     return cudaGetErrorString(static_cast<cudaError_t>(code));

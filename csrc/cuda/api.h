@@ -8,14 +8,14 @@
 
 #include <cstdint>
 
-#include "ops/merge.h"
+#include "ops/list.h"
 
 #define KVSTRATA_CUDA_API extern "C" __attribute__((visibility("default")))
 
 namespace kvstrata::cuda {
 
 // Raised whenever a signature or a params struct changes; the caller compares it before the first call.
-inline constexpr int kAbiVersion = 1;
+inline constexpr int kAbiVersion = 2;
 inline constexpr int kInvalid = -1;
 
 // merge: at most this many partials in one call (their pointers travel as kernel arguments).
@@ -33,5 +33,17 @@ KVSTRATA_CUDA_API const char* kvstrata_cuda_error_string(int code);
 // "call at file:line: text (code)" of this thread's last failure, or "". Valid until the thread's next failure.
 KVSTRATA_CUDA_API const char* kvstrata_cuda_last_error();
 
-// ops/merge.h. params->outs and params->lses are host arrays of device pointers; params->threads is not read.
-KVSTRATA_CUDA_API int kvstrata_cuda_merge(const kvstrata::ops::MergeParams* params, void* stream);
+// Makes a device the calling thread's; *before: the one that was.
+KVSTRATA_CUDA_API int kvstrata_cuda_use_device(int index, int* before);
+
+// Every op of csrc/ops, as its header says it. Host memory are params, arrays of structs and of pointers in them, and `pools`;
+// all that those point to in turn is device memory, the arrays inside a PoolView too. params->threads is not read.
+#define KV_RUN(op, Params) KVSTRATA_CUDA_API int kvstrata_cuda_##op(const kvstrata::ops::Params* params, void* stream);
+KV_OPS(KV_RUN)
+#undef KV_RUN
+
+// Bytes of device memory, 64-byte aligned, that params->workspace names; known from the numbers in params alone.
+#define KV_BYTES(op, Params) \
+    KVSTRATA_CUDA_API int64_t kvstrata_cuda_##op##_workspace_bytes(const kvstrata::ops::Params* params);
+KV_OPS_IN_WORKSPACE(KV_BYTES)
+#undef KV_BYTES

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "common/types.h"
+
 namespace kvstrata::ops {
 
 enum class Combine : uint8_t { sum = 0, max = 1 };
@@ -18,6 +20,6 @@ struct AccumulateParams {
     int32_t threads;
 };
 
-void accumulate(const AccumulateParams& params);
+void accumulate(const AccumulateParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -33,6 +33,6 @@ struct AppendParams {
     int32_t threads;
 };
 
-void append(const AppendParams& params);
+void append(const AppendParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

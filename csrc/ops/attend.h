@@ -66,7 +66,7 @@ struct AttendParams {
     int32_t threads;
 };
 
-int64_t attend_workspace_bytes(const AttendParams& params);
-void attend(const AttendParams& params);
+int64_t attend_workspace_bytes(const AttendParams& params, const Where& where = {});
+void attend(const AttendParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -3,9 +3,13 @@
 
 #include "common/check.h"
 #include "ops/pool_view.h"
+#include "ops/settings.h"
 #include "ops/supported.h"
 
 namespace kvstrata::ops {
+
+// Whether page ids are checked too: on request, and where they can be read here.
+inline bool checks_ids(const Where& where) { return settings().check && where.on_host(); }
 
 inline void check_shape(const char* op, int head_dim, int group = 1) {
     if (head_dim < 1 || head_dim > kMaxHeadDim) {
@@ -27,7 +31,7 @@ inline void check_quantizable(const char* op, int head_dim) {
     }
 }
 
-// Under KVSTRATA_CHECK: an id that the pools do not hold.
+// If checks_ids: an id that the pools do not hold.
 inline const PoolView& check_page(const char* op, const PoolView* pools, PageId id, int row, int entry) {
     const PoolView* pool = id >= 0 && page_pool(id) < kMaxPools ? &pools[page_pool(id)] : nullptr;
     check(pool && page_slab(id) < pool->n_slabs, op, ": pages[", row, ", ", entry, "] is ", id,

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "common/types.h"
+
 namespace kvstrata::ops {
 
 struct ChooseChunksParams {
@@ -28,7 +30,7 @@ struct ChooseChunksParams {
     void* workspace;         // choose_chunks_workspace_bytes(params) bytes, 64-byte aligned
 };
 
-int64_t choose_chunks_workspace_bytes(const ChooseChunksParams& params);
-void choose_chunks(const ChooseChunksParams& params);
+int64_t choose_chunks_workspace_bytes(const ChooseChunksParams& params, const Where& where = {});
+void choose_chunks(const ChooseChunksParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

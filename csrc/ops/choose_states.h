@@ -33,7 +33,7 @@ struct ChooseStatesParams {
     int32_t threads;
 };
 
-int64_t choose_states_workspace_bytes(const ChooseStatesParams& params);
-void choose_states(const ChooseStatesParams& params);
+int64_t choose_states_workspace_bytes(const ChooseStatesParams& params, const Where& where = {});
+void choose_states(const ChooseStatesParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -37,7 +37,7 @@ struct ChunkOrderParams {
     int32_t threads;
 };
 
-int64_t chunk_order_workspace_bytes(const ChunkOrderParams& params);
-void chunk_order(const ChunkOrderParams& params);
+int64_t chunk_order_workspace_bytes(const ChunkOrderParams& params, const Where& where = {});
+void chunk_order(const ChunkOrderParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -41,9 +41,9 @@ struct ClusterParams {
     int32_t threads;
 };
 
-int64_t cluster_workspace_bytes(const ClusterParams& params);
-void cluster(const ClusterParams& params);
-int64_t cluster_greedy_workspace_bytes(const ClusterParams& params);
-void cluster_greedy(const ClusterParams& params);
+int64_t cluster_workspace_bytes(const ClusterParams& params, const Where& where = {});
+void cluster(const ClusterParams& params, const Where& where = {});
+int64_t cluster_greedy_workspace_bytes(const ClusterParams& params, const Where& where = {});
+void cluster_greedy(const ClusterParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

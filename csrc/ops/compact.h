@@ -17,6 +17,6 @@ struct CompactParams {
     int32_t threads;
 };
 
-void compact(const CompactParams& params);
+void compact(const CompactParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -3,7 +3,6 @@
 
 #include "ops/backends.h"
 #include "ops/border.h"
-#include "ops/settings.h"
 
 namespace kvstrata::ops {
 namespace {
@@ -34,37 +33,39 @@ void check_scan(const char* op, const Params& p) {
 
 }  // namespace
 
-int64_t cluster_workspace_bytes(const ClusterParams& p) {
+int64_t cluster_workspace_bytes(const ClusterParams& p, const Where& where) {
     check_shape("cluster", p.head_dim);
-    return cpu::cluster_workspace_bytes(p);
+    return where.on_host() ? cpu::cluster_workspace_bytes(p) : cuda::cluster_workspace_bytes(p);
 }
 
-void cluster(const ClusterParams& p) {
+void cluster(const ClusterParams& p, const Where& where) {
     check_cluster("cluster", p);
     check(p.iters >= 0, "cluster: iters is ", p.iters, ", expected at least 0");
-    cpu::cluster(p);
+    where.on_host() ? cpu::cluster(p) : cuda::cluster(p, where);
 }
 
-int64_t cluster_greedy_workspace_bytes(const ClusterParams& p) {
+int64_t cluster_greedy_workspace_bytes(const ClusterParams& p, const Where& where) {
     check_shape("cluster_greedy", p.head_dim);
-    return cpu::cluster_greedy_workspace_bytes(p);
+    return where.on_host() ? cpu::cluster_greedy_workspace_bytes(p) : cuda::cluster_greedy_workspace_bytes(p);
 }
 
-void cluster_greedy(const ClusterParams& p) {
+void cluster_greedy(const ClusterParams& p, const Where& where) {
     check_cluster("cluster_greedy", p);
-    cpu::cluster_greedy(p);
+    where.on_host() ? cpu::cluster_greedy(p) : cuda::cluster_greedy(p, where);
 }
 
-void summarize(const SummarizeParams& p) {
+void summarize(const SummarizeParams& p, const Where& where) {
     check_quantizable("summarize", p.head_dim);
     check_kind("summarize", p.kind);
-    for (int i = 0; settings().check && i < p.n_items; ++i) {
+    for (int i = 0; checks_ids(where) && i < p.n_items; ++i) {
         if (p.items[i].page >= 0 && p.items[i].visible) check_page("summarize", p.pools, p.items[i].page, i, 0);
     }
-    cpu::summarize(p);
+    where.on_host() ? cpu::summarize(p) : cuda::summarize(p, where);
 }
 
-int64_t select_workspace_bytes(const SelectParams& p) { return cpu::select_workspace_bytes(p); }
+int64_t select_workspace_bytes(const SelectParams& p, const Where& where) {
+    return where.on_host() ? cpu::select_workspace_bytes(p) : cuda::select_workspace_bytes(p);
+}
 
 static void check_select(const char* op, const SelectParams& p) {
     check_scan(op, p);
@@ -73,46 +74,48 @@ static void check_select(const char* op, const SelectParams& p) {
           ", expected 0 or more for kind bounds");
 }
 
-static void check_select_row(const SelectParams& p, int r) {
+static void check_select_row(const SelectParams& p, int r, const Where& where) {
     const SelectRow& row = p.rows[r];
     check(row.most >= 0, "select: k[", r, "] is ", row.most, ", expected at least 0");
     check(!row.zone || p.kind == SummaryKind::mean_value, "select: kind is ", name(p.kind),
           ", expected mean_value for a zone");
     check(row.zone_most >= 0, "select: zone_most of row ", r, " is ", row.zone_most, ", expected at least 0");
-    for (int g = 0; row.lse_base && g < p.group; ++g) {
+    for (int g = 0; where.on_host() && row.lse_base && g < p.group; ++g) {
         const float base = row.lse_base[g];
         check(base < HUGE_VALF, "select: lse_base[", r, ", ", g, "] is ", base, ", expected a finite number or -inf");
     }
 }
 
-void select(const SelectParams& p) {
+void select(const SelectParams& p, const Where& where) {
     check_select("select", p);
     check(p.aggregate <= Aggregate::max, "select: aggregate is ", static_cast<int>(p.aggregate),
           ", expected sum or max");
     check(p.mass >= 0 && p.mass <= 1, "select: mass is ", p.mass, ", expected 0 to 1");
     check(p.mass == 0 || p.aggregate == Aggregate::sum, "select: aggregate is max, expected sum with a mass");
     check(p.least >= 0, "select: least is ", p.least, ", expected at least 0");
-    for (int r = 0; r < p.n_rows; ++r) check_select_row(p, r);
-    cpu::select(p);
+    for (int r = 0; r < p.n_rows; ++r) check_select_row(p, r, where);
+    where.on_host() ? cpu::select(p) : cuda::select(p, where);
 }
 
-void score_pages(const SelectParams& p) {
+void score_pages(const SelectParams& p, const Where& where) {
     check_select("score_pages", p);
-    cpu::score_pages(p);
+    where.on_host() ? cpu::score_pages(p) : cuda::score_pages(p, where);
 }
 
-int64_t estimate_workspace_bytes(const EstimateParams& p) { return cpu::estimate_workspace_bytes(p); }
+int64_t estimate_workspace_bytes(const EstimateParams& p, const Where& where) {
+    return where.on_host() ? cpu::estimate_workspace_bytes(p) : cuda::estimate_workspace_bytes(p);
+}
 
-void estimate(const EstimateParams& p) {
+void estimate(const EstimateParams& p, const Where& where) {
     check_scan("estimate", p);
-    for (int r = 0; r < p.n_rows; ++r) {
+    for (int r = 0; where.on_host() && r < p.n_rows; ++r) {
         const EstimateRow& row = p.rows[r];
         for (int i = 0, least = 0; i < row.zone_count; least = row.zone[i++] + 1) {
             check(row.zone[i] >= least && row.zone[i] < row.entries, "estimate: zone[", r, ", ", i, "] is ",
                   row.zone[i], ", expected ", least, " to ", row.entries - 1, " (rising entries)");
         }
     }
-    cpu::estimate(p);
+    where.on_host() ? cpu::estimate(p) : cuda::estimate(p, where);
 }
 
 }  // namespace kvstrata::ops

@@ -40,7 +40,7 @@ struct EstimateParams {
     int32_t threads;
 };
 
-int64_t estimate_workspace_bytes(const EstimateParams& params);
-void estimate(const EstimateParams& params);
+int64_t estimate_workspace_bytes(const EstimateParams& params, const Where& where = {});
+void estimate(const EstimateParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

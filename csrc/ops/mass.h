@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/types.h"
+
 namespace kvstrata::ops {
 
 enum class Reduce : uint8_t { sum = 0, mean = 1, max = 2 };
@@ -20,6 +22,6 @@ struct MassParams {
     int32_t threads;
 };
 
-void mass(const MassParams& params);
+void mass(const MassParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -26,7 +26,7 @@ struct MeasureParams : WindowParams {  // q_pos is needed
     float* stats;  // f32 [R, G, 3] contiguous: E, V, K
 };
 
-int64_t measure_workspace_bytes(const MeasureParams& params);
-void measure(const MeasureParams& params);
+int64_t measure_workspace_bytes(const MeasureParams& params, const Where& where = {});
+void measure(const MeasureParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

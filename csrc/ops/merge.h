@@ -24,6 +24,6 @@ struct MergeParams {
     int32_t threads;
 };
 
-void merge(const MergeParams& params);
+void merge(const MergeParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -24,7 +24,7 @@ struct PackParams {
     uint16_t* scales = nullptr;  // bf16 [P, 2, groups, 16] contiguous; null only if no page is quantized
 };
 
-void pack(const PackParams& params);
-void unpack(const PackParams& params);
+void pack(const PackParams& params, const Where& where = {});
+void unpack(const PackParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

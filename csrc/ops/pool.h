@@ -37,7 +37,7 @@ struct PoolParams {
     int32_t threads;
 };
 
-int64_t pool_workspace_bytes(const PoolParams& params);
-void pool(const PoolParams& params);
+int64_t pool_workspace_bytes(const PoolParams& params, const Where& where = {});
+void pool(const PoolParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

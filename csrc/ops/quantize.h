@@ -43,7 +43,7 @@ struct DequantizeParams {
     int32_t threads;
 };
 
-void quantize(const QuantizeParams& params);
-void dequantize(const DequantizeParams& params);
+void quantize(const QuantizeParams& params, const Where& where = {});
+void dequantize(const DequantizeParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "common/types.h"
+
 namespace kvstrata::ops {
 
 struct RotateParams {
@@ -21,6 +23,6 @@ struct RotateParams {
     int32_t threads;
 };
 
-void rotate(const RotateParams& params);
+void rotate(const RotateParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -34,7 +34,7 @@ struct ScoreKeysParams {
     int32_t threads;
 };
 
-int64_t score_keys_workspace_bytes(const ScoreKeysParams& params);
-void score_keys(const ScoreKeysParams& params);
+int64_t score_keys_workspace_bytes(const ScoreKeysParams& params, const Where& where = {});
+void score_keys(const ScoreKeysParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -30,7 +30,8 @@ struct ScoreMaxParams : WindowParams {
     int64_t out_stride_r;
 };
 
-int64_t score_max_workspace_bytes(const ScoreMaxParams& params);  // grows with D and threads, and with nothing else
-void score_max(const ScoreMaxParams& params);
+int64_t score_max_workspace_bytes(const ScoreMaxParams& params,
+                                  const Where& where = {});  // grows with D and threads, and with nothing else
+void score_max(const ScoreMaxParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -67,8 +67,8 @@ struct SelectParams {
     int32_t least = 0;     // with mass: entries of every row that has so many
 };
 
-int64_t select_workspace_bytes(const SelectParams& params);
-void select(const SelectParams& params);
-void score_pages(const SelectParams& params);  // x only
+int64_t select_workspace_bytes(const SelectParams& params, const Where& where = {});
+void select(const SelectParams& params, const Where& where = {});
+void score_pages(const SelectParams& params, const Where& where = {});  // x only
 
 }  // namespace kvstrata::ops

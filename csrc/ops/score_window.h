@@ -31,7 +31,7 @@ struct ScoreWindowParams : WindowParams {
     int64_t lse_stride_g;
 };
 
-int64_t score_window_workspace_bytes(const ScoreWindowParams& params);
-void score_window(const ScoreWindowParams& params);
+int64_t score_window_workspace_bytes(const ScoreWindowParams& params, const Where& where = {});
+void score_window(const ScoreWindowParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -34,6 +34,6 @@ struct SummarizeParams {
     SummaryKind kind = SummaryKind::mean;
 };
 
-void summarize(const SummarizeParams& params);
+void summarize(const SummarizeParams& params, const Where& where = {});
 
 }  // namespace kvstrata::ops

@@ -54,6 +54,17 @@ def backends() -> dict[str, Backend | Cuda | Absent]:
     return {"cpu": Backend(_C.isa(), levels, _C.threads_source()), "cuda": _cuda(Path(__file__).parent / _CUDA_LIBRARY)}
 
 
+def open_cuda() -> None:
+    """Opens the CUDA library for the ops, once. RuntimeError with the reason where that cannot be."""
+    if _C.cuda_is_open():
+        return
+    path = Path(__file__).parent / _CUDA_LIBRARY
+    found = _cuda(path)
+    if isinstance(found, Absent):
+        raise RuntimeError(f"CUDA: {found.reason}")
+    _C.open_cuda(str(path))
+
+
 def set_isa(level: str) -> None:
     """Uses an instruction-set level from now on; "" goes back to the best one, or to KVSTRATA_ISA.
 

@@ -207,8 +207,8 @@ def merge(
     for i, part in enumerate(lses):
         if part.shape != shape[:-1]:
             raise ValueError(f"merge: lses[{i}] is {list(part.shape)}, expected {list(shape[:-1])} (set by outs[0])")
-    joined = torch.empty(shape, dtype=torch.float32) if out is None else out
-    weight = torch.empty(shape[:-1], dtype=torch.float32) if lse is None else lse
+    joined = torch.empty(shape, dtype=torch.float32, device=outs[0].device) if out is None else out
+    weight = torch.empty(shape[:-1], dtype=torch.float32, device=outs[0].device) if lse is None else lse
     for name, t, expected in (("out", joined, shape), ("lse", weight, shape[:-1])):
         if t.shape != expected:
             raise ValueError(f"merge: {name} is {list(t.shape)}, expected {list(expected)} (set by outs[0])")

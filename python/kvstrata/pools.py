@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvstrata import _C
+from kvstrata.backend import open_cuda
 
 SLOTS = 16
 FORMATS: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -70,14 +72,17 @@ class Pool:
     pages: tuple[int, ...]  # of each slab
 
     @classmethod
-    def allocate(cls, format: str, head_dim: int, pages: int, slabs: int = 1) -> Pool:
+    def allocate(
+        cls, format: str, head_dim: int, pages: int, slabs: int = 1, device: torch.device | str = "cpu"
+    ) -> Pool:
         """A pool of `slabs` slabs of `pages` pages each, contents undefined."""
         if not 0 <= pages <= 65536:
             raise ValueError(f"Pool.allocate: pages is {pages}, expected 0 to 65536")
         size = pages * (page_bytes(format, head_dim) + _POSITION_BYTES)
-        memory = tuple(torch.empty(size, dtype=torch.uint8) for _ in range(slabs))
+        memory = tuple(torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slabs))
         for slab in memory:
-            _C.hint_huge_pages(slab.data_ptr(), size)
+            if slab.device.type == "cpu":
+                _C.hint_huge_pages(slab.data_ptr(), size)
         return cls(format, head_dim, memory, (pages,) * slabs)
 
     @property
@@ -93,6 +98,13 @@ class Pool:
         """The positions of a slab's slots: i32 [pages, 16], a view."""
         return self.slabs[slab][self.pages[slab] * self.stride :].view(torch.int32).view(self.pages[slab], SLOTS)
 
+    @cached_property
+    def table(self) -> Tensor:
+        """Where slabs and their positions begin, for kernels on the slabs' own device: i64 [2, slabs]."""
+        starts = [slab.data_ptr() for slab in self.slabs]
+        positions = [start + pages * self.stride for start, pages in zip(starts, self.pages, strict=True)]
+        return torch.tensor([starts, positions], device=self.slabs[0].device)
+
     def native(self) -> _C.Pool:
         """This pool as the native core takes it."""
         stride = self.stride
@@ -105,25 +117,38 @@ class Pool:
                     f" [{needed}] ({pages} pages)"
                 )
             slabs.append((memory.data_ptr(), pages, memory.data_ptr() + pages * stride))
-        return _FORMAT_CODE[self.format], self.head_dim, stride, slabs
+        on_host = not self.slabs or device_code("Pool: slab 0", self.slabs[0]) == 0
+        return _FORMAT_CODE[self.format], self.head_dim, stride, slabs, 0 if on_host else self.table.data_ptr()
 
 
 def native_pools(op: str, pools: Sequence[Pool]) -> list[_C.Pool]:
     for i, pool in enumerate(pools):
         for slab in pool.slabs:
-            if slab.device.type != "cpu":
-                raise ValueError(f"{op}: pools[{i}] is on {slab.device}, expected cpu")
+            device_code(f"{op}: pools[{i}]", slab)
     return [pool.native() for pool in pools]
+
+
+def device_code(what: str, t: Tensor) -> int:
+    """A tensor's device as the native core knows it: 0 the CPU, 1 + i CUDA's device i, whose library is opened."""
+    if t.device.type == "cpu":
+        return 0
+    if t.device.type != "cuda":
+        raise ValueError(f"{what} is on {t.device}, expected cpu or cuda")
+    open_cuda()
+    return 1 + t.get_device()
+
+
+def stream_of(t: Tensor) -> int:
+    """The raw stream that work on this tensor joins; 0 on the CPU."""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
 def view(op: str, name: str, t: Tensor) -> _C.Tensor:
     if not isinstance(t, Tensor):
         raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor")
-    if t.device.type != "cpu":
-        raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
     if t.dtype not in _DTYPE_CODE:
         raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPE_CODE))}")
-    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], 0
+    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], device_code(f"{op}: {name}", t), stream_of(t)
 
 
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:

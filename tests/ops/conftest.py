@@ -1,35 +1,66 @@
-"""Every op's tests run at every instruction-set level of this machine."""
+"""Every op's tests run at every instruction-set level of this machine.
+
+Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+
+import devices
 
 from kvstrata import _C
 
 LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
 
 
-@pytest.fixture(params=LEVELS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        on_cuda = ["emulated"] + ["cuda"] * torch.cuda.is_available()
+        more = on_cuda if hasattr(metafunc.module, "EMULATED") else []
+        metafunc.parametrize("isa", [*LEVELS, *(pytest.param(name, marks=marks(name)) for name in more)], indirect=True)
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.cuda] if name == "cuda" else []
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A level of the CPU, "emulated" or "cuda"."""
+    if request.param in devices.NAMES:
+        devices.use(request.param, monkeypatch)
+        yield request.param
+        return
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa("")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The levels of one case follow each other: it is made once for all of them (cases.py)."""
+    """The levels of one case follow each other: it is made once for all of them (cases.py). Of emulated ones a share stays."""
+    items[:] = [item for item in items if not _left_out(item)]
     first: dict[str, int] = {}
     for place, item in enumerate(items):
         first.setdefault(_case(item), place)
     items.sort(key=lambda item: first[_case(item)])
+
+
+def _left_out(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    if call is None or call.params.get("isa") != "emulated":
+        return False
+    return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
 
 
 def _case(item: pytest.Item) -> str:

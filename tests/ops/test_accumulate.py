@@ -8,12 +8,13 @@ import torch
 from kvstrata import ops, reference
 
 NAN = float("nan")
+EMULATED = 0.5
 
 
 @pytest.mark.parametrize("combine", ["sum", "max"])
 @pytest.mark.parametrize("decay", [1.0, 0.95, 0.0])
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 7), (2, 33, 16), (5, 16_400)])
-def test_is_the_reference_bit_for_bit(shape: tuple[int, ...], decay: float, combine: str) -> None:
+def test_is_the_reference_bit_for_bit(isa: str, shape: tuple[int, ...], decay: float, combine: str) -> None:
     g = torch.Generator().manual_seed(len(shape))
     score, mass = torch.rand(shape, generator=g), torch.rand(shape, generator=g)
     expected = score.clone()
@@ -24,7 +25,7 @@ def test_is_the_reference_bit_for_bit(shape: tuple[int, ...], decay: float, comb
         assert torch.equal(got, expected)
 
 
-def test_nan_stays() -> None:
+def test_nan_stays(isa: str) -> None:
     for combine in ("sum", "max"):
         score, mass = torch.tensor([NAN, 1.0, 2.0]), torch.tensor([1.0, NAN, 3.0])
         ops.accumulate(score, mass, combine=combine)  # type: ignore[arg-type]

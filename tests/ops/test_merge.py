@@ -10,6 +10,7 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 INF, NAN = float("inf"), float("nan")
+EMULATED = 0.5
 
 
 def parts(count: int, n: int, dim: int, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
