@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "ops/accumulate.h"
 #include "ops/merge.h"
 
 #define KVSTRATA_CUDA_API extern "C" __attribute__((visibility("default")))
@@ -35,3 +36,6 @@ KVSTRATA_CUDA_API const char* kvstrata_cuda_last_error();
 
 // ops/merge.h. params->outs and params->lses are host arrays of device pointers; params->threads is not read.
 KVSTRATA_CUDA_API int kvstrata_cuda_merge(const kvstrata::ops::MergeParams* params, void* stream);
+
+// ops/accumulate.h.
+KVSTRATA_CUDA_API int kvstrata_cuda_accumulate(const kvstrata::ops::AccumulateParams* params, void* stream);

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 NAME = "libkvstrata_cuda.so"
+EMULATED = "libkvstrata_cuda_emulated.so"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def library_path() -> Path | None:
@@ -37,3 +40,25 @@ def cuda(library: Path) -> ctypes.CDLL:
     lib.kvstrata_cuda_error_string.restype = ctypes.c_char_p
     lib.kvstrata_cuda_last_error.restype = ctypes.c_char_p
     return lib
+
+
+def emulation_lacks() -> str:
+    """What this machine lacks to build the emulated library: the compiler, the toolkit's headers, or nothing ("")."""
+    if shutil.which("g++") is None:
+        return "g++"
+    folders = [Path(p) for p in ("/usr/local/cuda/include", *map(str, Path("/usr/local").glob("cuda-*/include")))]
+    if (nvcc := shutil.which("nvcc")) is not None:
+        text = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+        tops = [line.removeprefix("#$ TOP=") for line in text.splitlines() if line.startswith("#$ TOP=")]
+        folders += [Path(top) / "include" for top in tops]
+    return "" if any((folder / "cuda_runtime.h").exists() for folder in folders) else "the CUDA toolkit's headers"
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Path:
+    """The newest emulated library under build/ (`make emulated`)."""
+    built = sorted((ROOT / "build").rglob(EMULATED), key=lambda p: p.stat().st_mtime)
+    if not built and (lacking := emulation_lacks()):
+        pytest.skip(f"{EMULATED} is not built: {lacking} is missing")
+    assert built, f"{EMULATED} is not under build/, though g++ and the toolkit's headers are there: make emulated"
+    return built[-1]
