@@ -24,6 +24,13 @@ def library_path() -> Path | None:
     return None
 
 
+def opened(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+    lib.kvstrata_cuda_error_string.restype = ctypes.c_char_p
+    lib.kvstrata_cuda_last_error.restype = ctypes.c_char_p
+    return lib
+
+
 @pytest.fixture(scope="session")
 def library() -> Path:
     path = library_path()
@@ -36,10 +43,7 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def cuda(library: Path) -> ctypes.CDLL:
     """The library, opened as the package opens it."""
-    lib = ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
-    lib.kvstrata_cuda_error_string.restype = ctypes.c_char_p
-    lib.kvstrata_cuda_last_error.restype = ctypes.c_char_p
-    return lib
+    return opened(library)
 
 
 def emulation_lacks() -> str:
@@ -62,3 +66,9 @@ def emulated_library() -> Path:
         pytest.skip(f"{EMULATED} is not built: {lacking} is missing")
     assert built, f"{EMULATED} is not under build/, though g++ and the toolkit's headers are there: make emulated"
     return built[-1]
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(emulated_library: Path) -> ctypes.CDLL:
+    """The emulated library: its device memory is the host's."""
+    return opened(emulated_library)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstrata import reference
+
 SEEDS = (0, 1, 2)  # 0: threads run in order
 
 
@@ -136,6 +138,56 @@ def test_exp_and_tanh(emulated: ctypes.CDLL) -> None:
     assert out[0][x == 0].eq(1).all()
 
 
+class PoolView(ctypes.Structure):
+    """csrc/ops/pool_view.h, field by field."""
+
+    _fields_ = (
+        ("format", ctypes.c_uint8),
+        ("n_slabs", ctypes.c_int32),
+        ("stride", ctypes.c_int64),
+        ("slabs", ctypes.POINTER(ctypes.c_void_p)),
+        ("positions", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+FULL = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+FORMATS = (*FULL, "int8", "int4", "int2")
+
+
+def random_pages(name: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three pages uint8 [3, bytes] and what they stand for, f32 [3, 2 (K, V), 16, dim]."""
+    g = torch.Generator().manual_seed(dim)
+    x = torch.randn(2, 3, 16, dim, generator=g)
+    if name in FULL:
+        x = x.to(FULL[name])
+        return reference.pack(x[0], x[1], name), x.float().transpose(0, 1)
+    bits = int(name[3:])
+    low = 0 if bits == 2 else -(1 << (bits - 1))
+    codes = torch.randint(low, low + (1 << bits), x.shape, generator=g).to(torch.int8)
+    group = dim if name == "int8" and dim <= 128 else {"int8": 128, "int4": 64, "int2": 32}[name]
+    while dim % group:
+        group //= 2
+    scales = torch.randn(3, 2, dim // group, 16, generator=g).to(torch.bfloat16)
+    level = codes.float() * 2 - 3 if bits == 2 else codes.float()
+    want = scales.float().permute(0, 1, 3, 2).repeat_interleave(group, -1) * level.transpose(0, 1)
+    return reference.pack(codes[0], codes[1], name, scales), want
+
+
+@pytest.mark.parametrize("dim", [64, 80, 333, 512])
+@pytest.mark.parametrize("name", FORMATS)
+def test_pages_are_read_as_they_are_written(emulated: ctypes.CDLL, name: str, dim: int) -> None:
+    if name not in FULL and dim % 16:
+        return  # no such pages
+    pages, want = random_pages(name, dim)
+    slabs = (ctypes.c_void_p * 2)(None, pages.data_ptr())
+    pools = (PoolView * 8)()
+    pools[5] = PoolView(FORMATS.index(name), 2, pages.shape[1], ctypes.cast(slabs, ctypes.POINTER(ctypes.c_void_p)))
+    for index in range(3):
+        out = torch.full((2, 16, dim), float("nan"))
+        assert emulated.kvstrata_cuda_selftest_page(pools, 5 << 28 | 1 << 16 | index, dim, at(out)) == 0
+        assert torch.equal(out, want[index])
+
+
 def test_launches_that_no_device_takes(emulated: ctypes.CDLL) -> None:
     assert emulated.kvstrata_cuda_selftest_launch(1025, 0) == 9
     text = emulated.kvstrata_cuda_last_error().decode()
@@ -150,7 +202,10 @@ out = (ctypes.c_int * 64)()
 {call}
 """
 FAULTS = {
-    "divergent": (0, ("no thread can go on", "threads 0..39 wait at __syncthreads", "threads 40..63 wait at __syncwarp")),
+    "divergent": (
+        0,
+        ("no thread can go on", "threads 0..39 wait at __syncthreads", "threads 40..63 wait at __syncwarp"),
+    ),
     "returned": (1, ("__shfl_xor_sync: its mask names thread 3, which has returned",)),
     "outside": (2, ("__shfl_sync: the thread is not in its mask", "thread (16, 0, 0)")),
     "two places": (3, ("__syncthreads: thread 0 is at", "thread 32 at __syncthreads")),

@@ -57,7 +57,7 @@ enum class Fault : int { divergent, returned, outside, two_places, half_mma, no_
 
 // What the emulation must refuse, or for no_barrier: out depends on the order of threads.
 __global__ void faulty(Fault fault, int* out) {
-    __shared__ int last;
+    __shared__ int values[64];
     const int i = static_cast<int>(threadIdx.x);
     int32_t d[4] = {};
     switch (fault) {
@@ -81,8 +81,8 @@ __global__ void faulty(Fault fault, int* out) {
             if (lane() < 16) mma_s8(d, {1, 1, 1, 1}, {1, 1});
             break;
         case Fault::no_barrier:
-            last = i;
-            out[i] = last;
+            values[i] = i;
+            out[i] = values[(i + 1) % 64];
             break;
     }
 }
