@@ -15,7 +15,8 @@
 namespace kvstrata::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
 
 struct QuantizeArgs {
     MoveList list;
@@ -27,11 +28,18 @@ struct QuantizeArgs {
     Pools pools;
 };
 
-// Codes and scales of a page until they are written. In dynamic shared memory, after the columns.
-struct Encoded {
-    int8_t* codes;     // as in codes.cuh
-    uint16_t* scales;  // [2][groups][16]
+// In dynamic shared memory: a page's K as it came, a vector for each warp, and the codes of the page to be written.
+struct Shared {
+    uint32_t* columns;  // vectors.cuh
+    float* vectors;     // [kWarps][D]
+    int8_t* codes;      // codes.cuh
 };
+__device__ Shared shared_of(int words, int head_dim) {
+    auto* const columns = reinterpret_cast<uint32_t*>(dynamic_shared());
+    auto* const vectors = reinterpret_cast<float*>(columns + words * kColumnStride);
+    return {columns, vectors, reinterpret_cast<int8_t*>(vectors + kWarps * head_dim)};
+}
+size_t vectors_bytes(int head_dim) { return sizeof(float) * kWarps * static_cast<size_t>(head_dim); }
 
 // K of the named slots' sources into the columns of the slots that they go to.
 __device__ void fetch_columns(uint32_t* columns, int words, int head_dim, uint32_t slots, const Sources& from) {
@@ -42,34 +50,44 @@ __device__ void fetch_columns(uint32_t* columns, int words, int head_dim, uint32
     }
 }
 
-// The vector of a full slot, less its centre, rotated.
+// x [D] of a full slot, less its centre if there is one, rotated. Every lane keeps to its dims.
 template <int N>
-__device__ void turn(float (&x)[N], const QuantizeArgs& args, bool value, int move) {
-    if (!value && args.centre) {
-        const float* const centre = args.centre + static_cast<int64_t>(args.row_of[move]) * args.rotation.dim;
+__device__ void turn(float* x, const float* centre, const Rotation& rotation) {
+    float held[N];
 #pragma unroll
-        for (int s = 0; s < N; ++s) {
-            const int d = s * kWarp + lane();
-            if (d < args.rotation.dim) x[s] -= centre[d];
-        }
+    for (int s = 0; s < N; ++s) {
+        const int d = s * kWarp + lane();
+        held[s] = d < rotation.dim ? x[d] : 0.0f;
+        if (centre && d < rotation.dim) held[s] -= centre[d];
     }
-    rotate(x, args.rotation, false);
+    rotate(held, rotation, false);
+#pragma unroll
+    for (int s = 0; s < N; ++s) {
+        const int d = s * kWarp + lane();
+        if (d < rotation.dim) x[d] = held[s];
+    }
 }
 
 // Warp by warp: vector i is K of slot i, or V of slot i - 16.
 template <int N>
-__device__ void encode_run(const QuantizeArgs& args, const Run& run, const Sources& from, const uint32_t* columns,
-                           const Encoded& to, Format format) {
-    const int dim = args.rotation.dim, group = args.groups.of[static_cast<int>(format)];
-    for (int i = warp(); i < 2 * kSlots; i += warps()) {
+__device__ void encode_run(const QuantizeArgs& args, const Run& run, const Sources& from, Format to,
+                           const Shared& shared, uint16_t* scales) {
+    const int dim = args.rotation.dim, group = args.groups.of[static_cast<int>(to)];
+    float* const x = shared.vectors + warp() * dim;
+    for (int i = warp(); i < 2 * kSlots; i += kWarps) {
         const int slot = i % kSlots;
         const bool value = i >= kSlots;
         if (!(run.slots >> slot & 1)) continue;
-        float x[N];
-        read_slot(x, value, columns + slot, from.page[slot], from.format[slot], from.slot[slot], dim, args.groups);
-        if (is_full(from.format[slot])) turn(x, args, value, run.at[slot]);
-        encode(x, dim, format, group, to.codes + i * codes_stride(dim),
-               to.scales + (value ? dim / group * kSlots : 0) + slot);
+        const Format format = from.format[slot];
+        read_slot(x, value, shared.columns + slot, from.page[slot], format, from.slot[slot], dim,
+                  args.groups.of[static_cast<int>(format)]);
+        if (is_full(format)) {
+            const float* const centre =
+                args.centre && !value ? args.centre + int64_t{args.row_of[run.at[slot]]} * dim : nullptr;
+            turn<N>(x, centre, args.rotation);
+        }
+        encode(x, dim, to, group, shared.codes + i * codes_stride(dim),
+               scales + (value ? dim / group * kSlots : 0) + slot);
     }
 }
 
@@ -87,19 +105,18 @@ __global__ void __launch_bounds__(kThreads) quantize_moves(const __grid_constant
     __shared__ Sources from;
     __shared__ uint16_t scales[2 * kMaxGroups * kSlots];
     const int dim = args.rotation.dim;
-    auto* const columns = reinterpret_cast<uint32_t*>(dynamic_shared());
-    const Encoded encoded{reinterpret_cast<int8_t*>(columns + args.words * kColumnStride), scales};
+    const Shared shared = shared_of(args.words, dim);
     each_run(args.list, static_cast<int>(blockIdx.x) * kPart, run, [&] {
         find_sources(args.pools, args.list.moves, run, from);
         __syncthreads();
-        fetch_columns(columns, args.words, dim, run.slots, from);
+        fetch_columns(shared.columns, args.words, dim, run.slots, from);
         __syncthreads();
         const Format to = format_at(args.pools, run.page);
-        encode_run<N>(args, run, from, columns, encoded, to);
+        encode_run<N>(args, run, from, to, shared, scales);
         __syncthreads();
         unsigned char* const page = page_to_write(args.pools, run.page);
-        put_codes(page, to, dim, run.slots, encoded.codes);
-        put_scales(page, to, dim, run.slots, encoded.scales);
+        put_codes(page, to, dim, run.slots, shared.codes);
+        put_scales(page, to, dim, run.slots, scales);
     });
 }
 
@@ -109,10 +126,28 @@ struct DequantizeArgs {
     const int32_t* row_of;  // [P]
     Rotation rotation;      // and D
     GroupSizes groups;
+    int32_t words;  // of a slot's K, the most that a page has
     float* k;
     float* v;
     Pools pools;
 };
+
+// x [D] rotated back, and its centre if there is one, into out [D].
+template <int N>
+__device__ void turn_back(const float* x, const float* centre, const Rotation& rotation, float* out) {
+    float held[N];
+#pragma unroll
+    for (int s = 0; s < N; ++s) {
+        const int d = s * kWarp + lane();
+        held[s] = d < rotation.dim ? x[d] : 0.0f;
+    }
+    rotate(held, rotation, true);
+#pragma unroll
+    for (int s = 0; s < N; ++s) {
+        const int d = s * kWarp + lane();
+        if (d < rotation.dim) out[d] = centre ? held[s] + centre[d] : held[s];
+    }
+}
 
 __device__ void widen_page(const DequantizeArgs& args, int page, const unsigned char* at, Format from) {
     __shared__ SlotRows<unsigned char> rows;
@@ -136,25 +171,18 @@ __global__ void __launch_bounds__(kThreads) dequantize_pages(const __grid_consta
     const unsigned char* const at = page_at(args.pools, id);
     const Format from = format_at(args.pools, id);
     if (is_full(from)) return widen_page(args, page, at, from);
-    auto* const columns = reinterpret_cast<uint32_t*>(dynamic_shared());
+    const Shared shared = shared_of(args.words, dim);
     for (int i = static_cast<int>(threadIdx.x); i < key_words(from, dim) * kSlots; i += kThreads) {
-        columns[i / kSlots * kColumnStride + i % kSlots] = reinterpret_cast<const uint32_t*>(at)[i];
+        shared.columns[i / kSlots * kColumnStride + i % kSlots] = reinterpret_cast<const uint32_t*>(at)[i];
     }
     __syncthreads();
-    for (int i = warp(); i < 2 * kSlots; i += warps()) {
+    float* const x = shared.vectors + warp() * dim;
+    for (int i = warp(); i < 2 * kSlots; i += kWarps) {
         const int slot = i % kSlots;
         const bool value = i >= kSlots;
-        float x[N];
-        read_slot(x, value, columns + slot, at, from, slot, dim, args.groups);
-        rotate(x, args.rotation, true);
-        const float* const centre =
-            value || !args.centre ? nullptr : args.centre + static_cast<int64_t>(args.row_of[page]) * dim;
-        float* const out = (value ? args.v : args.k) + (static_cast<int64_t>(page) * kSlots + slot) * dim;
-#pragma unroll
-        for (int s = 0; s < N; ++s) {
-            const int d = s * kWarp + lane();
-            if (d < dim) out[d] = centre ? x[s] + centre[d] : x[s];
-        }
+        read_slot(x, value, shared.columns + slot, at, from, slot, dim, args.groups.of[static_cast<int>(from)]);
+        const float* const centre = args.centre && !value ? args.centre + int64_t{args.row_of[page]} * dim : nullptr;
+        turn_back<N>(x, centre, args.rotation, (value ? args.v : args.k) + (int64_t{page} * kSlots + slot) * dim);
     }
 }
 
@@ -164,36 +192,31 @@ __global__ void __launch_bounds__(kThreads) dequantize_pages(const __grid_consta
 int kvstrata_cuda_quantize(const kvstrata::ops::QuantizeParams* params, void* stream) {
     using namespace kvstrata;
     const ops::QuantizeParams& p = *params;
-    if (!quantizable(p.head_dim)) return cuda::refused("quantize", "head_dim is not a multiple of 16 in 32..512");
+    const int dim = p.head_dim, words = cuda::most_key_words(p.pools, dim);
+    if (!quantizable(dim)) return cuda::refused("quantize", "head_dim is not a multiple of 16 in 32..512");
     if (p.n_moves <= 0) return 0;
-    const int words = cuda::most_key_words(p.pools, p.head_dim);
     const cuda::QuantizeArgs args{
-        {p.moves, p.n_moves},   p.centre, p.row_of, cuda::rotation(p.head_dim), cuda::group_sizes(p.head_dim), words,
+        {p.moves, p.n_moves},   p.centre, p.row_of, cuda::rotation(dim), cuda::group_sizes(dim), words,
         cuda::pools_of(p.pools)};
-    return cuda::with_registers(p.head_dim, [&]<int N>() {
+    const size_t bytes = cuda::columns_bytes(words) + cuda::vectors_bytes(dim) + cuda::codes_bytes(dim);
+    return cuda::with_registers(dim, [&]<int N>() {
         return cuda::launch("quantize", cuda::quantize_moves<N>, cuda::blocks_for(p.n_moves, cuda::kPart),
-                            cuda::kThreads, cuda::columns_bytes(words) + cuda::codes_bytes(p.head_dim),
-                            static_cast<cudaStream_t>(stream), args);
+                            cuda::kThreads, bytes, static_cast<cudaStream_t>(stream), args);
     });
 }
 
 int kvstrata_cuda_dequantize(const kvstrata::ops::DequantizeParams* params, void* stream) {
     using namespace kvstrata;
     const ops::DequantizeParams& p = *params;
-    if (p.head_dim < 1 || p.head_dim > kMaxHeadDim) return cuda::refused("dequantize", "head_dim is not in 1..512");
+    const int dim = p.head_dim, words = cuda::most_key_words(p.pools, dim);
+    if (dim < 1 || dim > kMaxHeadDim) return cuda::refused("dequantize", "head_dim is not in 1..512");
     if (p.n_pages <= 0) return 0;
-    const cuda::DequantizeArgs args{p.pages,
-                                    p.centre,
-                                    p.row_of,
-                                    cuda::rotation(p.head_dim),
-                                    cuda::group_sizes(p.head_dim),
-                                    p.k,
-                                    p.v,
-                                    cuda::pools_of(p.pools)};
-    const size_t stage = cuda::most_stage_bytes(p.pools, p.head_dim);
-    const size_t columns = cuda::columns_bytes(cuda::most_key_words(p.pools, p.head_dim));
-    return cuda::with_registers(p.head_dim, [&]<int N>() {
+    const cuda::DequantizeArgs args{p.pages, p.centre, p.row_of, cuda::rotation(dim),    cuda::group_sizes(dim),
+                                    words,   p.k,      p.v,      cuda::pools_of(p.pools)};
+    const size_t stage = cuda::most_stage_bytes(p.pools, dim);
+    const size_t bytes = cuda::columns_bytes(words) + cuda::vectors_bytes(dim);
+    return cuda::with_registers(dim, [&]<int N>() {
         return cuda::launch("dequantize", cuda::dequantize_pages<N>, static_cast<unsigned>(p.n_pages), cuda::kThreads,
-                            stage > columns ? stage : columns, static_cast<cudaStream_t>(stream), args);
+                            stage > bytes ? stage : bytes, static_cast<cudaStream_t>(stream), args);
     });
 }

@@ -49,7 +49,7 @@ __device__ inline uint32_t codes_in(uint32_t word, int field) {
 }
 
 template <Format F>
-__device__ void put_keys(unsigned char* page, int head_dim, uint32_t slots, const int8_t* codes) {
+__device__ void put_key_codes(unsigned char* page, int head_dim, uint32_t slots, const int8_t* codes) {
     auto* const k = reinterpret_cast<uint32_t*>(page);
     for (int i = static_cast<int>(threadIdx.x); i < key_words(F, head_dim) * kSlots;
          i += static_cast<int>(blockDim.x)) {
@@ -64,7 +64,7 @@ __device__ void put_keys(unsigned char* page, int head_dim, uint32_t slots, cons
 }
 
 template <Format F>
-__device__ void put_values(unsigned char* page, int head_dim, uint32_t slots, const int8_t* codes) {
+__device__ void put_value_codes(unsigned char* page, int head_dim, uint32_t slots, const int8_t* codes) {
     auto* const v = reinterpret_cast<uint4*>(page + v_offset(F, head_dim));
     const int quads = head_dim / 4;
     for (int i = static_cast<int>(threadIdx.x); i < value_lines(F) * quads; i += static_cast<int>(blockDim.x)) {
@@ -96,8 +96,8 @@ __device__ void put_values(unsigned char* page, int head_dim, uint32_t slots, co
 // Codes of the slots in `slots` into a page; the others keep their bytes.
 template <Format F>
 __device__ void put_codes(unsigned char* page, int head_dim, uint32_t slots, const int8_t* codes) {
-    put_keys<F>(page, head_dim, slots, codes);
-    put_values<F>(page, head_dim, slots, codes + kSlots * codes_stride(head_dim));
+    put_key_codes<F>(page, head_dim, slots, codes);
+    put_value_codes<F>(page, head_dim, slots, codes + kSlots * codes_stride(head_dim));
 }
 __device__ inline void put_codes(unsigned char* page, Format to, int head_dim, uint32_t slots, const int8_t* codes) {
     if (to == Format::int8) return put_codes<Format::int8>(page, head_dim, slots, codes);

@@ -1,8 +1,9 @@
-// Codes and scales of a rotated vector that lies across a warp as in rotate.cuh: the formulas of ops/quantize.h, with the
-// CPU's bits (csrc/cpu/kernels/encode.cpp).
+// Codes and scales of a rotated vector by one warp: the formulas of ops/quantize.h, with the CPU's bits
+// (csrc/cpu/kernels/encode.cpp).
 //
-// Groups are 16 dims (half a register), or 32, 64, 128 or all of up to 128 (1 to 4 registers). Their maxima are found on
-// the bits of the magnitudes, which are ordered as the numbers are, with infinity and NaN at the end.
+// The vector lies in shared memory; lane l works on dims l, 32 + l, 64 + l, ..., of one group at a time: 16 dims (half a
+// register), or 32, 64, 128 or all of up to 128 (1 to 4 registers). Maxima are found on the bits of the magnitudes, which are
+// ordered as the numbers are, with infinity and NaN at the end.
 #pragma once
 
 #include "common/layout.h"
@@ -30,7 +31,7 @@ __device__ inline uint32_t group_max(uint32_t bits) {
 
 // Whether the first element of the largest magnitude is negative.
 template <int Span, bool Half>
-__device__ inline bool first_is_negative(const float* x, uint32_t most) {
+__device__ inline bool first_is_negative(const float (&x)[Span], uint32_t most) {
     const unsigned mine = Half ? 0xFFFFu << (lane() & 16) : kAllLanes;
     bool found = false, result = false;
 #pragma unroll
@@ -44,7 +45,7 @@ __device__ inline bool first_is_negative(const float* x, uint32_t most) {
 
 // rne(x / s) into low..high.
 template <int Span>
-__device__ inline void round_codes(const float* x, float inverse, int low, int high, int* codes) {
+__device__ inline void round_codes(const float (&x)[Span], float inverse, int low, int high, int (&codes)[Span]) {
 #pragma unroll
     for (int s = 0; s < Span; ++s) codes[s] = max(low, min(high, __float2int_rn(x[s] * inverse)));
 }
@@ -84,7 +85,7 @@ __device__ inline uint32_t int2_scale(float x, float most) {
 
 // One group in Span registers, or two in the halves of one. Returns the scale of the lane's group.
 template <Format To, int Span, bool Half>
-__device__ inline uint16_t encode_group(const float* x, int* codes) {
+__device__ inline uint16_t encode_group(const float (&x)[Span], int (&codes)[Span]) {
     uint32_t bits = magnitude(x[0]);
 #pragma unroll
     for (int s = 1; s < Span; ++s) bits = max(bits, magnitude(x[s]));
@@ -97,11 +98,11 @@ __device__ inline uint16_t encode_group(const float* x, int* codes) {
     uint32_t scale;
     if constexpr (To == Format::int8) {
         scale = round_up(__fdiv_rn(most, 127.0f));
-        round_codes<Span>(safe, __fdiv_rn(1.0f, __uint_as_float(scale)), -127, 127, codes);
+        round_codes(safe, __fdiv_rn(1.0f, __uint_as_float(scale)), -127, 127, codes);
     } else if constexpr (To == Format::int4) {
         scale = round_up(__fdiv_rn(most, 8.0f));
         if (!first_is_negative<Span, Half>(x, bits)) scale |= 0x80000000u;
-        round_codes<Span>(safe, __fdiv_rn(1.0f, __uint_as_float(scale)), -8, 7, codes);
+        round_codes(safe, __fdiv_rn(1.0f, __uint_as_float(scale)), -8, 7, codes);
     } else {
         static_assert(Span == 1, "a group of int2 lies in one register");
         scale = int2_scale<Half>(safe[0], most);
@@ -111,44 +112,48 @@ __device__ inline uint16_t encode_group(const float* x, int* codes) {
     return bits < kLeastBits ? uint16_t{0} : kNanScale;
 }
 
-template <Format To, int Span, bool Half, int N>
-__device__ inline void encode_groups(const float (&x)[N], int dim, int8_t* codes, uint16_t* scales) {
-    constexpr int kSpan = Span < N ? Span : N;
+template <Format To, int Span, bool Half = false>
+__device__ inline void encode_groups(const float* x, int dim, int8_t* codes, uint16_t* scales) {
+    for (int first = 0; first < dim; first += Span * kWarp) {
+        float held[Span];
+        int c[Span];
 #pragma unroll
-    for (int first = 0; first < N; first += kSpan) {
-        if (first * kWarp >= dim) break;
-        int c[kSpan];
-        const uint16_t scale = encode_group<To, kSpan, Half>(x + first, c);
+        for (int s = 0; s < Span; ++s) {
+            const int d = first + s * kWarp + lane();
+            held[s] = d < dim ? x[d] : 0.0f;
+        }
+        const uint16_t scale = encode_group<To, Span, Half>(held, c);
 #pragma unroll
-        for (int s = 0; s < kSpan; ++s) {
-            const int d = (first + s) * kWarp + lane();
+        for (int s = 0; s < Span; ++s) {
+            const int d = first + s * kWarp + lane();
             if (d < dim) codes[d] = static_cast<int8_t>(c[s]);
         }
-        const int group = Half ? 2 * first + (lane() >> 4) : first / kSpan;
-        if (lane() == 0 || (Half && lane() == 16 && first * kWarp + 16 < dim)) scales[group * kSlots] = scale;
+        const int group = Half ? (first + lane()) / 16 : first / (Span * kWarp);
+        if (lane() == 0 || (Half && lane() == 16 && first + 16 < dim)) scales[group * kSlots] = scale;
     }
 }
 
-// Codes [D] and scales [groups], kSlots apart, of the vector. `group`: dims that share a scale. All lanes take part.
-template <int N>
-__device__ void encode(const float (&x)[N], int dim, Format to, int group, int8_t* codes, uint16_t* scales) {
+// Codes [D] and scales [groups], kSlots apart, of x [D]; every lane reads the dims that it works on and no others.
+// `group`: dims that share a scale. All lanes take part.
+__device__ __noinline__ inline void encode(const float* x, int dim, Format to, int group, int8_t* codes,
+                                           uint16_t* scales) {
     if (to == Format::int8) {
         switch (group) {
             case 16: return encode_groups<Format::int8, 1, true>(x, dim, codes, scales);
-            case 32: return encode_groups<Format::int8, 1, false>(x, dim, codes, scales);
-            case 64: return encode_groups<Format::int8, 2, false>(x, dim, codes, scales);
-            default: return encode_groups<Format::int8, 4, false>(x, dim, codes, scales);  // 128, or all of less
+            case 32: return encode_groups<Format::int8, 1>(x, dim, codes, scales);
+            case 64: return encode_groups<Format::int8, 2>(x, dim, codes, scales);
+            default: return encode_groups<Format::int8, 4>(x, dim, codes, scales);  // 128, or all of less
         }
     } else if (to == Format::int4) {
         switch (group) {
             case 16: return encode_groups<Format::int4, 1, true>(x, dim, codes, scales);
-            case 32: return encode_groups<Format::int4, 1, false>(x, dim, codes, scales);
-            default: return encode_groups<Format::int4, 2, false>(x, dim, codes, scales);
+            case 32: return encode_groups<Format::int4, 1>(x, dim, codes, scales);
+            default: return encode_groups<Format::int4, 2>(x, dim, codes, scales);
         }
     } else if (group == 16) {
         encode_groups<Format::int2, 1, true>(x, dim, codes, scales);
     } else {
-        encode_groups<Format::int2, 1, false>(x, dim, codes, scales);
+        encode_groups<Format::int2, 1>(x, dim, codes, scales);
     }
 }
 

@@ -114,7 +114,7 @@ __device__ inline Quad get_words(const uint32_t* words) {
 
 // V of the slots in `slots`.
 template <Format From, Format To>
-__device__ void put_values(unsigned char* page, int head_dim, const SlotRows<const unsigned char>& from,
+__device__ void put_value_rows(unsigned char* page, int head_dim, const SlotRows<const unsigned char>& from,
                            uint32_t slots) {
     constexpr int kPerWord = 4 / format_bytes(To);  // slots
     const int padded = padded_dim(head_dim), quads = padded / 4;
@@ -154,7 +154,7 @@ __device__ void put_full(unsigned char* page, int head_dim, const SlotRows<const
         put_words<To>(stage + slot * stride + quad * kQuadWords,
                       convert<From, To>(load_quad<From>(from.k[slot], 4 * quad, head_dim)));
     }
-    put_values<From, To>(page, head_dim, from, slots);
+    put_value_rows<From, To>(page, head_dim, from, slots);
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < words * 4; i += static_cast<int>(blockDim.x)) {
         const int word = i / 4, first = i % 4 * 4;  // four slots of a line

@@ -1,5 +1,4 @@
-// One slot's K or V as a vector that lies across a warp (rotate.cuh), f32: full formats as they are, quantized ones
-// decoded, in the rotated domain.
+// One slot's K or V as an f32 vector, by one warp: full formats as they are, quantized ones decoded, in the rotated domain.
 //
 // K of a slot is a column: the block brings the columns of up to sixteen slots into shared memory, sixteen lanes to a
 // line, which reads lines whole where the slots are of one page. V of a slot is read by lines where it lies.
@@ -35,27 +34,21 @@ inline GroupSizes group_sizes(int head_dim) {
 }
 
 // read(d): the element or code of dim d in the low bits of a word. Scales [groups][16] of the page.
-template <Format F, int N, class Read>
-__device__ inline void read_vector(float (&x)[N], int head_dim, const uint16_t* scales, int slot, int group,
-                                   Read read) {
-#pragma unroll
-    for (int s = 0; s < N; ++s) {
-        const int d = s * kWarp + lane();
-        x[s] = 0.0f;
-        if (d >= head_dim) continue;
+template <Format F, class Read>
+__device__ inline void read_vector(float* x, int head_dim, const uint16_t* scales, int slot, int group, Read read) {
+#pragma unroll 4
+    for (int d = lane(); d < head_dim; d += kWarp) {
         if constexpr (is_full(F)) {
-            x[s] = element_in<F>(read(d), 0);
+            x[d] = element_in<F>(read(d), 0);
         } else {
             const float level = static_cast<float>(level_of<F>(code_in<F>(read(d), 0)));
-            x[s] = from_bf16(scales[d / group * kSlots + slot]) * level;
+            x[d] = from_bf16(scales[d / group * kSlots + slot]) * level;
         }
     }
 }
-
-// K of a page's slot from its column in shared memory, V from the page. `group`: dims that share a scale.
-template <Format F, int N>
-__device__ void read_slot(float (&x)[N], bool value, const uint32_t* column, const unsigned char* page, int slot,
-                          int head_dim, int group) {
+template <Format F>
+__device__ inline void read_slot(float* x, bool value, const uint32_t* column, const unsigned char* page, int slot,
+                                 int head_dim, int group) {
     if (value) {
         const Field field = field_of<F>(slot);
         return read_vector<F>(x, head_dim, value_scales(page, F, head_dim), slot, group,
@@ -66,10 +59,11 @@ __device__ void read_slot(float (&x)[N], bool value, const uint32_t* column, con
         return column[field.word * kColumnStride] >> field.bit;
     });
 }
-template <int N>
-__device__ void read_slot(float (&x)[N], bool value, const uint32_t* column, const unsigned char* page, Format format,
-                          int slot, int head_dim, const GroupSizes& groups) {
-    const int group = groups.of[static_cast<int>(format)];
+
+// K of a page's slot from its column in shared memory, or V from the page, into x [D] in shared memory: lane l writes dims l,
+// 32 + l, ... `group`: dims that share a scale.
+__device__ __noinline__ inline void read_slot(float* x, bool value, const uint32_t* column, const unsigned char* page,
+                                              Format format, int slot, int head_dim, int group) {
     switch (format) {
         case Format::f32: return read_slot<Format::f32>(x, value, column, page, slot, head_dim, group);
         case Format::bf16: return read_slot<Format::bf16>(x, value, column, page, slot, head_dim, group);
