@@ -135,8 +135,8 @@ __device__ inline void encode_groups(const float* x, int dim, int8_t* codes, uin
 
 // Codes [D] and scales [groups], kSlots apart, of x [D]; every lane reads the dims that it works on and no others.
 // `group`: dims that share a scale. All lanes take part.
-__device__ __noinline__ inline void encode(const float* x, int dim, Format to, int group, int8_t* codes,
-                                           uint16_t* scales) {
+__device__ __attribute__((noinline)) inline void encode(const float* x, int dim, Format to, int group, int8_t* codes,
+                                                        uint16_t* scales) {
     if (to == Format::int8) {
         switch (group) {
             case 16: return encode_groups<Format::int8, 1, true>(x, dim, codes, scales);

@@ -62,8 +62,9 @@ __device__ inline void read_slot(float* x, bool value, const uint32_t* column, c
 
 // K of a page's slot from its column in shared memory, or V from the page, into x [D] in shared memory: lane l writes dims l,
 // 32 + l, ... `group`: dims that share a scale.
-__device__ __noinline__ inline void read_slot(float* x, bool value, const uint32_t* column, const unsigned char* page,
-                                              Format format, int slot, int head_dim, int group) {
+__device__ __attribute__((noinline)) inline void read_slot(float* x, bool value, const uint32_t* column,
+                                                           const unsigned char* page, Format format, int slot,
+                                                           int head_dim, int group) {
     switch (format) {
         case Format::f32: return read_slot<Format::f32>(x, value, column, page, slot, head_dim, group);
         case Format::bf16: return read_slot<Format::bf16>(x, value, column, page, slot, head_dim, group);
