@@ -115,7 +115,7 @@ __device__ inline Quad get_words(const uint32_t* words) {
 // V of the slots in `slots`.
 template <Format From, Format To>
 __device__ void put_value_rows(unsigned char* page, int head_dim, const SlotRows<const unsigned char>& from,
-                           uint32_t slots) {
+                               uint32_t slots) {
     constexpr int kPerWord = 4 / format_bytes(To);  // slots
     const int padded = padded_dim(head_dim), quads = padded / 4;
     auto* const v = reinterpret_cast<uint32_t*>(page + v_offset(To, head_dim));

@@ -2,7 +2,8 @@
 // part of the list they begin in. So no word of a page has two writers, and a page's lines are written whole.
 //
 // A block that begins inside a page's moves reads back to the move before its part. A part is 16 moves: a block gets
-// about one page, and what it reads of the list is about its part, however the pages lie in it.
+// about one page, and what it reads of the list is about its part, however the pages lie in it. Only stretches of skipped
+// moves beside a page that is not full make it read more, 32 moves at a time.
 #pragma once
 
 #include "cuda/device/page.cuh"
@@ -57,14 +58,18 @@ __device__ inline void find_sources(const Pools& pools, const ops::Move* moves, 
     if (to && position) *to = *position;
 }
 
-// The page of the last move before `end` that is not skipped. One warp.
+// The page of the last move before the part at `first`, skipped ones aside; kNoPage where the part has no move to ask for.
+// One warp.
 template <class List>
-__device__ PageId page_before(const List& list, int end) {
-    for (; end > 0; end -= kWarp) {
-        const int i = end - kWarp + lane();
-        const PageId page = i >= 0 ? list.page(i) : kNoPage;
-        const unsigned named = __ballot_sync(kAllLanes, page >= 0);
-        if (named) return __shfl_sync(kAllLanes, page, kWarp - 1 - __clz(static_cast<int>(named)));
+__device__ PageId page_before(const List& list, int first) {
+    const auto page = [&](int i) { return i >= 0 && i < list.count ? list.page(i) : kNoPage; };
+    const PageId own = lane() < kPart ? page(first + lane()) : kNoPage;
+    PageId before = page(first - kWarp + lane());
+    if (!__any_sync(kAllLanes, own >= 0)) return kNoPage;
+    for (int end = first; end > 0; before = page(end - kWarp + lane())) {
+        const unsigned named = __ballot_sync(kAllLanes, before >= 0);
+        if (named) return __shfl_sync(kAllLanes, before, kWarp - 1 - __clz(static_cast<int>(named)));
+        end -= kWarp;
     }
     return kNoPage;
 }
@@ -77,14 +82,15 @@ __device__ void find_run(const List& list, int at, int end, PageId taken, Run& r
     unsigned slots = 0;
     while (at < list.count && slots != kAllSlots) {
         const int i = at + lane();
-        PageId id = i < list.count ? list.page(i) : kNoPage;
+        const bool listed = i < list.count;
+        PageId id = listed ? list.page(i) : kNoPage;
+        const int slot = listed ? list.slot(i) : 0;  // asked for together: what is skipped may hold anything
         if (id == taken) id = kNoPage;
         if (page < 0) {
             const unsigned begins = __ballot_sync(kAllLanes, id >= 0 && i < end);
             if (!begins) break;
             page = __shfl_sync(kAllLanes, id, __ffs(static_cast<int>(begins)) - 1);
         }
-        const int slot = id == page ? list.slot(i) : 0;
         if (id == page) run.at[slot] = i;
         slots |= __reduce_or_sync(kAllLanes, id == page ? 1u << slot : 0u);
         const unsigned others = __ballot_sync(kAllLanes, id >= 0 && id != page);
