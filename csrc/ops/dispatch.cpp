@@ -1,9 +1,11 @@
 // The border of every op: checks what the params say about themselves, once, then calls the backend. Tensor shapes are
 // checked where tensors are seen (bind); page ids belong to whoever keeps the tables and are checked here on request.
 #include <cmath>
+#include <cstring>
 
 #include "ops/backends.h"
 #include "ops/border.h"
+#include "ops/transfer.h"
 
 namespace kvstrata::ops {
 namespace {
@@ -315,6 +317,24 @@ void choose_chunks(const ChooseChunksParams& p, const Where& where) {
     }
     check(lowest <= p.budget, "choose_chunks: budget is ", p.budget, ", the cheapest steps cost ", lowest);
     where.on_host() ? cpu::choose_chunks(p) : cuda::choose_chunks(p, where);
+}
+
+void upload(std::span<const Piece> pieces, const Where& where) {
+    if (!where.on_host()) return cuda::upload(pieces, where);
+    for (const Piece& p : pieces) std::memcpy(p.to, p.from, static_cast<size_t>(p.bytes));
+}
+
+void copy(const Block& b, const Where& where) {
+    if (!where.on_host()) return cuda::copy(b, where);
+    for (int64_t i = 0; i < b.rows; ++i) {
+        std::memcpy(static_cast<unsigned char*>(b.to) + i * b.to_stride,
+                    static_cast<const unsigned char*>(b.from) + i * b.from_stride, static_cast<size_t>(b.bytes));
+    }
+}
+
+void download(void* to, const void* from, int64_t bytes, const Where& where) {
+    if (!where.on_host()) return cuda::download(to, from, bytes, where);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 }  // namespace kvstrata::ops
