@@ -1,4 +1,4 @@
-# make demo | test | lint | build | bench | bench-ops | asan | clean
+# make demo | test | lint | build | bench | bench-ops | asan | emulated | clean
 #
 # `make demo` and `make test` do all set-up themselves: they need Python 3.11 or newer, g++ and make. Everything goes into
 # .venv, by the pins in constraints.txt; cmake and ninja come as wheels where the machine has none. Stamp files make a
@@ -35,7 +35,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 SOURCES := $(NATIVE) $(shell find python -type f -name '*.py*' ! -path '*/__pycache__/*' 2>/dev/null)
 CPP := $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test lint bench bench-ops build asan clean
+.PHONY: help demo test lint bench bench-ops build asan emulated clean
 help:
 	@sed -n '1,5p' Makefile | sed 's/^# \{0,1\}//'
 
@@ -96,7 +96,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # The main suite runs last, so that its summary ends the output.
-test: lint $(STAMPS)/wheel-strict $(STAMPS)/oldest asan
+test: lint $(STAMPS)/wheel-strict $(STAMPS)/oldest asan emulated
 	mkdir -p $(LOGS)
 	if [ -d tests/hf ]; then PYTHONPATH=$(OVERLAY) $(PYTEST) tests/hf 2>&1 | tee $(LOGS)/2-oldest.log; fi
 	$(PYTEST) -rs 2>&1 | tee $(LOGS)/3-main.log
@@ -119,6 +119,15 @@ asan: $(STAMPS)/dev
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(ASAN)/site \
 	  $(PYTEST) -p no:cacheprovider $(ASAN_TESTS) 2>&1 | tee $(LOGS)/1-asan.log; fi
+
+# The CUDA library compiled for the CPU, for tests where no GPU is. Without the CUDA toolkit's headers there is nothing to build.
+EMULATED := build/emulated
+emulated: $(STAMPS)/dev
+	mkdir -p $(LOGS)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset emulated -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >$(LOGS)/emulated-configure.log || { cat $(LOGS)/emulated-configure.log; exit 1; }
+	if grep -q "no CUDA headers found" $(LOGS)/emulated-configure.log; then grep "no CUDA headers found" $(LOGS)/emulated-configure.log; \
+	else PATH=$(CURDIR)/$(BIN):$$PATH cmake --build $(EMULATED) --target kvstrata_cuda_emulated; fi
 
 # --- Development ---------------------------------------------------------------------------------------------------------
 

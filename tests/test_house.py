@@ -219,7 +219,6 @@ def test_only_compat_compares_versions() -> None:
 # --- The mirror rule ------------------------------------------------------------------------------------------------
 
 NOT_ON_CUDA = {
-    "accumulate",
     "append",
     "attend",
     "choose_chunks",

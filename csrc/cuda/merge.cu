@@ -1,16 +1,11 @@
 // merge on CUDA: one warp per (row, head, query) result, partials in ascending order. The formula is in ops/merge.h.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cmath>
-
 #include "cuda/api.h"
-#include "cuda/error.h"
+#include "cuda/device/element.cuh"
+#include "cuda/device/warp.cuh"
 
 namespace kvstrata::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kMaxDim = 512;
 constexpr int kDimsPerLane = kMaxDim / kWarp;
@@ -20,10 +15,6 @@ struct Partials {
     const float* lses[kMaxMergeParts];  // [J] -> f32 [N]
     int count;                          // J
 };
-
-__device__ void store(float* at, float x) { *at = x; }
-__device__ void store(__nv_bfloat16* at, float x) { *at = __float2bfloat16_rn(x); }
-__device__ void store(__half* at, float x) { *at = __float2half_rn(x); }
 
 // The largest lse, -inf if there is none; a NaN wins, so that it shows in the result.
 __device__ float largest_lse(const Partials& parts, int64_t i) {
@@ -40,8 +31,7 @@ __device__ float largest_lse(const Partials& parts, int64_t i) {
 template <class T>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     merge_rows(const __grid_constant__ Partials parts, int64_t n, int dim, T* out, float* lse_out) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp();
     if (i >= n) return;
     const float m = largest_lse(parts, i);
     float acc[kDimsPerLane] = {};
@@ -54,29 +44,24 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
         total += w;
 #pragma unroll
         for (int s = 0; s < kDimsPerLane; ++s)
-            if (s * kWarp + lane < dim) acc[s] = fmaf(w, row[s * kWarp + lane], acc[s]);
+            if (s * kWarp + lane() < dim) acc[s] = fmaf(w, row[s * kWarp + lane()], acc[s]);
     }
     const bool empty = m == -INFINITY;
 #pragma unroll
     for (int s = 0; s < kDimsPerLane; ++s)
-        if (s * kWarp + lane < dim) store(out + i * dim + s * kWarp + lane, empty ? 0.0f : acc[s] / total);
+        if (s * kWarp + lane() < dim) store(out + i * dim + s * kWarp + lane(), empty ? 0.0f : acc[s] / total);
     __syncwarp();  // lse_out may alias lses[0]: all lanes have read it
-    if (lane == 0 && lse_out != nullptr) lse_out[i] = empty ? m : m + logf(total);
+    if (lane() == 0 && lse_out != nullptr) lse_out[i] = empty ? m : m + logf(total);
 }
 
-template <class T>
-int launch(const ops::MergeParams& p, cudaStream_t stream) {
+Partials partials_of(const ops::MergeParams& p) {
     Partials parts{};
     parts.count = p.parts;
     for (int j = 0; j < p.parts; ++j) {
         parts.outs[j] = p.outs[j];
         parts.lses[j] = p.lses[j];
     }
-    const int64_t blocks = (p.n + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    merge_rows<T><<<static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0, stream>>>(parts, p.n, p.head_dim,
-                                                                                        static_cast<T*>(p.out), p.lse);
-    KV_CUDA_TRY(cudaPeekAtLastError());
-    return 0;
+    return parts;
 }
 
 }  // namespace
@@ -89,11 +74,11 @@ int kvstrata_cuda_merge(const kvstrata::ops::MergeParams* params, void* stream) 
     if (p.head_dim < 1 || p.head_dim > cuda::kMaxDim) return cuda::refused("merge", "head_dim is not in 1..512");
     if (p.n < 0 || p.n > int64_t{0x7fffffff}) return cuda::refused("merge", "n is not in 0..2^31-1");
     if (p.n == 0) return 0;
-    const auto on = static_cast<cudaStream_t>(stream);
-    switch (p.out_dtype) {
-        case DType::f32: return cuda::launch<float>(p, on);
-        case DType::bf16: return cuda::launch<__nv_bfloat16>(p, on);
-        case DType::f16: return cuda::launch<__half>(p, on);
-        default: return cuda::refused("merge", "out_dtype is not f32, bf16 or f16");
-    }
+    const auto launch_as = [&]<class T>() {
+        return cuda::launch("merge", cuda::merge_rows<T>, cuda::blocks_for(p.n, cuda::kWarpsPerBlock),
+                            cuda::kWarp * cuda::kWarpsPerBlock, 0, static_cast<cudaStream_t>(stream),
+                            cuda::partials_of(p), p.n, p.head_dim, static_cast<T*>(p.out), p.lse);
+    };
+    if (p.out_dtype > DType::f16) return cuda::refused("merge", "out_dtype is not f32, bf16 or f16");
+    return cuda::with_float_type(p.out_dtype, launch_as, cuda::kInvalid);
 }

@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from emulated import emulated_path
 
 NAME = "libkvstrata_cuda.so"
 
@@ -19,6 +24,13 @@ def library_path() -> Path | None:
         if (Path(folder) / NAME).exists():
             return Path(folder) / NAME
     return None
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+    lib.kvstrata_cuda_error_string.restype = ctypes.c_char_p
+    lib.kvstrata_cuda_last_error.restype = ctypes.c_char_p
+    return lib
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +45,15 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def cuda(library: Path) -> ctypes.CDLL:
     """The library, opened as the package opens it."""
-    lib = ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
-    lib.kvstrata_cuda_error_string.restype = ctypes.c_char_p
-    lib.kvstrata_cuda_last_error.restype = ctypes.c_char_p
-    return lib
+    return opened(library)
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Path:
+    return emulated_path()
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(emulated_library: Path) -> ctypes.CDLL:
+    """The emulated library: its device memory is the host's."""
+    return opened(emulated_library)

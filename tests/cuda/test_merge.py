@@ -97,6 +97,20 @@ def test_empty_alias_and_nan(cuda: ctypes.CDLL) -> None:
     assert torch.equal(outs[0].nan_to_num(9.0), want.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_formula_emulated(emulated_cuda: ctypes.CDLL, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(7)
+    outs = [torch.randn(13, 80, generator=g) for _ in range(3)]
+    lses = [torch.randn(13, generator=g) * 5 for _ in range(3)]
+    lses[0][::5] = -torch.inf
+    outs[0][::5] = float("nan")
+    out, lse = torch.full((13, 80), float("nan"), dtype=dtype), torch.full((13,), float("nan"))
+    assert emulated_cuda.kvstrata_cuda_merge(ctypes.byref(params(outs, lses, out, lse)), ctypes.c_void_p(0)) == 0
+    want, want_lse = expected(outs, lses)
+    torch.testing.assert_close(out.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [

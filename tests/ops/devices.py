@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emulated import emulated_library
+from emulated import emulated_path
 from kvstrata import _C, ops, pools
 
 NAMES = ("emulated", "cuda")
@@ -23,7 +23,7 @@ NAMES = ("emulated", "cuda")
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops called by tests run there from now on."""
     if name == "emulated":
-        _C.open_cuda(str(emulated_library()))
+        _C.open_cuda(str(emulated_path()))
         monkeypatch.setattr(pools, "device_code", lambda what, t: 1)
         return
     for op in ops.__all__:
