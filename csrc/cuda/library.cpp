@@ -72,8 +72,8 @@ class OnDevice {
     int before_ = 0;
 };
 
-template <class... Parts>
-void run(const char* op, int (*Library::*function)(Parts..., void*), const Where& where, Parts... parts) {
+template <class Function, class... Parts>
+void run(const char* op, Function* Library::* function, const Where& where, Parts... parts) {
     const Library& from = library(op);
     const auto work = present(op, from.*function);
     const OnDevice device(op, from, where.index);

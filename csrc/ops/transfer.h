@@ -27,7 +27,7 @@ struct Block {  // `rows` pieces of `bytes` each, so far apart
 };
 
 void upload(std::span<const Piece> pieces, const Where& where);
-void copy(const Block& block, const Where& where);  // both ends where ops run
+void copy(const Block& block, const Where& where);                             // both ends where ops run
 void download(void* to, const void* from, int64_t bytes, const Where& where);  // waits for it
 
 }  // namespace kvstrata::ops

@@ -28,7 +28,7 @@ class Pool {
 
     // -> slab index. on_device: the positions that ops see, where they run elsewhere than here; else null.
     int lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device = nullptr);
-    void give_back(int slab);                                           // the slab must be empty
+    void give_back(int slab);  // the slab must be empty
     bool empty(int slab) const { return slabs_[slab].n_free == slabs_[slab].n_pages; }
     void set_closed(int slab, bool closed);
 
@@ -59,7 +59,7 @@ class Pool {
     int first_ = 0;                 // no slab below this index has a page to take
     std::vector<Slab> slabs_;
     std::vector<unsigned char*> payloads_;  // [slabs], what ops see
-    std::vector<int32_t*> positions_;  // likewise
+    std::vector<int32_t*> positions_;       // likewise
 };
 
 // All pools of a store, by the pool number in a page's id.

@@ -282,7 +282,7 @@ void release(Row& row, Pools& pools) {
     for (int e = 0; row.tagged && e < row.entries(); ++e) release_back(row, e, pools);
     row.near.release(pools);
     const bool noted = row.noted, tagged = row.tagged;
-    const DeviceList list{row.list.memory, row.list.capacity, 0};
+    const DeviceList list{row.list.memory, row.list.capacity, 0, 0};
     row = Row{};
     row.noted = noted;
     row.tagged = tagged;

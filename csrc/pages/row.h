@@ -30,6 +30,7 @@ struct DeviceList {
     unsigned char* memory = nullptr;
     int32_t capacity = 0;  // entries
     int32_t current = 0;   // leading entries that stand there as they do here
+    uint32_t epoch = 0;    // of the device's memory as a whole
 };
 
 struct Row {
@@ -116,7 +117,7 @@ void go_far(Row& row, int entry, PageId far, Pools& pools);  // far: what is kep
 
 // A second row over the same pages, without Near copies or a device's list of its own.
 Row share(const Row& row, Pools& pools);
-void release(Row& row, Pools& pools);  // its device's list stays, and is that of nothing
+void release(Row& row, Pools& pools);  // its device's list stays, of nothing
 
 // Positions of the alive slots in table order.
 void positions(const Row& row, Pools& pools, int32_t* out);
