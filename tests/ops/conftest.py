@@ -6,18 +6,12 @@ Those of a module that says EMULATED = share run on CUDA too: where a device is,
 from __future__ import annotations
 
 import re
-import sys
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
 import devices
+import pytest
+import torch
 
 from kvstrata import _C
 

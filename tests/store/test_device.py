@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from emulated import emulated_path
-
-from kvstrata import Cache, LayerSpec, Shape, Unsupported, _C, pools
+from kvstrata import _C, Cache, LayerSpec, Shape, Unsupported, pools
 from kvstrata.policy import resolve
 
 LAYERS = [LayerSpec(2, 4, 32), LayerSpec(2, 4, 32, window=48)]
