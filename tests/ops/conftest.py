@@ -9,6 +9,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         return
     _C.set_isa(request.param)
     yield request.param
+    _C.set_isa("")
+
+
+@contextmanager
+def at_scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the rest of a test with `isa` ops run at the scalar level of the CPU: what all others are held against."""
+    monkeypatch.undo()
+    _C.set_isa("scalar")
+    yield
     _C.set_isa("")
 
 
