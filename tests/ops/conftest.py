@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import devices
 import pytest
@@ -38,6 +39,15 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         return
     _C.set_isa(request.param)
     yield request.param
+    _C.set_isa("")
+
+
+@contextmanager
+def at_scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the rest of a test with `isa` ops run at the scalar level of the CPU: what all others are held against."""
+    monkeypatch.undo()
+    _C.set_isa("scalar")
+    yield
     _C.set_isa("")
 
 
