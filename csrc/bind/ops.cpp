@@ -20,8 +20,9 @@ constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType
 
 void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, py::sequence pools_,
             py::handle position_, int threads) {
-    const Argument k("append", "k", k_), v("append", "v", v_), pages("append", "pages", pages_),
-        slots("append", "slots", slots_), position("append", "position", position_);
+    const Call call("append", k_);
+    const Argument k(call, "k", k_), v(call, "v", v_), pages(call, "pages", pages_), slots(call, "slots", slots_),
+        position("append", "position", position_);  // on the CPU
     k.expect_rank({"R", "T", "D"});
     const int64_t R = k.shape(0), T = k.shape(1), D = k.shape(2);
     k.expect(kFloats, {{"R", R}, {"T", T}, {"D", D}});
@@ -29,12 +30,13 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
     pages.expect({DType::i32}, {{"R", R}, {"T", T}}, "set by k");
     slots.expect({DType::u8}, {{"R", R}, {"T", T}}, "set by k");
     position.expect({DType::i32}, {{"R", R}}, "set by k").expect_contiguous();
-    const Pools pools("append", pools_);
+    const Pools pools(call, pools_);
+    if (!call.on_host()) pools.expect_head_dim(static_cast<int>(D));
     std::vector<ops::AppendRow> rows(static_cast<size_t>(R));
     for (int64_t r = 0; r < R; ++r) {
         const PageId* ids = pages.row<PageId>(r);
         const uint8_t* at = slots.row<uint8_t>(r);
-        for (int64_t t = 0; t < T; ++t) {
+        for (int64_t t = 0; call.on_host() && t < T; ++t) {
             if (ids[t] == kNoPage) continue;
             pools.check_id(ids[t], static_cast<int>(D), {"pages", r, t});
             check(at[t] < kSlots, "append: slots[", r, ", ", t, "] is ", int{at[t]}, ", expected 0 to ", kSlots - 1);
@@ -52,7 +54,7 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
     const ops::AppendParams params{rows.data(), static_cast<int32_t>(R), static_cast<int32_t>(D),
                                    k.dtype(),   pools.views(),           threads};
     py::gil_scoped_release release;
-    ops::append(params);
+    ops::append(params, call.where);
 }
 
 ops::AttendParams attend_params(std::vector<ops::AttendRow>& rows, int group, int head_dim, int threads) {
@@ -226,10 +228,15 @@ void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int
 
 // Elements are of the pages' own type, codes are i8; all pages of a call that holds codes have one format.
 struct CanonicalPages {
+    Call call;
     Argument pages, k, v, scales;
 
     CanonicalPages(const char* op, py::handle pages_, py::handle k_, py::handle v_, py::handle scales_)
-        : pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_), scales(op, "scales", scales_) {
+        : call(op, pages_),
+          pages(call, "pages", pages_),
+          k(call, "k", k_),
+          v(call, "v", v_),
+          scales(call, "scales", scales_) {
         pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}}).expect_contiguous();
         k.expect_rank({"P", "16", "D"});
         const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
@@ -237,7 +244,7 @@ struct CanonicalPages {
         v.expect({k.dtype()}, {P, S, D}, "as k").expect_contiguous();
     }
 
-    void check_formats(const char* op, const Pools& pools) const {
+    void check_formats(const Pools& pools) const {
         const PageId* ids = pages.data<PageId>();
         const int dim = static_cast<int>(k.shape(2));
         Format first = Format::f32;
@@ -245,14 +252,36 @@ struct CanonicalPages {
             pools.check_id(ids[i], dim, {"pages", i});
             const Format format = pools.views()[page_pool(ids[i])].format;
             const DType wanted = is_full(format) ? static_cast<DType>(format) : DType::i8;
-            check(wanted == k.dtype(), op, ": k has dtype ", ops::name(k.dtype()), ", expected ", ops::name(wanted),
+            check(wanted == k.dtype(), call, ": k has dtype ", ops::name(k.dtype()), ", expected ", ops::name(wanted),
                   " (the format of pages[", i, is_full(format) ? "])" : "] is quantized)");
             if (i == 0) first = format;
-            check(format == first || is_full(format), op, ": pages[", i, "] has format ", ops::name(format),
+            check(format == first || is_full(format), call, ": pages[", i, "] has format ", ops::name(format),
                   ", expected ", ops::name(first), " (the format of pages[0])");
         }
-        if (k.dtype() != DType::i8 || !pages.shape(0)) return;
-        const Dim P{"P", pages.shape(0)}, G{"groups", groups(first, dim)}, S{"16", kSlots};
+        if (k.dtype() == DType::i8 && pages.shape(0)) check_scales(groups(first, dim));
+    }
+
+    // Where ids cannot be read: some pool has pages of such elements, or of codes with so many scales.
+    void check_pools(const Pools& pools) const {
+        const int dim = static_cast<int>(k.shape(2));
+        pools.expect_head_dim(dim);
+        if (!pages.shape(0)) return;
+        const bool codes = k.dtype() == DType::i8;
+        const int count = codes ? static_cast<int>(scales.expect_rank({"P", "2", "groups", "16"}).shape(2)) : 0;
+        bool held = false;
+        for (int i = 0; i < kMaxPools; ++i) {
+            const PoolView& pool = pools.views()[i];
+            const bool same = is_full(pool.format) ? static_cast<DType>(pool.format) == k.dtype() : codes;
+            held |= pool.n_slabs && same && groups(pool.format, dim) == count;
+        }
+        check(held, call, ": k has dtype ", ops::name(k.dtype()), codes ? " and scales of " : "",
+              codes ? message(count, " groups") : "", ", expected those of a pool's pages");
+        if (codes) check_scales(count);
+    }
+
+  private:
+    void check_scales(int count) const {
+        const Dim P{"P", pages.shape(0)}, G{"groups", count}, S{"16", kSlots};
         scales.expect_rank({"P", "2", "groups", "16"});
         scales.expect({DType::bf16}, {P, {"2", 2}, G, S}, "set by pages").expect_contiguous();
     }
@@ -261,8 +290,8 @@ struct CanonicalPages {
 void convert_pages(const char* op, void (*work)(const ops::PackParams&, const Where&), py::handle pages, py::handle k,
                    py::handle v, py::handle scales, const py::sequence& pools_, int threads) {
     const CanonicalPages a(op, pages, k, v, scales);
-    const Pools pools(op, pools_, true);
-    a.check_formats(op, pools);
+    const Pools pools(a.call, pools_, true);
+    a.call.on_host() ? a.check_formats(pools) : a.check_pools(pools);
     const ops::PackParams params{a.pages.data<PageId>(),
                                  static_cast<int32_t>(a.pages.shape(0)),
                                  static_cast<int32_t>(a.k.shape(2)),
@@ -272,7 +301,7 @@ void convert_pages(const char* op, void (*work)(const ops::PackParams&, const Wh
                                  threads,
                                  a.scales.data<uint16_t>()};
     py::gil_scoped_release release;
-    work(params, {});
+    work(params, a.call.where);
 }
 
 py::dict supported() {

@@ -72,19 +72,20 @@ def append(
                even, or copied bit for bit where the types are equal
     pages      i32 [R, T] destination page, -1 skips the token
     slots      u8 [R, T] destination slot, 0 to 15
-    position   i32 [R] position of token 0; token t has position + t
+    position   i32 [R] position of token 0; token t has position + t. From a device it is fetched first
 
     Dimensions up to the next multiple of 16 become zero. Slots that are not named keep their bytes. No two tokens of a
     call may name the same slot, a row's tokens of one page follow each other, and rows do not share pages.
     """
     native = native_pools("append", pools)
+    start = position.cpu() if isinstance(position, Tensor) else position
     _C.append(
         view("append", "k", k),
         view("append", "v", v),
         view("append", "pages", pages),
         view("append", "slots", slots),
         native,
-        view("append", "position", position),
+        host_view("append", "position", start),
         thread_count("append", threads),
     )
 
@@ -304,11 +305,11 @@ def unpack(
     quantized = pool.format in QUANTIZED
     shape = (pages.numel(), SLOTS, pool.head_dim)
     dtype = torch.int8 if quantized else FORMATS[pool.format]
-    k = torch.empty(shape, dtype=dtype) if k is None else k
-    v = torch.empty(shape, dtype=dtype) if v is None else v
+    k = torch.empty(shape, dtype=dtype, device=pages.device) if k is None else k
+    v = torch.empty(shape, dtype=dtype, device=pages.device) if v is None else v
     if quantized and scales is None:
         groups = scale_groups(pool.format, pool.head_dim)
-        scales = torch.empty(pages.numel(), 2, groups, SLOTS, dtype=torch.bfloat16)
+        scales = torch.empty(pages.numel(), 2, groups, SLOTS, dtype=torch.bfloat16, device=pages.device)
     native = native_pools("unpack", pools)
     views = view("unpack", "pages", pages), view("unpack", "k", k), view("unpack", "v", v)
     _C.unpack(*views, maybe_view("unpack", "scales", scales), native, thread_count("unpack", threads))
@@ -382,7 +383,7 @@ def dequantize(
     row_of   i32 [P] row of centre, with it
     """
     shape = (pages.numel(), SLOTS, _pool_of("dequantize", pages, pools).head_dim)
-    k, v = torch.empty(shape), torch.empty(shape)
+    k, v = (torch.empty(shape, device=pages.device) for _ in range(2))
     _C.dequantize(
         view("dequantize", "pages", pages),
         view("dequantize", "k", k),

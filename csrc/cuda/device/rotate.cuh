@@ -25,9 +25,19 @@ constexpr uint64_t splitmix64(uint64_t d) {
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
 }
+constexpr Rotation signs() {
+    Rotation r{};
+    for (int d = 0; d < kMaxHeadDim; ++d) {
+        r.negative[d / kWarp] |= static_cast<uint32_t>(splitmix64(static_cast<uint64_t>(d)) % 2) << d % kWarp;
+    }
+    return r;
+}
+inline constexpr Rotation kSigns = signs();
 
-constexpr Rotation rotation(int head_dim) {
-    Rotation r{head_dim, head_dim & -head_dim, 0.0f, 0.0f, {}};
+inline Rotation rotation(int head_dim) {
+    Rotation r = kSigns;
+    r.dim = head_dim;
+    r.block = head_dim & -head_dim;
     r.share = 2.0f / static_cast<float>(head_dim / r.block);
     switch (r.block) {
         case 16: r.norm = 0.25f; break;
@@ -36,9 +46,6 @@ constexpr Rotation rotation(int head_dim) {
         case 128: r.norm = 0.08838834764831844055f; break;
         case 256: r.norm = 0.0625f; break;
         default: r.norm = 0.04419417382415922028f; break;
-    }
-    for (int d = 0; d < kMaxHeadDim; ++d) {
-        r.negative[d / kWarp] |= static_cast<uint32_t>(splitmix64(static_cast<uint64_t>(d)) % 2) << d % kWarp;
     }
     return r;
 }
