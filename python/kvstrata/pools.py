@@ -144,11 +144,16 @@ def stream_of(t: Tensor) -> int:
 
 
 def view(op: str, name: str, t: Tensor) -> _C.Tensor:
+    return *host_view(op, name, t)[:4], device_code(f"{op}: {name}", t), stream_of(t)
+
+
+def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
+    """Of a tensor of the CPU that is read there, wherever the op runs."""
     if not isinstance(t, Tensor):
         raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor")
     if t.dtype not in _DTYPE_CODE:
         raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPE_CODE))}")
-    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], device_code(f"{op}: {name}", t), stream_of(t)
+    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], 0, 0
 
 
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:
