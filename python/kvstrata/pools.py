@@ -160,14 +160,6 @@ def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
     return pointer, shape, strides, dtype, 0, 0
 
 
-def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
-    """Of a tensor on the CPU that the native core reads itself, wherever the op runs."""
-    pointer, shape, strides, dtype, *_ = view(op, name, t)
-    if t.device.type != "cpu":
-        raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
-    return pointer, shape, strides, dtype, 0, 0
-
-
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:
     return None if t is None else view(op, name, t)
 
