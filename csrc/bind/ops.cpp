@@ -67,31 +67,33 @@ ops::AttendParams attend_params(std::vector<ops::AttendRow>& rows, int group, in
     return params;
 }
 
-int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, int entries, int threads) {
+int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, int entries, int threads, int device) {
     ops::AttendRow row{};
     row.entries = entries;
     row.queries = queries;
     std::vector<ops::AttendRow> all(static_cast<size_t>(rows), row);
-    return ops::attend_workspace_bytes(attend_params(all, group, head_dim, threads));
+    return ops::attend_workspace_bytes(attend_params(all, group, head_dim, threads), where_of(device));
 }
 
 struct AttendArguments {
+    const Call call;
     Argument q, pages, visible, bias, centre, sinks, own, tree, q_pos, out, lse, logits, workspace;
 
     explicit AttendArguments(const py::dict& d)
-        : q("attend", "q", d["q"]),
-          pages("attend", "pages", d["pages"]),
-          visible("attend", "visible", d["visible"]),
-          bias("attend", "bias", d["bias"]),
-          centre("attend", "centre", d["centre"]),
-          sinks("attend", "sinks", d["sinks"]),
-          own("attend", "own", d["own"]),
-          tree("attend", "tree", d["tree"]),
-          q_pos("attend", "q_pos", d["q_pos"]),
-          out("attend", "out", d["out"]),
-          lse("attend", "lse", d["lse"]),
-          logits("attend", "logits", d["want_logits"]),
-          workspace("attend", "workspace", d["workspace"]) {
+        : call("attend", d["q"]),
+          q(call, "q", d["q"]),
+          pages(call, "pages", d["pages"]),
+          visible(call, "visible", d["visible"]),
+          bias(call, "bias", d["bias"]),
+          centre(call, "centre", d["centre"]),
+          sinks(call, "sinks", d["sinks"]),
+          own("attend", "own", d["own"]),  // on the CPU
+          tree(call, "tree", d["tree"]),
+          q_pos(call, "q_pos", d["q_pos"]),
+          out(call, "out", d["out"]),
+          lse(call, "lse", d["lse"]),
+          logits(call, "logits", d["want_logits"]),
+          workspace(call, "workspace", d["workspace"]) {
         q.expect_rank({"R", "T", "G", "D"});
         pages.expect_rank({"R", "K"});
         const Dim R{"R", q.shape(0)}, T{"T", q.shape(1)}, G{"G", q.shape(2)}, D{"D", q.shape(3)},
@@ -112,6 +114,7 @@ struct AttendArguments {
     }
 
     void check_ids(const Pools& pools) const {
+        if (!call.on_host()) return pools.expect_head_dim(static_cast<int>(q.shape(3)));
         for (int64_t r = 0; r < q.shape(0); ++r) {
             const PageId* ids = pages.row<PageId>(r);
             const uint16_t* masks = visible.row<uint16_t>(r);
@@ -151,7 +154,7 @@ struct AttendArguments {
 // One dict of tensors, because an op with this many of them is easier to call wrongly by position.
 void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, int window, int threads) {
     const AttendArguments a(tensors);
-    const Pools pools("attend", pools_, true);
+    const Pools pools(a.call, pools_, true);
     a.check_ids(pools);
     if (window > 0) pools.check_positions("a window is given");
     std::vector<ops::AttendRow> rows = a.rows();
@@ -163,13 +166,9 @@ void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, i
     params.scale = scale;
     params.softcap = softcap;
     params.window = window;
-    const int64_t bytes = ops::attend_workspace_bytes(params);
-    check(bytes == 0 || (a.workspace.given() && a.workspace.shape(0) >= bytes), "attend: workspace has ",
-          a.workspace.given() ? a.workspace.shape(0) : 0, " bytes, expected at least ", bytes);
-    params.workspace = a.workspace.data<void>();
-    check(reinterpret_cast<uintptr_t>(params.workspace) % 64 == 0, "attend: workspace is not 64-byte aligned");
+    params.workspace = workspace_of(a.call, a.workspace, ops::attend_workspace_bytes(params, a.call.where));
     py::gil_scoped_release release;
-    ops::attend(params);
+    ops::attend(params, a.call.where);
 }
 
 void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_, py::handle lse_, int threads) {
@@ -205,7 +204,8 @@ void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_
 }
 
 void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int threads) {
-    const Argument logits("mass", "logits", logits_), lse("mass", "lse", lse_), out("mass", "out", mass_);
+    const Call call("mass", logits_);
+    const Argument logits(call, "logits", logits_), lse(call, "lse", lse_), out(call, "out", mass_);
     logits.expect_rank({"R", "G", "T", "K", "16"});
     const Dim R{"R", logits.shape(0)}, G{"G", logits.shape(1)}, T{"T", logits.shape(2)}, K{"K", logits.shape(3)};
     const Dim S{"16", kSlots};
@@ -223,7 +223,7 @@ void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int
                                  static_cast<ops::Reduce>(reduce),
                                  threads};
     py::gil_scoped_release release;
-    ops::mass(params);
+    ops::mass(params, call.where);
 }
 
 // Elements are of the pages' own type, codes are i8; all pages of a call that holds codes have one format.
@@ -344,7 +344,7 @@ void bind_ops(py::module_& m) {
     m.def("append", &append, py::arg("k"), py::arg("v"), py::arg("pages"), py::arg("slots"), py::arg("pools"),
           py::arg("position"), py::arg("threads"));
     m.def("attend_workspace_bytes", &attend_workspace_bytes, py::arg("rows"), py::arg("queries"), py::arg("group"),
-          py::arg("head_dim"), py::arg("entries"), py::arg("threads"));
+          py::arg("head_dim"), py::arg("entries"), py::arg("threads"), py::arg("device"));
     m.def("attend", &attend, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("window"), py::arg("threads"));
     m.def("merge", &merge, py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"), py::arg("threads"));

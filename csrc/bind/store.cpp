@@ -1,7 +1,9 @@
 // Store for Python. The hot path takes bare ints: pointers and element strides, checked by the caller in Python.
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
 #include "bind/bind.h"
+#include "bind/tensors.h"
 #include "common/fault.h"
 #include "store/store.h"
 
@@ -49,7 +51,7 @@ store::Recall recall(const RecallTuple& r) {
 std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
                               int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed,
                               const RecallTuple& recalled, const std::vector<int>& dense, const std::vector<int>& far,
-                              int ring, bool sets) {
+                              int ring, bool sets, int device) {
     std::vector<store::LayerShape> shapes;
     for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
     store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
@@ -59,6 +61,7 @@ std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>&
     for (int state : far) options.far.push_back(static_cast<State>(state));
     options.ring = ring;
     options.sets = sets;
+    options.where = where_of(device);
     return std::make_unique<Store>(std::move(shapes), std::move(options));
 }
 
@@ -152,7 +155,7 @@ void bind_store(py::module_& m) {
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
              py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
              py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0,
-             py::arg("sets") = false)
+             py::arg("sets") = false, py::arg("device") = 0)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(
@@ -162,11 +165,21 @@ void bind_store(py::module_& m) {
             },
             py::arg("layer"), py::arg("state") = static_cast<int>(State::full), py::arg("tier") = 0)
         .def("slabs", &slabs)
-        .def("lend",
-             [](Store& s, int pool, Address payload, Address positions, int n) {
-                 return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions),
-                               n);
+        .def(
+            "lend",
+            [](Store& s, int pool, Address payload, Address positions, int n, Address on_device) {
+                return s.lend(pool, reinterpret_cast<unsigned char*>(payload), reinterpret_cast<int32_t*>(positions), n,
+                              reinterpret_cast<int32_t*>(on_device));
+            },
+            py::arg("pool"), py::arg("payload"), py::arg("positions"), py::arg("n_pages"), py::arg("on_device") = 0)
+        .def("set_lend",
+             [](Store& s, const std::function<Address(int, int64_t)>& lend) {
+                 s.set_lend([lend](store::Loan loan, int64_t bytes) {
+                     const py::gil_scoped_acquire acquire;
+                     return reinterpret_cast<unsigned char*>(lend(static_cast<int>(loan), bytes));
+                 });
              })
+        .def("set_stream", [](Store& s, Address stream) { s.set_stream(reinterpret_cast<void*>(stream)); })
         .def("lend_far", [](Store& s, int pool, int file, int64_t offset, Address positions,
                             int n) { return s.lend_far(pool, file, offset, reinterpret_cast<int32_t*>(positions), n); })
         .def("ring_pages", &Store::ring_pages)
@@ -237,7 +250,7 @@ void bind_store(py::module_& m) {
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address scores, int64_t columns) {
                  s.set_scores(layer, seqs, reinterpret_cast<const float*>(scores), columns);
              })
-        .def("queries", [](const Store& s, int layer, SeqId seq,
+        .def("queries", [](Store& s, int layer, SeqId seq,
                            Address out) { return s.queries(layer, seq, reinterpret_cast<void*>(out)); })
         .def("row", &row)
         .def("positions", [](Store& s, SeqId seq, int layer, int head,

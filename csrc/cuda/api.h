@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "ops/list.h"
+#include "ops/transfer.h"
 
 #define KVSTRATA_CUDA_API extern "C" __attribute__((visibility("default")))
 
@@ -35,6 +36,11 @@ KVSTRATA_CUDA_API const char* kvstrata_cuda_last_error();
 
 // Makes a device the calling thread's; *before: the one that was.
 KVSTRATA_CUDA_API int kvstrata_cuda_use_device(int index, int* before);
+
+// ops/transfer.h. pieces and block are host memory. upload reads its source before it returns; download waits for the stream.
+KVSTRATA_CUDA_API int kvstrata_cuda_upload(const kvstrata::ops::Piece* pieces, int64_t n, void* stream);
+KVSTRATA_CUDA_API int kvstrata_cuda_copy(const kvstrata::ops::Block* block, void* stream);
+KVSTRATA_CUDA_API int kvstrata_cuda_download(void* to, const void* from, int64_t bytes, void* stream);
 
 // Every op of csrc/ops, as its header says it. Host memory are params, arrays of structs and of pointers in them, and `pools`;
 // all that those point to in turn is device memory, the arrays inside a PoolView too. params->threads is not read.

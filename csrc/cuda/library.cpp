@@ -22,6 +22,9 @@ struct Library {
 #define KV_FIELD(op, Params) int64_t (*op##_workspace_bytes)(const ops::Params*) = nullptr;
     KV_OPS_IN_WORKSPACE(KV_FIELD)
 #undef KV_FIELD
+    int (*upload)(const ops::Piece*, int64_t, void*) = nullptr;
+    int (*copy)(const ops::Block*, void*) = nullptr;
+    int (*download)(void*, const void*, int64_t, void*) = nullptr;
     int (*use_device)(int, int*) = nullptr;
     const char* (*last_error)() = nullptr;
 };
@@ -69,12 +72,12 @@ class OnDevice {
     int before_ = 0;
 };
 
-template <class Params>
-void run(const char* op, int (*Library::*function)(const Params*, void*), const Params& params, const Where& where) {
+template <class Function, class... Parts>
+void run(const char* op, Function* Library::* function, const Where& where, Parts... parts) {
     const Library& from = library(op);
     const auto work = present(op, from.*function);
     const OnDevice device(op, from, where.index);
-    if (const int code = work(&params, where.stream)) raise(op, from, code);
+    if (const int code = work(parts..., where.stream)) raise(op, from, code);
 }
 
 template <class Params>
@@ -94,6 +97,9 @@ void open(const std::string& path) {
         throw MachineError(message("CUDA library: ", path, " has version ", abi, ", expected ", kAbiVersion));
     }
     auto opened = std::make_unique<Library>();
+    find(handle, "upload", opened->upload);
+    find(handle, "copy", opened->copy);
+    find(handle, "download", opened->download);
     find(handle, "use_device", opened->use_device);
     find(handle, "last_error", opened->last_error);
 #define KV_FIND(op, Params) find(handle, #op, opened->op);
@@ -107,8 +113,19 @@ void open(const std::string& path) {
 
 bool is_open() { return current.load(std::memory_order_acquire) != nullptr; }
 
+void upload(std::span<const ops::Piece> pieces, const Where& where) {
+    const auto n = static_cast<int64_t>(pieces.size());
+    if (n > 0) run("upload", &Library::upload, where, pieces.data(), n);
+}
+
+void copy(const ops::Block& block, const Where& where) { run("copy", &Library::copy, where, &block); }
+
+void download(void* to, const void* from, int64_t bytes, const Where& where) {
+    run("download", &Library::download, where, to, from, bytes);
+}
+
 #define KV_RUN(op, Params) \
-    void op(const ops::Params& params, const Where& where) { run(#op, &Library::op, params, where); }
+    void op(const ops::Params& params, const Where& where) { run(#op, &Library::op, where, &params); }
 KV_OPS(KV_RUN)
 #undef KV_RUN
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/list.h"
+#include "ops/transfer.h"
 
 #define KV_RUN(op, Params) void op(const ops::Params& params);
 #define KV_RUN_ON(op, Params) void op(const ops::Params& params, const Where& where);
@@ -17,6 +18,9 @@ KV_OPS_IN_WORKSPACE(KV_WORKSPACE)
 // csrc/cuda/library.cpp. Unsupported for what the CUDA library lacks, MachineError where none is open.
 namespace kvstrata::cuda {
 
+void upload(std::span<const ops::Piece> pieces, const Where& where);
+void copy(const ops::Block& block, const Where& where);
+void download(void* to, const void* from, int64_t bytes, const Where& where);
 KV_OPS(KV_RUN_ON)
 KV_OPS_IN_WORKSPACE(KV_WORKSPACE)
 

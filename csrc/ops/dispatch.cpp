@@ -1,9 +1,11 @@
 // The border of every op: checks what the params say about themselves, once, then calls the backend. Tensor shapes are
 // checked where tensors are seen (bind); page ids belong to whoever keeps the tables and are checked here on request.
 #include <cmath>
+#include <cstring>
 
 #include "ops/backends.h"
 #include "ops/border.h"
+#include "ops/transfer.h"
 
 namespace kvstrata::ops {
 namespace {
@@ -303,8 +305,8 @@ int64_t choose_chunks_workspace_bytes(const ChooseChunksParams& p, const Where& 
     return where.on_host() ? cpu::choose_chunks_workspace_bytes(p) : cuda::choose_chunks_workspace_bytes(p);
 }
 
-void choose_chunks(const ChooseChunksParams& p, const Where& where) {
-    if (where.on_host()) check_ladders(p);
+static void check_items(const ChooseChunksParams& p) {
+    check_ladders(p);
     int64_t lowest = 0;
     for (int i = 0; i < p.items; ++i) {
         check(p.w[i] >= 0 && std::isfinite(p.w[i]), "choose_chunks: w[", i, "] is ", p.w[i],
@@ -314,7 +316,29 @@ void choose_chunks(const ChooseChunksParams& p, const Where& where) {
         lowest += p.cost[p.ladder[i]];
     }
     check(lowest <= p.budget, "choose_chunks: budget is ", p.budget, ", the cheapest steps cost ", lowest);
+}
+
+void choose_chunks(const ChooseChunksParams& p, const Where& where) {
+    if (where.on_host()) check_items(p);
     where.on_host() ? cpu::choose_chunks(p) : cuda::choose_chunks(p, where);
+}
+
+void upload(std::span<const Piece> pieces, const Where& where) {
+    if (!where.on_host()) return cuda::upload(pieces, where);
+    for (const Piece& p : pieces) std::memcpy(p.to, p.from, static_cast<size_t>(p.bytes));
+}
+
+void copy(const Block& b, const Where& where) {
+    if (!where.on_host()) return cuda::copy(b, where);
+    for (int64_t i = 0; i < b.rows; ++i) {
+        std::memcpy(static_cast<unsigned char*>(b.to) + i * b.to_stride,
+                    static_cast<const unsigned char*>(b.from) + i * b.from_stride, static_cast<size_t>(b.bytes));
+    }
+}
+
+void download(void* to, const void* from, int64_t bytes, const Where& where) {
+    if (!where.on_host()) return cuda::download(to, from, bytes, where);
+    std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 }  // namespace kvstrata::ops

@@ -9,7 +9,7 @@
 
 namespace kvstrata::pages {
 
-int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
+int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device) {
     check(n_pages >= 1 && n_pages <= kMaxPagesPerSlab, "lend: n_pages is ", n_pages, ", expected 1..",
           kMaxPagesPerSlab);
     check(reinterpret_cast<uintptr_t>(payload) % 64 == 0, "lend: slab address is not a multiple of 64 bytes");
@@ -33,7 +33,7 @@ int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages) {
     if (n_pages % 64) slab.free_bits.back() = (uint64_t{1} << (n_pages % 64)) - 1;
     slab.refs.assign(n_pages, 0);
     payloads_[index] = payload;
-    positions_[index] = positions;
+    positions_[index] = on_device ? on_device : positions;
     total_ += n_pages;
     free_ += n_pages;
     first_ = std::min(first_, index);

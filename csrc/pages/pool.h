@@ -26,8 +26,9 @@ class Pool {
   public:
     explicit Pool(int id, int64_t page_bytes) : id_(id), page_bytes_(page_bytes) {}
 
-    int lend(unsigned char* payload, int32_t* positions, int n_pages);  // -> slab index
-    void give_back(int slab);                                           // the slab must be empty
+    // -> slab index. on_device: the positions that ops see, where they run elsewhere than here; else null.
+    int lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device = nullptr);
+    void give_back(int slab);  // the slab must be empty
     bool empty(int slab) const { return slabs_[slab].n_free == slabs_[slab].n_pages; }
     void set_closed(int slab, bool closed);
 
@@ -43,6 +44,7 @@ class Pool {
     const std::vector<Slab>& slabs() const { return slabs_; }
     unsigned char* const* payload_table() const { return payloads_.data(); }
     int32_t* const* position_table() const { return positions_.data(); }
+    int32_t* device_positions(PageId id) const { return positions_[page_slab(id)] + page_index(id) * kSlots; }
     int64_t page_bytes() const { return page_bytes_; }
     int64_t total() const { return total_; }
     int64_t free() const { return free_; }
@@ -57,7 +59,7 @@ class Pool {
     int first_ = 0;                 // no slab below this index has a page to take
     std::vector<Slab> slabs_;
     std::vector<unsigned char*> payloads_;  // [slabs], what ops see
-    std::vector<int32_t*> positions_;
+    std::vector<int32_t*> positions_;       // likewise
 };
 
 // All pools of a store, by the pool number in a page's id.

@@ -23,6 +23,7 @@ void narrow(Row& row, int entry, uint16_t keep) {
     row.stored -= std::popcount(static_cast<uint16_t>(row.alive[entry] & ~keep));
     row.alive[entry] &= keep;
     row.visible[entry] &= keep;
+    row.changed(entry);
 }
 
 template <class T>
@@ -38,6 +39,7 @@ void resize(Row& row, int entries) {
     resize(row.visible, entries);
     resize(row.want, entries);
     row.near.resize(entries);
+    row.changed(entries);
     if (row.tagged) resize(row.set, entries), resize(row.back, entries);
     if (row.noted) resize(row.note, entries, kSlots);
 }
@@ -56,6 +58,7 @@ void tighten(Row& row) {
 
 // Entry `from` to place `to`; what stood there is overwritten.
 void move_entry(Row& row, int from, int to) {
+    row.changed(to);
     row.page[to] = row.page[from];
     row.alive[to] = row.alive[from];
     row.visible[to] = row.visible[from];
@@ -112,6 +115,7 @@ int64_t pages_needed(const Row& row, int64_t n, Pool& pool) {
 void switch_tail(Row& row, PageId to, Pool& pool) {
     pool.release(row.page.back());
     row.page.back() = to;
+    row.changed(row.entries() - 1);
 }
 
 void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
@@ -132,6 +136,7 @@ void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
         const uint16_t mask = static_cast<uint16_t>(((1u << count) - 1) << first);
         row.alive[last] |= mask;
         row.visible[last] |= mask;
+        row.changed(last);
         if (row.noted) std::fill_n(&row.note[last * size_t{kSlots} + first], count, 0u);
         row.stored += count;
         i += count;
@@ -169,6 +174,7 @@ void replace(Row& row, std::span<const uint16_t> keep, std::span<const Fresh> fr
     for (int e = 0; e < row.entries(); ++e) narrow(row, e, keep[e]);
     resize(row, row.entries() + n_fresh);
     for (int t = tail - 1; n_fresh > 0 && t >= 0; --t) move_entry(row, first + t, first + n_fresh + t);
+    row.changed(first);
     for (int f = 0; f < n_fresh; ++f) {
         row.page[first + f] = fresh[f].page;
         row.alive[first + f] = row.visible[first + f] = fresh[f].alive;
@@ -237,6 +243,7 @@ void arrange(Row& row, const View& view) {
         auto old = column;
         for (size_t e = 0; e < order.size(); ++e) std::copy_n(&old[order[e] * each], each, &column[e * each]);
     };
+    row.changed(0);
     permute(row.page, 1);
     permute(row.alive, 1);
     permute(row.visible, 1);
@@ -249,11 +256,13 @@ void arrange(Row& row, const View& view) {
 void come_near(Row& row, int entry, PageId near) {
     row.back[entry] = row.page[entry];
     row.page[entry] = near;
+    row.changed(entry);
 }
 
 void go_far(Row& row, int entry, PageId far, Pools& pools) {
     pool_of(pools, row.page[entry]).release(row.page[entry]);
     row.page[entry] = far;
+    row.changed(entry);
     row.back[entry] = kNoPage;
 }
 
@@ -264,6 +273,7 @@ Row share(const Row& row, Pools& pools) {
     }
     Row copy = row;
     copy.near = {};
+    copy.list = {};
     return copy;
 }
 
@@ -272,9 +282,11 @@ void release(Row& row, Pools& pools) {
     for (int e = 0; row.tagged && e < row.entries(); ++e) release_back(row, e, pools);
     row.near.release(pools);
     const bool noted = row.noted, tagged = row.tagged;
+    const DeviceList list{row.list.memory, row.list.capacity, 0, 0};
     row = Row{};
     row.noted = noted;
     row.tagged = tagged;
+    row.list = list;
 }
 
 void positions(const Row& row, Pools& pools, int32_t* out) {

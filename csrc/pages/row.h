@@ -25,6 +25,14 @@ namespace kvstrata::pages {
 // In `want`: the page's tokens were put together for what they mean; for the time being.
 inline constexpr uint8_t kGrouped = 0x80, kProvisional = 0x40;
 
+// Where a device keeps its copy of a row's pages and visible masks (store/mirror.h).
+struct DeviceList {
+    unsigned char* memory = nullptr;
+    int32_t capacity = 0;  // entries
+    int32_t current = 0;   // leading entries that stand there as they do here
+    uint32_t epoch = 0;    // of the device's memory as a whole
+};
+
 struct Row {
     std::vector<PageId> page;
     std::vector<uint16_t> alive;
@@ -34,6 +42,7 @@ struct Row {
     std::vector<SetTag> set;     // of each page, or empty if the row is not tagged
     std::vector<PageId> back;    // the Far page of the same bytes, or kNoPage; likewise
     NearCopies near;             // of Far pages
+    DeviceList list;             // its own; nobody shares it
     int32_t sealed = 0;          // entries before this one are sealed
     int32_t stored = 0;          // alive slots of all entries
     int32_t aside = 0;           // leading entries, sealed ones, that the view leaves out
@@ -43,6 +52,8 @@ struct Row {
     int entries() const { return static_cast<int>(page.size()); }
     uint16_t hidden(int entry) const { return static_cast<uint16_t>(alive[entry] & ~visible[entry]); }
     int64_t metadata_bytes() const;
+
+    void changed(int entry) { list.current = entry < list.current ? entry : list.current; }  // it, and all behind it
 
     // Slots of the last entry that an append may fill; 0 if there is none, or it is sealed.
     int room() const {
@@ -104,9 +115,9 @@ void arrange(Row& row, const View& view);
 void come_near(Row& row, int entry, PageId near);            // its Far page is kept
 void go_far(Row& row, int entry, PageId far, Pools& pools);  // far: what is kept already, or a new one
 
-// A second row over the same pages, without Near copies of its own.
+// A second row over the same pages, without Near copies or a device's list of its own.
 Row share(const Row& row, Pools& pools);
-void release(Row& row, Pools& pools);
+void release(Row& row, Pools& pools);  // its device's list stays, of nothing
 
 // Positions of the alive slots in table order.
 void positions(const Row& row, Pools& pools, int32_t* out);

@@ -103,14 +103,35 @@ void Store::positions(SeqId seq, int layer, int head, int32_t* out) {
     pages::positions(row(seq, layer, head), pools_, out);
 }
 
+// Pages of any format as f32 [n, 16, D] of the CPU; mean: of the row, where ops run, or null.
+void Store::decode(std::span<const PageId> pages, const float* mean, int dim, float* k, float* v) {
+    const std::vector<int32_t> rows(mean ? pages.size() : 0, 0);
+    const std::span<const int32_t> all(rows);
+    const auto n = static_cast<int32_t>(pages.size());
+    PoolView pools[kMaxPools];
+    if (!mirror_.on()) {
+        views(pools);
+        return ops::dequantize({pages.data(), mean, mean ? rows.data() : nullptr, n, dim, k, v, pools, 1});
+    }
+    const auto bytes = static_cast<int64_t>(pages.size()) * kSlots * dim * int64_t{sizeof(float)};
+    auto* const there = reinterpret_cast<float*>(mirror_.workspace(2 * bytes));
+    float* const v_there = there + bytes / sizeof(float);
+    mirror_.begin();
+    mirror_.begin_lists(Mirror::list_bytes(static_cast<int64_t>(pages.size_bytes())) +
+                        Mirror::list_bytes(static_cast<int64_t>(all.size_bytes())));
+    const PageId* const ids = mirror_.list(pages);
+    const int32_t* const row_of = mean ? mirror_.list(all) : nullptr;
+    views(pools);
+    ops::dequantize({ids, mean, row_of, n, dim, there, v_there, pools, 1}, mirror_.where);
+    ops::download(k, there, bytes, mirror_.where);
+    ops::download(v, v_there, bytes, mirror_.where);
+}
+
 void Store::read(SeqId seq, int layer, int head, float* k, float* v) {
     const pages::Row& r = row(seq, layer, head);
     const int dim = layers_[layer].head_dim;
     std::vector<float> page_k(static_cast<size_t>(kSlots) * dim), page_v(page_k.size());
-    PoolView pools[kMaxPools];
-    views(pools);
     const float* const mean = centre(sequence(seq), layer, head);
-    const int32_t first = 0;
     for (int e = 0; e < r.entries(); ++e) {
         PageId page = r.page[e];
         if (far(page)) {
@@ -118,7 +139,7 @@ void Store::read(SeqId seq, int layer, int head, float* k, float* v) {
             read_far(page, copy);
             page = copy;
         }
-        ops::dequantize({&page, mean, mean ? &first : nullptr, 1, dim, page_k.data(), page_v.data(), pools, 1});
+        decode({&page, 1}, mean, dim, page_k.data(), page_v.data());
         for (uint16_t m = r.alive[e]; m; m &= m - 1, k += dim, v += dim) {
             const int slot = std::countr_zero(m);
             std::copy_n(&page_k[static_cast<size_t>(slot) * dim], dim, k);

@@ -96,6 +96,8 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
     check(options_.far.empty() || options_.ring >= 2, "Store: ring is ", options_.ring, ", expected at least 2 pages");
     check(!options_.sets || (options_.recall.pages == 0 && !options_.massed),
           "Store: sets with recall or mass, expected one or the other");
+    mirror_.where = options_.where;
+    if (mirror_.on()) refuse_on_device();
     set_recall(options_.recall);
 }
 
@@ -116,11 +118,14 @@ void Store::refit(int tail, int queries) {
     for (auto& [id, s] : sequences_) s->rings = rings();
 }
 
-int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages) {
+int Store::lend(int pool, unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device) {
     check(pool >= 0 && pool < n_pools(), "lend: pool is ", pool, ", expected 0..", n_pools() - 1);
     check(info_[pool].tier == Tier::near, "lend: pool ", pool, " is of the Far tier, expected lend_far");
-    const int slab = pools_[pool].lend(payload, positions, n_pages);
-    hint_huge_pages(payload, n_pages * info_[pool].page_bytes);
+    check(mirror_.on() == (on_device != nullptr), "lend: the device's positions are ", on_device ? "" : "not ",
+          "given, expected them where payload is not the CPU's");
+    const int slab = pools_[pool].lend(payload, positions, n_pages, on_device);
+    if (!mirror_.on()) hint_huge_pages(payload, n_pages * info_[pool].page_bytes);
+    ++lent_;
     return slab;
 }
 
@@ -136,6 +141,7 @@ int Store::lend_far(int pool, int file, int64_t offset, int32_t* positions, int 
 void Store::give_back(int pool, int slab) {
     check(pool >= 0 && pool < n_pools(), "give_back: pool is ", pool, ", expected 0..", n_pools() - 1);
     pools_[pool].give_back(slab);
+    ++lent_;
     if (info_[pool].tier == Tier::far) far_[pool].give_back(slab);
 }
 
@@ -196,8 +202,7 @@ bool Store::empty_out(int pool, int slab) {
         auto [at, first] = moved.try_emplace(page, kNoPage);
         if (first) {
             at->second = p.take();
-            std::memcpy(p.payload(at->second), p.payload(page), p.page_bytes());
-            std::memcpy(p.positions(at->second), p.positions(page), kPositionBytes);
+            copy_page(p, page, at->second);
         } else {
             p.share(at->second);
         }
@@ -206,7 +211,11 @@ bool Store::empty_out(int pool, int slab) {
     };
     for (auto& [id, sequence] : sequences_) {
         for (pages::Row& row : sequence->rows) {
-            for (PageId& page : row.page) move(page);
+            for (int e = 0; e < row.entries(); ++e) {
+                const PageId before = row.page[e];
+                move(row.page[e]);
+                if (row.page[e] != before) row.changed(e);
+            }
             for (pages::NearSlot& copy : row.near.slots) move(copy.page);
         }
     }
@@ -214,6 +223,28 @@ bool Store::empty_out(int pool, int slab) {
         for (PageId& page : ring) move(page);
     }
     return true;
+}
+
+// Bytes and positions, of payload and of the books.
+void Store::copy_page(pages::Pool& pool, PageId from, PageId to) {
+    const int64_t bytes = pool.page_bytes();
+    ops::copy({pool.payload(to), bytes, pool.payload(from), bytes, bytes, 1}, mirror_.where);
+    std::memcpy(pool.positions(to), pool.positions(from), kPositionBytes);
+    if (!mirror_.on()) return;
+    ops::copy(
+        {pool.device_positions(to), kPositionBytes, pool.device_positions(from), kPositionBytes, kPositionBytes, 1},
+        mirror_.where);
+}
+
+// What a store on a device does not do.
+void Store::refuse_on_device() const {
+    const auto refuse = [](bool asked, const char* what) {
+        if (asked) throw Unsupported(message("Store: ", what, " on a CUDA device, expected none"));
+    };
+    refuse(options_.recall.pages > 0, "selection of pages");
+    refuse(!options_.far.empty(), "a Far tier");
+    refuse(options_.massed, "attention mass");
+    refuse(options_.sets, "sets of pages");
 }
 
 int64_t Store::metadata_bytes() const {
@@ -235,12 +266,15 @@ int64_t Store::metadata_bytes() const {
     return bytes;
 }
 
-void Store::views(PoolView* out) const {
+void Store::views(PoolView* out) {
     for (size_t i = 0; i < pools_.size(); ++i) {
         const pages::Pool& p = pools_[i];
         out[i] = {info_[i].format, static_cast<int32_t>(p.slabs().size()), p.page_bytes(), p.payload_table(),
                   p.position_table()};
     }
+    if (!mirror_.on()) return;
+    mirror_.pools(out, pools_.size(), lent_);
+    mirror_.flush();
 }
 
 int64_t Store::workspace_bytes() const {
@@ -250,6 +284,7 @@ int64_t Store::workspace_bytes() const {
 
 void* Store::workspace(int64_t bytes) {
     if (bytes == 0) return nullptr;
+    if (mirror_.on()) return mirror_.workspace(bytes);
     if (static_cast<int64_t>(workspace_.size()) < bytes + 64) workspace_.resize(bytes + 64);
     const auto address = reinterpret_cast<uintptr_t>(workspace_.data());
     return reinterpret_cast<void*>((address + 63) / 64 * 64);
@@ -258,6 +293,7 @@ void* Store::workspace(int64_t bytes) {
 // Decoding keeps its workspace. What several queries need is large: it goes with their activations, and must not count
 // against what the cache holds afterwards.
 void Store::settle_workspace(int queries) {
+    if (mirror_.on()) return mirror_.settle_workspace(queries > 1);
     if (queries > 1) std::vector<float>().swap(logits_);
     if (queries <= 1) {
         kept_workspace_ = workspace_.size();

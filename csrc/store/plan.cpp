@@ -183,15 +183,35 @@ struct Store::Writing {
     }
 
     void move(const std::vector<ops::Move>& copies, const std::vector<ops::Move>& encodes) const {
+        const float* const mean = store.centre(sequence, layer, head);
+        const std::vector<int32_t> rows(mean ? encodes.size() : 0, 0);
+        std::span<const ops::Move> copied(copies), encoded(encodes);
+        const int32_t* row_of = mean ? rows.data() : nullptr;
+        if (store.mirror_.on()) {
+            for (const ops::Move& m : copies) move_position(m);
+            for (const ops::Move& m : encodes) move_position(m);
+            const std::span<const int32_t> all(rows);
+            const auto bytes = [](auto list) { return Mirror::list_bytes(static_cast<int64_t>(list.size_bytes())); };
+            store.mirror_.begin();
+            store.mirror_.begin_lists(bytes(copied) + bytes(encoded) + bytes(all));
+            copied = {store.mirror_.list(copied), copies.size()};
+            encoded = {store.mirror_.list(encoded), encodes.size()};
+            if (mean) row_of = store.mirror_.list(all);
+        }
         PoolView pools[kMaxPools];
         store.views(pools);
         const int dim = store.layers_[layer].head_dim;
-        ops::compact({copies.data(), static_cast<int32_t>(copies.size()), dim, pools, store.threads_});
+        const auto n = [](auto list) { return static_cast<int32_t>(list.size()); };
+        const Where& where = store.mirror_.where;
+        ops::compact({copied.data(), n(copied), dim, pools, store.threads_}, where);
         if (encodes.empty()) return;
-        const float* const mean = store.centre(sequence, layer, head);
-        const std::vector<int32_t> rows(mean ? encodes.size() : 0, 0);
-        ops::quantize({encodes.data(), mean, mean ? rows.data() : nullptr, static_cast<int32_t>(encodes.size()), dim,
-                       pools, store.threads_});
+        ops::quantize({encoded.data(), mean, row_of, n(encoded), dim, pools, store.threads_}, where);
+    }
+
+    // In the books; the op does it where the payload is.
+    void move_position(const ops::Move& m) const {
+        pages::pool_of(store.pools_, m.to).positions(m.to)[m.to_slot] =
+            pages::pool_of(store.pools_, m.from).positions(m.from)[m.from_slot];
     }
 };
 
@@ -230,7 +250,7 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
 const float* Store::centre(const Sequence& s, int layer, int head) const {
     if (s.centres.empty()) return nullptr;
     const Centre& c = s.centres[first_row_[layer] + head];
-    return c.mean ? c.mean->data() : nullptr;
+    return mirror_.on() ? c.on_device : c.mean ? c.mean->data() : nullptr;
 }
 
 // Channels whose keys stand off zero, over the row's stored full tokens: their mean; the others, or all of a short row: 0.
@@ -241,12 +261,10 @@ void Store::freeze_centre(Sequence& s, int layer, int head) {
     const int dim = layers_[layer].head_dim;
     std::vector<float> k(static_cast<size_t>(kSlots) * dim), v(k.size());
     std::vector<double> sum(dim, 0.0), squares(dim, 0.0);
-    PoolView pools[kMaxPools];
-    views(pools);
     int64_t n = 0;
     for (int e = 0; e < row.entries(); ++e) {
         if (kinds_[page_pool(row.page[e])] != Kind{State::full, Tier::near}) continue;
-        ops::dequantize({&row.page[e], nullptr, nullptr, 1, dim, k.data(), v.data(), pools, 1});
+        decode({&row.page[e], 1}, nullptr, dim, k.data(), v.data());
         for (uint16_t m = row.alive[e]; m; m &= m - 1, ++n) {
             const float* key = &k[static_cast<size_t>(std::countr_zero(m)) * dim];
             for (int d = 0; d < dim; ++d) {
@@ -265,7 +283,9 @@ void Store::freeze_centre(Sequence& s, int layer, int head) {
         }
     }
     centre.frozen = true;
-    if (any) centre.mean = std::make_shared<const std::vector<float>>(std::move(mean));
+    if (!any) return;
+    centre.mean = std::make_shared<const std::vector<float>>(std::move(mean));
+    if (mirror_.on()) centre.on_device = mirror_.constant(*centre.mean);
 }
 
 }  // namespace kvstrata::store

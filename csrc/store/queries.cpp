@@ -1,7 +1,6 @@
 #include "store/queries.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "common/check.h"
 #include "store/store.h"
@@ -14,11 +13,12 @@ void QueryRing::clear() {
 }
 
 void QueryRing::advance() {
-    const size_t size = static_cast<size_t>(capacity_) * heads_ * vector_bytes_;
     if (!data_) {
-        data_ = std::make_shared<std::vector<unsigned char>>(size);
+        data_ = mirror_->shared(size());
     } else if (data_.use_count() > 1) {
-        data_ = std::make_shared<std::vector<unsigned char>>(*data_);
+        const std::shared_ptr<unsigned char> own = mirror_->shared(size());
+        ops::copy({own.get(), size(), data_.get(), size(), size(), 1}, mirror_->where);
+        data_ = own;
     }
     if (count_ < capacity_) {
         ++count_;
@@ -30,7 +30,16 @@ void QueryRing::advance() {
 void QueryRing::join(const QueryRing& later) {
     for (int i = 0; i < later.count_; ++i) {
         advance();
-        std::memcpy(slot(0), later.slot(0, i), static_cast<size_t>(heads_) * vector_bytes_);
+        const int64_t bytes = int64_t{heads_} * vector_bytes_;
+        ops::copy({slot(0), bytes, later.slot(0, i), bytes, bytes, 1}, mirror_->where);
+    }
+}
+
+void QueryRing::gather(void* out) const {
+    for (int i = 0; i < count_; ++i) {
+        ops::copy({static_cast<unsigned char*>(out) + int64_t{i} * vector_bytes_, int64_t{count_} * vector_bytes_,
+                   slot(0, i), vector_bytes_, vector_bytes_, heads_},
+                  mirror_->where);
     }
 }
 
@@ -43,34 +52,40 @@ void Store::stage_queries(int layer, const TokenTensor& q) {
         const StepSequence& s = step_[b];
         QueryRing& ring = staged_[b * layers_.size() + layer];
         const int capacity = std::min(options_.queries, std::max(s.count, 1));
-        if (ring.capacity() != capacity) ring = QueryRing(capacity, shape.q_heads, static_cast<int>(vector));
+        if (ring.capacity() != capacity) ring = QueryRing(capacity, shape.q_heads, static_cast<int>(vector), mirror_);
         ring.restart();
         for (int32_t t = std::max(0, s.count - options_.queries); t < s.count; ++t) {
             ring.advance();
-            for (int h = 0; h < shape.q_heads; ++h) {
-                const int64_t element = static_cast<int64_t>(b) * q.batch + tokens_[s.first + t] * q.token + h * q.head;
-                std::memcpy(ring.slot(h), static_cast<const unsigned char*>(q.data) + element * width, vector);
-            }
+            const int64_t element = static_cast<int64_t>(b) * q.batch + tokens_[s.first + t] * q.token;
+            ops::copy({ring.slot(0), vector, static_cast<const unsigned char*>(q.data) + element * width,
+                       q.head * width, vector, shape.q_heads},
+                      mirror_.where);
         }
     }
 }
 
-// out [Hq, count, D] of the cache's dtype, count <= W, or null: only the count. Queries of an open step count where the layer has its tokens.
-int Store::queries(int layer, SeqId seq, void* out) const {
-    check_layer(layer, "queries");
+// The last queries of a layer; those of an open step count where the layer has its tokens.
+QueryRing Store::last_queries(int layer, SeqId seq) const {
     const Sequence& s = sequence(seq);
-    if (s.rings.empty() || layers_[layer].window > 0) return 0;
+    if (s.rings.empty() || layers_[layer].window > 0) return {};
     QueryRing whole = s.rings[layer];
     for (size_t b = 0; open_ && b < step_.size(); ++b) {
         if (step_[b].sequence == &s && done_[layer] > 0) whole.join(staged_[b * layers_.size() + layer]);
     }
+    return whole;
+}
+
+// out [Hq, count, D] of the cache's dtype, count <= W, of the CPU, or null: only the count.
+int Store::queries(int layer, SeqId seq, void* out) {
+    check_layer(layer, "queries");
+    const QueryRing last = last_queries(layer, seq);
+    if (!out || !last.count()) return last.count();
     const LayerShape& shape = layers_[layer];
-    const int64_t vector = static_cast<int64_t>(shape.head_dim) * dtype_bytes(options_.dtype);
-    auto* to = static_cast<unsigned char*>(out);
-    for (int h = 0; to && h < shape.q_heads; ++h) {
-        for (int i = 0; i < whole.count(); ++i, to += vector) std::memcpy(to, whole.slot(h, i), vector);
-    }
-    return whole.count();
+    const int64_t bytes = int64_t{last.count()} * shape.q_heads * shape.head_dim * dtype_bytes(options_.dtype);
+    void* const there = mirror_.on() ? mirror_.workspace(bytes) : out;
+    last.gather(there);
+    if (mirror_.on()) ops::download(out, there, bytes, mirror_.where);
+    return last.count();
 }
 
 }  // namespace kvstrata::store

@@ -34,6 +34,7 @@ void Store::copy_out(SeqId seq, int layer, int head, std::span<const int32_t> en
                      int32_t* positions) {
     const pages::Row& r = row(seq, layer, head);
     if (entries.empty()) return;
+    if (mirror_.on()) throw Unsupported("copy_out: pages are on a CUDA device, expected the CPU");
     check(entries.size() <= static_cast<size_t>(kMaxPagesPerSlab), "copy_out: ", entries.size(),
           " entries, expected at most ", kMaxPagesPerSlab);
     for (int32_t e : entries) {
@@ -111,6 +112,7 @@ void Store::check_saved(int layer, const SavedRow& saved) const {
 }
 
 void Store::restore_row(SeqId seq, int layer, int head, const SavedRow& saved) {
+    if (mirror_.on()) throw Unsupported("restore_row: pages are on a CUDA device, expected the CPU");
     check(!open_, "restore_row: a step is open, expected none");
     Sequence& s = find(seq, "restore_row");
     check_layer(layer, "restore_row");

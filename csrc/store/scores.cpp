@@ -37,11 +37,39 @@ void add_shares(const float* x, int n, float by, float* out) {
     for (int e = 0; e < n; ++e) out[e] += by * std::exp(x[e] - most) / static_cast<float>(total);
 }
 
-using Memory = std::unique_ptr<unsigned char[]>;  // not a vector: it would be zeroed first
-void* aligned(Memory& memory, int64_t bytes) {
-    memory = std::make_unique_for_overwrite<unsigned char[]>(static_cast<size_t>(bytes) + 64);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-}
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Memory of one call of an op, where it runs: its parts one after another.
+class Room {
+  public:
+    Room(Mirror& mirror, int64_t bytes) : mirror_(mirror) {
+        if (mirror.on()) {
+            next_ = mirror.workspace(bytes);
+            return;
+        }
+        own_ = std::make_unique_for_overwrite<unsigned char[]>(static_cast<size_t>(bytes) + 64);
+        next_ = own_.get() + (64 - reinterpret_cast<uintptr_t>(own_.get()) % 64) % 64;
+    }
+    template <class T = unsigned char>
+    T* part(int64_t n) {
+        unsigned char* const at = next_;
+        next_ += aligned(n * int64_t{sizeof(T)});
+        return reinterpret_cast<T*>(at);
+    }
+    // Floats of a part, on the CPU. The op has been called.
+    const float* found(const float* there, int64_t n) {
+        if (!mirror_.on()) return there;
+        here_.resize(static_cast<size_t>(n));
+        ops::download(here_.data(), there, n * int64_t{sizeof(float)}, mirror_.where);
+        return here_.data();
+    }
+
+  private:
+    Mirror& mirror_;
+    std::unique_ptr<unsigned char[]> own_;  // not a vector: it would be zeroed first
+    unsigned char* next_ = nullptr;
+    std::vector<float> here_;
+};
 
 }  // namespace
 
@@ -61,11 +89,20 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
     const int64_t group = shape.q_heads / shape.kv_heads;
     const int64_t vector = static_cast<int64_t>(shape.head_dim) * dtype_bytes(options_.dtype);
     Scored s;
+    mirror_.begin();
+    if (mirror_.on()) {
+        const int64_t one = Mirror::list_bytes(options_.queries * shape.q_heads * vector);
+        mirror_.begin_lists(static_cast<int64_t>(seqs.size()) * (one + Mirror::list_bytes(4 * options_.queries)));
+    }
+    s.q_pos.reserve(seqs.size());  // what is listed for a device stays where it is
     for (SeqId id : seqs) {
-        const Sequence& sequence = find(id, verb);
-        const int count = queries > 0 ? this->queries(layer, id, nullptr) : 0;
-        s.q.emplace_back(static_cast<size_t>(count) * shape.q_heads * vector);
-        if (count > 0) this->queries(layer, id, s.q.back().data());
+        Sequence& sequence = find(id, verb);
+        const QueryRing last = queries > 0 ? last_queries(layer, id) : QueryRing();
+        const int count = last.count();
+        const int64_t bytes = count * shape.q_heads * vector;
+        s.q.emplace_back(mirror_.on() ? 0 : bytes);
+        unsigned char* const q = mirror_.on() ? mirror_.space(bytes) : s.q.back().data();
+        if (count > 0) last.gather(q);
         int64_t end = sequence.length;
         for (const StepSequence& t : step_) {
             if (open_ && t.sequence == &sequence && done_[layer] > 0) end += t.count;
@@ -73,16 +110,19 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
         const int n = std::min(count, queries);
         std::vector<int32_t>& at = s.q_pos.emplace_back(n);
         for (int t = 0; t < n; ++t) at[t] = static_cast<int32_t>(end - n + t);
+        const int32_t* const q_pos = mirror_.on() ? mirror_.list(std::span<const int32_t>(at)) : at.data();
         for (int h = 0; h < shape.kv_heads; ++h) {
-            const pages::Row& row = sequence.rows[first_row_[layer] + h];
+            pages::Row& row = row_of(sequence, layer, h);
             const bool away = std::any_of(row.page.begin(), row.page.end(), [this](PageId page) { return far(page); });
             if (away && reads)
                 throw Unsupported(message(verb, ": layer ", layer, " has tokens in the Far tier, expected none"));
             s.rows.push_back(&row);
             s.most = std::max(s.most, row.entries());
-            s.windows.push_back({s.q.back().data() + (h * group * count + count - n) * vector, shape.head_dim,
-                                 int64_t{count} * shape.head_dim, nullptr, at.data(), row.page.data(),
-                                 row.visible.data(), centre(sequence, layer, h), nullptr, row.entries(), n});
+            const PageId* const pages = mirror_.on() ? mirror_.pages(row) : row.page.data();
+            const uint16_t* const visible = mirror_.on() ? mirror_.visible(row) : row.visible.data();
+            s.windows.push_back({q + (h * group * count + count - n) * vector, shape.head_dim,
+                                 int64_t{count} * shape.head_dim, nullptr, q_pos, pages, visible,
+                                 centre(sequence, layer, h), nullptr, row.entries(), n});
         }
     }
     return s;
@@ -108,22 +148,22 @@ void Store::score_window(int layer, std::span<const SeqId> seqs, int queries, op
     views(pools);
     ops::ScoreWindowParams p{};
     fill(p, s, layer, arithmetic, pools);
-    const int64_t line = static_cast<int64_t>(s.most) * kSlots;
-    std::vector<float> slots(s.rows.size() * p.group * line), lse(s.rows.size() * p.group * std::max(queries, 1));
+    const int64_t line = static_cast<int64_t>(s.most) * kSlots, heads = static_cast<int64_t>(s.rows.size()) * p.group;
+    const int64_t slots = heads * line, lses = heads * std::max(queries, 1);
+    const int64_t bytes = ops::score_window_workspace_bytes(p, mirror_.where);
+    Room room(mirror_, aligned(4 * slots) + aligned(4 * lses) + aligned(bytes));
     p.spread = spread;
     p.weight = weight;
-    p.score = slots.data();
+    p.score = room.part<float>(slots);
     p.score_stride_r = p.group * line;
     p.score_stride_g = line;
-    p.lse = lse.data();
+    p.lse = room.part<float>(lses);
     p.lse_stride_r = int64_t{p.group} * std::max(queries, 1);
     p.lse_stride_g = std::max(queries, 1);
-    Memory memory;
-    p.workspace = aligned(memory, ops::score_window_workspace_bytes(p));
-    ops::score_window(p);
-    for (size_t r = 0; r < s.rows.size() * p.group; ++r) {
-        compact(*s.rows[r / p.group], &slots[r * line], out + r * columns, columns);
-    }
+    p.workspace = room.part(bytes);
+    ops::score_window(p, mirror_.where);
+    const float* const found = room.found(p.score, slots);
+    for (int64_t r = 0; r < heads; ++r) compact(*s.rows[r / p.group], found + r * line, out + r * columns, columns);
 }
 
 void Store::score_max(int layer, std::span<const SeqId> seqs, const SpanQueries& queries, const Arithmetic& arithmetic,
@@ -145,10 +185,11 @@ void Store::score_max(int layer, std::span<const SeqId> seqs, const SpanQueries&
     p.n_spans = static_cast<int32_t>(queries.spans.size()) - 1;
     p.lse = queries.lse;
     p.lse_stride_r = group * queries.count, p.lse_stride_g = queries.count;
-    Memory memory, found;
-    p.out = static_cast<float*>(aligned(found, 4 * p.n_spans * rows * line));
+    const int64_t slots = p.n_spans * rows * line, bytes = ops::score_max_workspace_bytes(p);
+    Room room(mirror_, aligned(4 * slots) + aligned(bytes));
+    p.out = room.part<float>(slots);
     p.out_stride_e = rows * line, p.out_stride_r = line;
-    p.workspace = aligned(memory, ops::score_max_workspace_bytes(p));
+    p.workspace = room.part(bytes);
     ops::score_max(p);
     for (int64_t i = 0; i < p.n_spans * rows; ++i) {
         compact(*s.rows[i % rows], p.out + i * line, out + i * columns, columns);
@@ -164,10 +205,12 @@ void Store::measure(int layer, std::span<const SeqId> seqs, int queries, ops::St
     fill(p, s, layer, arithmetic, pools);
     p.which = which;
     p.skip = options_.sinks;
-    p.stats = out;
-    Memory memory;
-    p.workspace = aligned(memory, ops::measure_workspace_bytes(p));
-    ops::measure(p);
+    const int64_t stats = int64_t{p.n_rows} * p.group * 3, bytes = ops::measure_workspace_bytes(p, mirror_.where);
+    Room room(mirror_, aligned(4 * stats) + aligned(bytes));
+    p.stats = room.part<float>(stats);
+    p.workspace = room.part(bytes);
+    ops::measure(p, mirror_.where);
+    std::copy_n(room.found(p.stats, stats), stats, out);
 }
 
 void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kind, float* out, int64_t columns) {
@@ -175,18 +218,19 @@ void Store::score_keys(int layer, std::span<const SeqId> seqs, ops::KeyScore kin
     PoolView pools[kMaxPools];
     views(pools);
     const int64_t line = static_cast<int64_t>(s.most) * kSlots;
-    std::vector<float> slots(s.rows.size() * line);
+    const int64_t slots = static_cast<int64_t>(s.rows.size()) * line;
     std::vector<ops::KeysRow> rows;
-    for (size_t r = 0; r < s.rows.size(); ++r) {
-        const ops::WindowRow& w = s.windows[r];
-        rows.push_back({w.pages, w.visible, w.centre, &slots[r * line], w.entries});
-    }
+    for (const ops::WindowRow& w : s.windows) rows.push_back({w.pages, w.visible, w.centre, nullptr, w.entries});
     ops::ScoreKeysParams p{
         rows.data(), static_cast<int32_t>(rows.size()), layers_[layer].head_dim, kind, pools, nullptr, threads_};
-    Memory memory;
-    p.workspace = aligned(memory, ops::score_keys_workspace_bytes(p));
-    ops::score_keys(p);
-    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &slots[r * line], out + r * columns, columns);
+    const int64_t bytes = ops::score_keys_workspace_bytes(p, mirror_.where);
+    Room room(mirror_, aligned(4 * slots) + aligned(bytes));
+    float* const scores = room.part<float>(slots);
+    for (size_t r = 0; r < rows.size(); ++r) rows[r].score = scores + r * line;
+    p.workspace = room.part(bytes);
+    ops::score_keys(p, mirror_.where);
+    const float* const found = room.found(scores, slots);
+    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], found + r * line, out + r * columns, columns);
 }
 
 void Store::score_pages(int layer, std::span<const SeqId> seqs, int queries, const Arithmetic& arithmetic, float* out,
@@ -240,8 +284,8 @@ void Store::add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, i
                         threads_,
                         options_.recall.kind,
                         arithmetic.softcap};
-    Memory memory;
-    p.workspace = aligned(memory, ops::select_workspace_bytes(p));
+    Room room(mirror_, ops::select_workspace_bytes(p));
+    p.workspace = room.part(0);
     ops::score_pages(p);
     for (size_t i = 0; i < rows.size(); ++i) {
         const int n = rows[i].entries;
@@ -258,21 +302,28 @@ void Store::pool_scores(int layer, std::span<const SeqId> seqs, const float* sco
     PoolView pools[kMaxPools];
     views(pools);
     const int64_t line = static_cast<int64_t>(s.most) * kSlots;
-    std::vector<float> slots(s.rows.size() * group * line), pooled(s.rows.size() * line);
+    std::vector<float> slots(s.rows.size() * group * line);
     std::vector<ops::PoolRow> rows;
     for (size_t r = 0; r < s.rows.size(); ++r) {
         for (int g = 0; g < group; ++g) {
             expand(*s.rows[r], score + (r * group + g) * columns, &slots[(r * group + g) * line]);
         }
         const ops::WindowRow& w = s.windows[r];
-        rows.push_back({&slots[r * group * line], line, w.pages, w.visible, &pooled[r * line], w.entries});
+        rows.push_back({nullptr, line, w.pages, w.visible, nullptr, w.entries});
     }
     ops::PoolParams p{rows.data(), static_cast<int32_t>(rows.size()), group, kernel, kind, divide, pools, nullptr,
                       threads_};
-    Memory memory;
-    p.workspace = aligned(memory, ops::pool_workspace_bytes(p));
-    ops::pool(p);
-    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], &pooled[r * line], out + r * columns, columns);
+    const auto given = static_cast<int64_t>(slots.size());
+    const int64_t pooled = given / group, bytes = ops::pool_workspace_bytes(p, mirror_.where);
+    Room room(mirror_, aligned(4 * given) + aligned(4 * pooled) + aligned(bytes));
+    float *const from = room.part<float>(given), *const to = room.part<float>(pooled);
+    const ops::Piece piece{from, slots.data(), 4 * given};
+    ops::upload({&piece, 1}, mirror_.where);
+    for (size_t r = 0; r < rows.size(); ++r) rows[r].score = from + r * group * line, rows[r].out = to + r * line;
+    p.workspace = room.part(bytes);
+    ops::pool(p, mirror_.where);
+    const float* const found = room.found(to, pooled);
+    for (size_t r = 0; r < s.rows.size(); ++r) compact(*s.rows[r], found + r * line, out + r * columns, columns);
 }
 
 }  // namespace kvstrata::store

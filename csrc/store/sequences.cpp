@@ -27,7 +27,7 @@ const pages::Row& Store::row(SeqId seq, int layer, int head) const {
     return s.rows[first_row_[layer] + head];
 }
 
-Sequence Store::blank() const {
+Sequence Store::blank() {
     Sequence s;
     s.rows.resize(n_rows_);
     for (pages::Row& row : s.rows) {
@@ -43,11 +43,11 @@ Sequence Store::blank() const {
 }
 
 // Empty ones, by layer; none where no queries are remembered.
-std::vector<QueryRing> Store::rings() const {
+std::vector<QueryRing> Store::rings() {
     std::vector<QueryRing> out;
     for (const LayerShape& l : layers_) {
         if (options_.queries > 0)
-            out.emplace_back(options_.queries, l.q_heads, l.head_dim * dtype_bytes(options_.dtype));
+            out.emplace_back(options_.queries, l.q_heads, l.head_dim * dtype_bytes(options_.dtype), mirror_);
     }
     return out;
 }
@@ -64,7 +64,10 @@ std::vector<SeqId> Store::create(int n) {
 
 void Store::release(Sequence& s) {
     for (size_t l = 0; l < layers_.size(); ++l) {
-        for (int h = 0; h < layers_[l].kv_heads; ++h) pages::release(row_of(s, l, h), pools_);
+        for (int h = 0; h < layers_[l].kv_heads; ++h) {
+            pages::release(row_of(s, l, h), pools_);
+            if (mirror_.on()) mirror_.leave(row_of(s, l, h));
+        }
     }
     for (Centre& c : s.centres) c = {};
     for (Index& index : s.indices) index.truncate(0);

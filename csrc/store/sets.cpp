@@ -116,7 +116,7 @@ void Store::attend_beside(int layer, SeqId seq, std::span<const int32_t> positio
     check_layer(layer, "attend_beside");
     const int n = static_cast<int>(positions.size());
     check(n >= 1, "attend_beside: positions is empty, expected one of each query");
-    const Sequence& s = find(seq, "attend_beside");
+    Sequence& s = find(seq, "attend_beside");
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads;
     const auto place = [&](const TokenTensor& t, DType dtype, int h) {

@@ -78,8 +78,7 @@ std::vector<int64_t> Store::missing(int first_layer, int last_layer, int from, i
 
 void Store::copy_tail(pages::Row& row, pages::Pool& pool) {
     const PageId from = row.page.back(), to = pool.take();
-    std::memcpy(pool.payload(to), pool.payload(from), pool.page_bytes());
-    std::memcpy(pool.positions(to), pool.positions(from), kPositionBytes);
+    copy_page(pool, from, to);
     pages::switch_tail(row, to, pool);
 }
 
@@ -118,12 +117,14 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
             place += n;
         }
     }
-    PoolView pool_views[kMaxPools];
-    views(pool_views);
     try {
         fault::hit("append.after_take");
+        if (mirror_.on()) lists_of_appends();
+        PoolView pool_views[kMaxPools];
+        views(pool_views);
         ops::append({append_rows_.data(), static_cast<int32_t>(append_rows_.size()), shape.head_dim, options_.dtype,
-                     pool_views, threads_});
+                     pool_views, threads_},
+                    mirror_.where);
     } catch (...) {
         for (const StepSequence& s : step_) {
             const int n = std::min(to, s.count) - std::min(from, s.count);
@@ -134,6 +135,30 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
     done_[layer] = to;
 }
 
+// The rows' lists go to the device, and the books note the positions that its kernel writes there.
+void Store::lists_of_appends() {
+    mirror_.begin();
+    for (const ops::AppendRow& row : append_rows_) note_positions(row);
+    const std::span<const int32_t> tokens(tokens_);
+    const std::span<const PageId> pages(pages_);
+    const std::span<const uint8_t> slots(slots_);
+    const auto bytes = [](auto list) { return Mirror::list_bytes(static_cast<int64_t>(list.size_bytes())); };
+    mirror_.begin_lists(bytes(tokens) + bytes(pages) + bytes(slots));
+    const auto *at_tokens = mirror_.list(tokens), *at_pages = mirror_.list(pages);
+    const auto* at_slots = mirror_.list(slots);
+    for (ops::AppendRow& row : append_rows_) {
+        row.tokens = at_tokens + (row.tokens - tokens_.data());
+        row.slots = at_slots + (row.slots - slots_.data());
+        row.pages = at_pages + (row.pages - pages_.data());
+    }
+}
+
+void Store::note_positions(const ops::AppendRow& row) {
+    for (int32_t t = 0; t < row.count; ++t) {
+        pages::pool_of(pools_, row.pages[t]).positions(row.pages[t])[row.slots[t]] = row.position + t;
+    }
+}
+
 // Attends with all of the step's queries over what the layer holds: its own tokens too once they are appended.
 void Store::attend(int layer, const AttendCall& call) {
     check(open_, "attend: no step is open");
@@ -142,6 +167,14 @@ void Store::attend(int layer, const AttendCall& call) {
     const int group = shape.q_heads / shape.kv_heads;
     const bool windowed = shape.window > 0;
     stage_queries(layer, call.q);
+    const int32_t *tokens = tokens_.data(), *q_pos = token_pos_.data();
+    mirror_.begin();
+    if (mirror_.on()) {
+        const std::span<const int32_t> columns(tokens_), positions(token_pos_);
+        mirror_.begin_lists(2 * Mirror::list_bytes(static_cast<int64_t>(columns.size_bytes())));
+        tokens = mirror_.list(columns);
+        if (windowed) q_pos = mirror_.list(positions);
+    }
     attend_rows_.clear();
     for (size_t b = 0; b < step_.size(); ++b) {
         const StepSequence& s = step_[b];
@@ -161,9 +194,9 @@ void Store::attend(int layer, const AttendCall& call) {
                 r.lse_stride_t = call.lse.token;
                 r.lse_stride_g = call.lse.head;
             }
-            r.tokens = &tokens_[s.first];
+            r.tokens = tokens + s.first;
             r.sinks = call.sinks ? call.sinks + static_cast<int64_t>(h) * group : nullptr;
-            r.q_pos = windowed ? &token_pos_[s.first] : nullptr;
+            r.q_pos = windowed ? q_pos + s.first : nullptr;
             r.queries = s.count;
             r.own = done_[layer] > 0 ? s.count : 0;
             attend_rows_.push_back(r);
@@ -174,11 +207,11 @@ void Store::attend(int layer, const AttendCall& call) {
     run_attend(layer, call);
 }
 
-ops::AttendRow Store::attend_row(const Sequence& s, int layer, int head) const {
-    const pages::Row& row = s.rows[first_row_[layer] + head];
+ops::AttendRow Store::attend_row(Sequence& s, int layer, int head) {
+    pages::Row& row = row_of(s, layer, head);
     ops::AttendRow r{};
-    r.pages = row.page.data() + row.aside;
-    r.visible = row.visible.data() + row.aside;
+    r.pages = (mirror_.on() ? mirror_.pages(row) : row.page.data()) + row.aside;
+    r.visible = (mirror_.on() ? mirror_.visible(row) : row.visible.data()) + row.aside;
     r.centre = centre(s, layer, head);
     r.entries = row.entries() - row.aside;
     return r;
@@ -216,8 +249,8 @@ void Store::attend_now(int layer, const AttendCall& call, DType out_dtype) {
                              shape.window,
                              nullptr,
                              call.threads};
-    params.workspace = workspace(ops::attend_workspace_bytes(params));
-    ops::attend(params);
+    params.workspace = workspace(ops::attend_workspace_bytes(params, mirror_.where));
+    ops::attend(params, mirror_.where);
 }
 
 // Tokens below this are final: only they may be sealed, planned or dropped.

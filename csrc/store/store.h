@@ -25,8 +25,10 @@
 #include "ops/score_window.h"
 #include "pages/pool.h"
 #include "pages/row.h"
+#include "store/call.h"
 #include "store/far.h"
 #include "store/index.h"
+#include "store/mirror.h"
 #include "store/queries.h"
 #include "store/reading.h"
 #include "store/repack.h"
@@ -57,12 +59,14 @@ struct Options {
     std::vector<State> far = {};  // states in which tokens may go to the Far tier
     int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
     bool sets = false;            // pages belong to sets; without recall and mass
+    Where where = {};             // where payload lies and ops run; books are the CPU's
 };
 
 // What a row's quantized keys are relative to, set when one is first quantized and frozen then.
 struct Centre {
     bool frozen = false;
     std::shared_ptr<const std::vector<float>> mean;  // [D], or null: zeros
+    const float* on_device = nullptr;                // the same, where ops run elsewhere
 };
 
 struct Sequence {
@@ -74,39 +78,6 @@ struct Sequence {
     std::vector<QueryRing> rings;  // [L], if queries are remembered
     std::vector<Index> indices;    // as rows, if a step selects
     pages::View view;              // of a store with sets
-};
-
-// One tensor of a call: element (sequence b, token t, head h) at data + (b * batch + t * token + h * head) elements.
-struct TokenTensor {
-    void* data;
-    int64_t batch, token, head;
-};
-
-struct AttendCall {
-    TokenTensor q, out;  // [B, T, Hq, D], last dimension contiguous
-    TokenTensor lse;     // f32 [B, T, Hq], or data = null
-    const float* sinks;  // f32 [Hq] sink logits, or null
-    DType out_dtype;
-    float scale;
-    float softcap;  // 0: none
-    int32_t threads;
-};
-
-// How a layer's model turns q . k into logits; softcap 0: none.
-struct Arithmetic {
-    float scale;
-    float softcap;
-};
-
-// Queries of spans that stand behind what is stored, and leave nothing: of row r = (sequence, KV head), head g, token t at
-// q + (r * row + g * head + t * token) elements; ops/score_max.h.
-struct SpanQueries {
-    const void* q;  // [R, G, W, D], last dimension contiguous
-    int64_t row, head, token;
-    DType dtype;                        // f32, bf16, f16
-    const float* lse;                   // [R, G, W]
-    int32_t count;                      // W
-    const std::vector<int32_t>& spans;  // [E + 1]
 };
 
 // Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
@@ -168,7 +139,10 @@ class Store {
     const pages::Pool& pool(int pool) const { return pools_[pool]; }
     int pool_of(int layer) const { return layer_pool_[layer]; }         // of its full pages
     int pool_of(int layer, State state, Tier tier = Tier::near) const;  // -1: no such pages
-    int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages);
+    // positions: the CPU's; on_device: those beside the payload, where that is elsewhere, else null.
+    int lend(int pool, unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device);
+    void set_lend(Mirror::Lend lend) { mirror_.set_lend(std::move(lend)); }
+    void set_stream(void* stream) { mirror_.where.stream = stream; }
     int lend_far(int pool, int file, int64_t offset, int32_t* positions, int n_pages);
     void give_back(int pool, int slab);
     std::vector<int64_t> ring_pages() const;  // by pool, that hold_ring takes
@@ -227,7 +201,7 @@ class Store {
     void look(int layer, std::span<const SeqId> seqs, const Look& out, int64_t columns);
     Tally tally(int layer, std::span<const SeqId> seqs);
     void set_scores(int layer, std::span<const SeqId> seqs, const float* scores, int64_t columns);  // f32 [R, N]
-    int queries(int layer, SeqId seq, void* out) const;  // the last queries, oldest first, [Hq, count, D] -> count
+    int queries(int layer, SeqId seq, void* out);  // the last queries, oldest first, [Hq, count, D] -> count
 
     // What scorers read (scores.cpp): f32 [R, N] in table order, zeros beyond a row's last token; G query heads apart in
     // score_window [R, G, N] and measure [R, G, 3]. The last `queries` queries of each row take part.
@@ -288,13 +262,19 @@ class Store {
     void check_sequences(std::span<const SeqId> seqs, const char* verb);  // all exist, none twice
     void check_layer(int layer, const char* verb) const;
     pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
-    ops::AttendRow attend_row(const Sequence& s, int layer, int head) const;
+    ops::AttendRow attend_row(Sequence& s, int layer, int head);
+    void note_positions(const ops::AppendRow& row);
+    void lists_of_appends();
+    void copy_page(pages::Pool& pool, PageId from, PageId to);
+    void decode(std::span<const PageId> pages, const float* mean, int dim, float* k, float* v);
+    void refuse_on_device() const;
     void run_attend(int layer, const AttendCall& call);
     void want_mass(int layer);
     void add_mass(pages::Row& row, const std::vector<float>& mass);
     void reduce_mass(const ops::AttendRow& row, int group, std::vector<float>& out);
-    Sequence blank() const;  // without a token
-    std::vector<QueryRing> rings() const;
+    Sequence blank();  // without a token
+    std::vector<QueryRing> rings();
+    QueryRing last_queries(int layer, SeqId seq) const;
     Sequence clone(const Sequence& s);
     void check_saved(int layer, const SavedRow& saved) const;
     void check_row_plan(int layer, const pages::Row& row, int64_t line, const PlanColumns& plan, bool protect);
@@ -347,7 +327,7 @@ class Store {
     void release(Sequence& s);
     void settle(int layer, Sequence& s, int64_t length);
     void crop_row(Sequence& s, int layer, int head, int64_t length);
-    void views(PoolView* out) const;
+    void views(PoolView* out);  // and what is queued for a device goes up
     void copy_tail(pages::Row& row, pages::Pool& pool);
     void* workspace(int64_t bytes);
     void settle_workspace(int queries);
@@ -366,6 +346,8 @@ class Store {
     std::vector<Kind> kinds_;                 // [pools]
     std::vector<FarSlabs> far_;               // [pools], those of Far ones are used
     std::vector<std::vector<PageId>> rings_;  // [pools], of Far ones: Near pages of the same format
+    Mirror mirror_;
+    uint64_t lent_ = 1;  // changes with the slabs
     float mass_floor_ = 0.0f;
     Captured captured_;
     Audited audited_;

@@ -69,8 +69,8 @@ class Shape:
                 raise ValueError(f"Shape: layers[{i}] is {type(layer).__name__}, expected LayerSpec")
         if dtype not in DTYPES:
             raise Unsupported(f"Shape: dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        if self.device.type != "cpu":
-            raise Unsupported(f"Shape: device is {self.device}, this build computes on the CPU only")
+        if self.device.type not in ("cpu", "cuda"):
+            raise Unsupported(f"Shape: device is {self.device}, expected cpu or cuda")
 
     @property
     def rows(self) -> int:

@@ -1,9 +1,15 @@
 """Dense attention of a prompt chunk over its own keys and values, with its log-sum-exp.
 
-torch's SDPA where it applies; where a soft-cap or a sliding window rules it out, the same in blocks of queries.
+torch's SDPA where it applies, on CUDA flash-attn where that is installed; where a soft-cap or a sliding window rules it out,
+the same in blocks of queries.
 """
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,7 +25,7 @@ def attend(
     q: [B, T, Hq, D]; k, v: [B, T, H, D], any strides. Returns out f32 [B, T, Hq, D] and lse f32 [B, T, Hq], contiguous.
     """
     if softcap == 0.0 and (window is None or window >= q.shape[1]):
-        return _sdpa(q, k, v, scale)
+        return _on_cuda(q, k, v, scale) if q.is_cuda else _sdpa(q, k, v, scale)
     return _blocks(q, k, v, scale, softcap, window)
 
 
@@ -50,6 +56,29 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tu
         )
         out[:, :, mine], lse[:, :, mine] = part.transpose(1, 2), part_lse.transpose(1, 2)
     return out, lse
+
+
+def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """flash-attn, else torch's copy of it, which both know groups of heads; what it does not take, the efficient kernel."""
+    heads, d = q.shape[2:]
+    if q.dtype not in (torch.float16, torch.bfloat16) or d % 8 or d > 256:
+        wide = (q.transpose(1, 2), _expand(k, heads), _expand(v, heads))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*wide, None, True, 0.0, True, scale=scale)
+        lse = lse[:, :, : q.shape[1]]  # its rows are padded
+        out = out.transpose(1, 2)
+    elif (flash := _flash_attn()) is not None:
+        out, lse, _ = flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, return_attn_probs=True)
+    else:
+        rows = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*rows, 0.0, True, scale=scale)
+        out = out.transpose(1, 2)
+    return out.float().contiguous(), lse.float().transpose(1, 2).contiguous()
+
+
+@cache
+def _flash_attn() -> Any:
+    """The package, or None."""
+    return None if importlib.util.find_spec("flash_attn") is None else importlib.import_module("flash_attn")
 
 
 def _blocks(

@@ -36,7 +36,7 @@ def report(cache: Cache) -> Report:
         "positions": slabs.held - used - free,
         "tables": store.metadata_bytes,
         "workspace": store.workspace_bytes,
-    }
+    } | ({"loans": slabs.loans.nbytes} if slabs.loans.nbytes else {})
     assert cache.policy.window is not None
     return Report(
         policy=cache.policy.name,

@@ -121,7 +121,8 @@ def attend(
     centre       f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
     softcap      z = softcap * tanh(z / softcap) before the bias; 0: none
     sinks        f32 [R, G] logits without a value; pass them in one of several calls that are merged
-    own          i32 [R] the last `own` visible slots are this call's tokens in order: query t sees own tokens 0..t
+    own          i32 [R] the last `own` visible slots are this call's tokens in order: query t sees own tokens 0..t.
+                 From a device it is fetched first
     tree         u64 or i64 [R, T] instead: query t sees own token j where bit j is set (own <= 64)
     window       > 0: only slots with q_pos - position < window are read; needs
     q_pos        i32 [R, T] positions of the queries
@@ -140,15 +141,16 @@ def attend(
     queries, group, dim = q4.shape[1:]
     if out is not None and out.dim() != q.dim():
         raise ValueError(f"attend: out is {list(out.shape)}, expected {list(q.shape)} (as q)")
-    result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     count = thread_count("attend", threads)
     entries = pages.shape[1] if pages.dim() == 2 else 0
     logits = want_logits if isinstance(want_logits, Tensor) else None
     if logits is None and (want_logits or want_mass):
-        logits = torch.empty(q4.shape[0], group, queries, entries, SLOTS, dtype=torch.float32)
+        logits = torch.empty(q4.shape[0], group, queries, entries, SLOTS, dtype=torch.float32, device=q.device)
     if workspace is None:
-        workspace = torch.empty(attend_workspace_bytes(q, entries, threads=count), dtype=torch.uint8)
+        workspace = torch.empty(attend_workspace_bytes(q, entries, threads=count), dtype=torch.uint8, device=q.device)
+    here = own.cpu() if isinstance(own, Tensor) else own
     tensors: _C.AttendTensors = {
         "q": view("attend", "q", q4),
         "pages": view("attend", "pages", pages),
@@ -156,7 +158,7 @@ def attend(
         "bias": maybe_view("attend", "bias", bias),
         "centre": maybe_view("attend", "centre", centre),
         "sinks": maybe_view("attend", "sinks", sinks),
-        "own": maybe_view("attend", "own", own),
+        "own": None if here is None else host_view("attend", "own", here),
         "tree": maybe_view("attend", "tree", tree),
         "q_pos": maybe_view("attend", "q_pos", q_pos),
         "out": view("attend", "out", result if q.dim() == 4 else result.unsqueeze(1)),
@@ -175,10 +177,10 @@ def attend(
 
 
 def attend_workspace_bytes(q: Tensor, entries: int, *, threads: int | None = None) -> int:
-    """Bytes that `attend` needs for these queries over lists of up to `entries` entries; grows with each of its inputs."""
+    """Bytes that `attend` needs for these queries, where they lie, over lists of up to `entries` entries; grows with each."""
     queries = q.shape[1] if q.dim() == 4 else 1
-    count = thread_count("attend", threads)
-    return _C.attend_workspace_bytes(q.shape[0], queries, q.shape[-2], q.shape[-1], entries, count)
+    count, device = thread_count("attend", threads), view("attend", "q", q)[4]
+    return _C.attend_workspace_bytes(q.shape[0], queries, q.shape[-2], q.shape[-1], entries, count, device)
 
 
 def merge(
@@ -253,7 +255,8 @@ def mass(
     by_query = lse.unsqueeze(1) if lse.dim() == 2 else lse
     if by_query.shape != (rows, queries, group):
         raise ValueError(f"mass: lse is {list(lse.shape)}, expected [R={rows}, T={queries}, G={group}] (set by logits)")
-    result = torch.empty(rows, entries, SLOTS, dtype=torch.float32) if out is None else out
+    shape = rows, entries, SLOTS
+    result = torch.empty(shape, dtype=torch.float32, device=logits.device) if out is None else out
     by_head = by_query.transpose(1, 2).contiguous()
     _C.mass(
         view("mass", "logits", logits),

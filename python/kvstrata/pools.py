@@ -117,30 +117,30 @@ class Pool:
                     f" [{needed}] ({pages} pages)"
                 )
             slabs.append((memory.data_ptr(), pages, memory.data_ptr() + pages * stride))
-        on_host = not self.slabs or device_code("Pool: slab 0", self.slabs[0]) == 0
+        on_host = not self.slabs or device_code("Pool: slab 0", self.slabs[0].device) == 0
         return _FORMAT_CODE[self.format], self.head_dim, stride, slabs, 0 if on_host else self.table.data_ptr()
 
 
 def native_pools(op: str, pools: Sequence[Pool]) -> list[_C.Pool]:
     for i, pool in enumerate(pools):
         for slab in pool.slabs:
-            device_code(f"{op}: pools[{i}]", slab)
+            device_code(f"{op}: pools[{i}]", slab.device)
     return [pool.native() for pool in pools]
 
 
-def device_code(what: str, t: Tensor) -> int:
-    """A tensor's device as the native core knows it: 0 the CPU, 1 + i CUDA's device i, whose library is opened."""
-    if t.device.type == "cpu":
+def device_code(what: str, device: torch.device) -> int:
+    """A device as the native core knows it: 0 the CPU, 1 + i CUDA's device i, whose library is opened."""
+    if device.type == "cpu":
         return 0
-    if t.device.type != "cuda":
-        raise ValueError(f"{what} is on {t.device}, expected cpu or cuda")
+    if device.type != "cuda":
+        raise ValueError(f"{what} is on {device}, expected cpu or cuda")
     open_cuda()
-    return 1 + t.get_device()
+    return 1 + (torch.cuda.current_device() if device.index is None else device.index)
 
 
-def stream_of(t: Tensor) -> int:
-    """The raw stream that work on this tensor joins; 0 on the CPU."""
-    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+def stream_of(device: torch.device) -> int:
+    """The raw stream that work on a device joins; 0 on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def view(op: str, name: str, t: Tensor) -> _C.Tensor:
@@ -148,7 +148,8 @@ def view(op: str, name: str, t: Tensor) -> _C.Tensor:
         raise ValueError(f"{op}: {name} is a {type(t).__name__}, expected a tensor")
     if t.dtype not in _DTYPE_CODE:
         raise ValueError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, _DTYPE_CODE))}")
-    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], device_code(f"{op}: {name}", t), stream_of(t)
+    where = device_code(f"{op}: {name}", t.device), stream_of(t.device)
+    return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], *where
 
 
 def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
@@ -157,6 +158,23 @@ def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
     if t.device.type != "cpu":
         raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
     return pointer, shape, strides, dtype, 0, 0
+
+
+def device_number(op: str, name: str, t: Tensor) -> int:
+    """Where an op with this tensor runs, as the native core knows it (`device_code`)."""
+    return view(op, name, t)[4]
+
+
+def on_host(op: str, name: str, t: Tensor) -> Tensor:
+    """A tensor whose numbers travel by value, wherever the op runs: itself or its copy on the CPU, which is waited for."""
+    view(op, name, t)  # refuses what is no tensor
+    return t.cpu()
+
+
+def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
+    """The view of such a tensor."""
+    data, shape, strides, dtype, _, _ = view(op, name, t)
+    return data, shape, strides, dtype, 0, 0
 
 
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:

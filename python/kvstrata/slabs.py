@@ -15,6 +15,7 @@ from kvstrata.budget.protect import ENTRY_BYTES, least_limit
 from kvstrata.budget.room import PIECE
 from kvstrata.charges import Charges
 from kvstrata.config import SLOTS, BudgetExceeded, Shape
+from kvstrata.loans import Loans
 from kvstrata.memory import close, taken
 from kvstrata.policy import Policy
 from kvstrata.recall import Far
@@ -58,16 +59,14 @@ class Slabs:
         weakref.finalize(self, close, self._files)
         self.limit = limit
         self.books = Books()
+        self.loans = Loans(store, device, self._admit_loan)
         self._queries = 0  # of one sequence in a step that read Far pages, at the most
         self._bound_by: tuple[int, Policy, Shape, int] | None = None
         self.held = 0
         self.peak = 0
 
     def reserve(self, first_layer: int, last_layer: int, first: int, last: int) -> None:
-        """Makes sure of free pages for tokens first..last of the open step in a range of layers.
-
-        BudgetExceeded with nothing changed if the limit does not allow them.
-        """
+        """Makes sure of free pages for tokens first..last of the open step in a range of layers; or as reserve_pages."""
         step = (first_layer, last_layer, first, last)
         if not any(self._store.missing(*step)):
             return
@@ -172,16 +171,13 @@ class Slabs:
         tables, workspace = self._store.metadata_bytes, self._store.workspace_bytes
         beside = _QUERY_BYTES * max(self._queries, queries)
         most = self.books.most(self._pages(), len(self._tensors), tables, max(0, workspace - beside))
-        return bound - self.held - most - beside - _SLAB_BYTES
+        return bound - self.held - self.loans.room(self._pages()) - most - beside - _SLAB_BYTES
 
     def _pages(self) -> int:
         return sum(self._store.pool(p)["total"] for p in range(self._store.n_pools))
 
     def trim(self, keep: list[int] | None = None) -> int:
-        """Packs pages into fewer slabs and returns those that run empty. Returns the bytes given back.
-
-        keep: free pages that must remain, by pool.
-        """
+        """Packs pages into fewer slabs and returns those that run empty: bytes. keep: free pages that must remain, by pool."""
         before = self.held
         for pool in self._far_pools:  # moving pages from file to file gains no memory
             for index, pages, free in self._store.slabs(pool):
@@ -194,7 +190,7 @@ class Slabs:
 
     def allocator_bytes(self) -> int:
         """What the allocator says: bytes of the storages behind all slabs."""
-        return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
+        return self.loans.nbytes + sum(t.untyped_storage().nbytes() for t in self._tensors.values())
 
     def _empty_sparsest(self, pool: int, keep: int) -> bool:
         slabs = self._store.slabs(pool)
@@ -222,11 +218,7 @@ class Slabs:
         hold = self._charges.lend(pages * per_page, pages * self._store.pool(pool)["page_bytes"] if is_far else 0)
         try:
             tensor = taken(pages * per_page, self._device)
-            if is_far:
-                index = self._lend_far(pool, pages, tensor)
-            else:
-                payload = tensor.data_ptr()
-                index = self._store.lend(pool, payload, payload + pages * (per_page - _POSITION_BYTES), pages)
+            index = self._lend_far(pool, pages, tensor) if is_far else self.loans.slab(pool, pages, tensor)
         except BaseException:
             if hold is not None:
                 hold.rollback()
@@ -237,6 +229,10 @@ class Slabs:
         self.held += tensor.untyped_storage().nbytes()
         self.note_peak()
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
+
+    def _admit_loan(self, more: int) -> None:
+        if (bound := self.bound()) is not None and self.nbytes() + more > bound:
+            raise self._exceeded(bound, more)
 
     def _fit(self, pool: int, wanted: int, short: int, needed: list[int]) -> int:
         """Pages of a pool's next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many
@@ -344,7 +340,7 @@ class Slabs:
 
     def nbytes(self) -> int:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
-        return self.held + self._store.metadata_bytes + self._store.workspace_bytes
+        return self.held + self.loans.nbytes + self._store.metadata_bytes + self._store.workspace_bytes
 
     def settle(self) -> None:
         """After books and workspace may have grown: where they did so past the limit, free pages go."""
@@ -391,6 +387,7 @@ class Slabs:
 
     def _return(self, key: tuple[int, int]) -> None:
         self._store.give_back(*key)
+        self.loans.back(*key)
         gone = self._tensors.pop(key).untyped_storage().nbytes()
         file, far_bytes = self._files.pop(key, (None, 0))
         if file is not None:

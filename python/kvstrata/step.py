@@ -23,6 +23,7 @@ MASS_QUERIES = 64
 
 _F32 = DTYPES[torch.float32]
 _NO_LSE = (0, 0, 0, 0)
+_ROWS = torch.contiguous_format
 
 
 class Step:
@@ -55,6 +56,7 @@ class Step:
             raise RuntimeError("step: it was opened before, a step is used once")
         self._cache._enter(self)
         try:
+            self._cache._slabs.loans.join_stream()
             self._store.begin(self._ids, self._starts, self._tokens)
         except BaseException:
             self._cache._leave(self)
@@ -143,10 +145,10 @@ class Step:
         ]
         positions = torch.tensor(flat, dtype=torch.int64)
         if self._columns is None:
-            return positions
+            return positions.to(self._cache.shape.device)
         padded = torch.zeros(len(self._ids), self._columns, dtype=torch.int64)
         padded[self._sequence_index(), torch.tensor(self._tokens)] = positions
-        return padded
+        return padded.to(self._cache.shape.device)
 
     def attend(
         self,
@@ -174,7 +176,7 @@ class Step:
         sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
         if self._cut or self._store.longest > DENSE_ABOVE:
             return self._attend_chunk(layer, spec, q, k, v, scale, cap, sink)
-        out = torch.zeros(q.shape, dtype=q.dtype) if self._padding else torch.empty(q.shape, dtype=q.dtype)
+        out = torch.zeros_like(q, memory_format=_ROWS) if self._padding else torch.empty_like(q, memory_format=_ROWS)
         self._store.append_attend(
             layer,
             self._strides(q),
@@ -245,8 +247,7 @@ class Step:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._columns is not None and not self._padding:
             return dense.attend(q, k, v, scale, softcap, spec.window)
-        out = torch.zeros(q.shape, dtype=torch.float32)
-        lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        out, lse = _nothing(q)
         for b, (first, last) in enumerate(zip(self._starts, self._starts[1:], strict=False)):
             if first == last:
                 continue
@@ -259,8 +260,7 @@ class Step:
     def _attend_past(
         self, layer: int, q: torch.Tensor, scale: float, softcap: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = torch.zeros(q.shape, dtype=torch.float32)
-        lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+        out, lse = _nothing(q)
         self._store.attend(
             layer,
             self._strides(q),
@@ -359,6 +359,12 @@ class Step:
             raise ValueError(f"{verb}: {name} is on {x.device}, expected {shape.device}")
         if head_dim > 1:
             raise ValueError(f"{verb}: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
+
+
+def _nothing(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention to nothing gives: f32 zeros like q, and their log-sum-exps."""
+    out = torch.zeros_like(q, dtype=torch.float32, memory_format=_ROWS)
+    return out, torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
 
 
 def packed(cache: Cache, seqs: list[Sequence], lengths: list[int]) -> Step:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import inf
 from typing import Literal
 
-from kvstrata import holdings
+from kvstrata import holdings, pools
 from kvstrata._C import Store
 from kvstrata.budget import Budget
 from kvstrata.budget.costs import keeps_scores
@@ -93,6 +93,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
         [] if far is None else [getattr(policy.planner, "native_state", FULL)],
         0 if far is None else policy.ring,
         policy.episodic,
+        pools.device_code("Shape: device", shape.device),
     )
     if selector is not None:
         store.set_mass_floor(selector.mass_floor)

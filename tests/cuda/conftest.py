@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from emulated import emulated_path
 

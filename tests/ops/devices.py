@@ -24,7 +24,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops called by tests run there from now on."""
     if name == "emulated":
         _C.open_cuda(str(emulated_path()))
-        monkeypatch.setattr(pools, "device_code", lambda what, t: 1)
+        monkeypatch.setattr(pools, "device_code", lambda what, device: 1)
         return
     for op in ops.__all__:
         function = getattr(ops, op)
