@@ -110,7 +110,7 @@ RANK = {
     "recipes": 13, "quality": 13, "cli": 14,
 }  # fmt: skip
 # Files that are one unit with another.
-PARTS = dict.fromkeys(("choices", "pools", "scores", "summaries"), "ops")
+PARTS = dict.fromkeys(("choices", "formats", "pools", "scores", "summaries"), "ops")
 PARTS |= dict.fromkeys(
     (
         "step",

@@ -152,14 +152,6 @@ def view(op: str, name: str, t: Tensor) -> _C.Tensor:
     return t.data_ptr(), tuple(t.shape), t.stride(), _DTYPE_CODE[t.dtype], *where
 
 
-def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
-    """Of a tensor on the CPU that the native core reads itself, wherever the op runs."""
-    pointer, shape, strides, dtype, *_ = view(op, name, t)
-    if t.device.type != "cpu":
-        raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
-    return pointer, shape, strides, dtype, 0, 0
-
-
 def device_number(op: str, name: str, t: Tensor) -> int:
     """Where an op with this tensor runs, as the native core knows it (`device_code`)."""
     return view(op, name, t)[4]
