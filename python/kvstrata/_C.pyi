@@ -91,7 +91,15 @@ def dequantize(
 ) -> None: ...
 def compact(moves: Tensor, pools: Pools, threads: int) -> None: ...
 def score_window_workspace_bytes(
-    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int
+    rows: int,
+    queries: int,
+    group: int,
+    head_dim: int,
+    entries: int,
+    threads: int,
+    device: int,
+    dtype: int,
+    pools: Pools | None,
 ) -> int: ...
 def score_window(
     tensors: ScoreTensors,
@@ -103,9 +111,21 @@ def score_window(
     weight: float,
     threads: int,
 ) -> None: ...
-def score_max_workspace_bytes(head_dim: int, threads: int) -> int: ...
+def score_max_workspace_bytes(
+    head_dim: int, threads: int, rows: int = 0, group: int = 1, queries: int = 0, device: int = 0
+) -> int: ...
 def score_max(tensors: MaxTensors, pools: Pools, scale: float, softcap: float, threads: int) -> None: ...
-def measure_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def measure_workspace_bytes(
+    rows: int,
+    queries: int,
+    group: int,
+    head_dim: int,
+    entries: int,
+    threads: int,
+    device: int,
+    dtype: int,
+    pools: Pools | None,
+) -> int: ...
 def measure(
     tensors: MeasureTensors,
     pools: Pools,
@@ -116,7 +136,7 @@ def measure(
     skip: int,
     threads: int,
 ) -> None: ...
-def pool_workspace_bytes(entries: int, threads: int) -> int: ...
+def pool_workspace_bytes(rows: int, entries: int, threads: int, device: int) -> int: ...
 def pool(
     score: Tensor,
     pages: Tensor,
@@ -130,7 +150,9 @@ def pool(
     threads: int,
 ) -> None: ...
 def accumulate(score: Tensor, mass: Tensor, decay: float, combine: int, threads: int) -> None: ...
-def score_keys_workspace_bytes(rows: int, head_dim: int, entries: int, kind: int, threads: int) -> int: ...
+def score_keys_workspace_bytes(
+    rows: int, head_dim: int, entries: int, kind: int, threads: int, device: int
+) -> int: ...
 def score_keys(
     pages: Tensor,
     visible: Tensor | None,
