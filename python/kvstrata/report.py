@@ -39,8 +39,8 @@ class Report:
     seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed alike; stored: tokens per
     layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens would hold; lost_slots:
     free slots in part-filled pages; far_bytes: of the Far tier's files, on top of nbytes; far_tokens: slots there, of those
-    that are stored; loan_bytes: on a device, page lists and workspace of kernels, on top of nbytes and of the limit; recall: None
-    without a selector.
+    that are stored; recall: None without a selector; loan_bytes: on a device, page lists and workspace of kernels, on top of
+    nbytes and of the limit.
     """
 
     policy: str
