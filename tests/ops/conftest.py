@@ -25,10 +25,12 @@ LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
+    for name, levels in (("isa", LEVELS), ("device", ["cpu"])):
+        if name not in metafunc.fixturenames:
+            continue
         on_cuda = ["emulated"] + ["cuda"] * torch.cuda.is_available()
         more = on_cuda if hasattr(metafunc.module, "EMULATED") else []
-        metafunc.parametrize("isa", [*LEVELS, *(pytest.param(name, marks=marks(name)) for name in more)], indirect=True)
+        metafunc.parametrize(name, [*levels, *(pytest.param(where, marks=marks(where)) for where in more)], indirect=True)
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
@@ -47,6 +49,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     _C.set_isa("")
 
 
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """"cpu", at the best level, "emulated" or "cuda": for ops whose CPU kernels are the same at all levels."""
+    if request.param in devices.NAMES:
+        devices.use(request.param, monkeypatch)
+    return request.param
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The levels of one case follow each other: it is made once for all of them (cases.py). Of emulated ones a share stays."""
     items[:] = [item for item in items if not _left_out(item)]
@@ -58,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _left_out(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
-    if call is None or call.params.get("isa") != "emulated":
+    if call is None or "emulated" not in (call.params.get("isa"), call.params.get("device")):
         return False
     return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
 
@@ -66,7 +76,7 @@ def _left_out(item: pytest.Item) -> bool:
 def _case(item: pytest.Item) -> str:
     """A test's name without its level."""
     call = getattr(item, "callspec", None)
-    level = call.params.get("isa") if call is not None else None
+    level = call.params.get("isa", call.params.get("device")) if call is not None else None
     return item.nodeid if level is None else re.sub(rf"(?<=[\[-]){level}(?=[\]-])", "", item.nodeid, count=1)
 
 

@@ -41,6 +41,16 @@ __device__ void each_of_warp(const Segment& segment, Visit visit) {
 
 __device__ inline int lanes_below(unsigned lanes) { return __popc(lanes & ((1u << lane()) - 1)); }
 
+// Over the warp, of those before a lane and itself.
+template <class T>
+__device__ T sum_upto(T x) {
+    for (int step = 1; step < kWarp; step *= 2) {
+        const T other = __shfl_up_sync(kAllLanes, x, step);
+        if (lane() >= step) x += other;
+    }
+    return x;
+}
+
 // put(place, i) for those of n elements that is(i) holds for, places 0, 1, ... rising with i. Returns how many there are.
 // room [kMaxWarps] is shared memory.
 template <class Is, class Put>
@@ -91,9 +101,11 @@ struct RankRoom {
     bool whole;
 };
 
+inline constexpr int kAllTies = 0x7FFFFFFF;
+
 struct Rank {
     uint64_t key;  // what is above is taken,
-    int ties;      // and so many that are equal
+    int ties;      // and so many that are equal, or kAllTies
 };
 
 // The need-th largest of the keys that key_of(i) gives of n elements, 1 <= need <= how many there are; 0: no key.
@@ -114,12 +126,7 @@ __device__ Rank nth_largest(int n, int need, RankRoom& room, KeyOf key_of) {
             const int top = kDigits - 1 - kRun * lane();
             int mine = 0;
             for (int j = 0; j < kRun; ++j) mine += room.count[top - j];
-            int upto = mine;
-            for (int step = 1; step < kWarp; step *= 2) {
-                const int other = __shfl_up_sync(kAllLanes, upto, step);
-                if (lane() >= step) upto += other;
-            }
-            int above = upto - mine;
+            int above = sum_upto(mine) - mine;
             for (int j = 0; j < kRun; ++j) {
                 const int here = room.count[top - j];
                 if (above < need && need <= above + here) {
@@ -132,26 +139,10 @@ __device__ Rank nth_largest(int n, int need, RankRoom& room, KeyOf key_of) {
         prefix = prefix << 8 | static_cast<unsigned>(room.digit);
         need = room.need;
         const bool whole = room.whole;
-        const int here = room.count[room.digit];
         __syncthreads();
-        if (whole) return {prefix << shift, here};
+        if (whole) return {prefix << shift, kAllTies};
         if (shift == 0) return {prefix, need};
     }
-}
-
-// Of 256 numbers, one of each of the first 256 threads, the sum of those before it. room [kMaxWarps] is shared memory.
-__device__ inline int sum_before(int x, int* room) {
-    int upto = x;
-    for (int step = 1; step < kWarp; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane() >= step) upto += other;
-    }
-    if (lane() == kWarp - 1) room[warp()] = upto;
-    __syncthreads();
-    int before = upto - x;
-    for (int w = 0; w < warp() && w < kDigits / kWarp; ++w) before += room[w];
-    __syncthreads();
-    return before;
 }
 
 }  // namespace kvstrata::cuda

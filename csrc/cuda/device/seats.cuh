@@ -137,11 +137,7 @@ __global__ void __launch_bounds__(kListThreads) fill_seats(const ClusterWork* wo
     if (waiting == 0 || warp() != 0) return;
     for (int first = 0, before = 0; first < pages && before < waiting; first += kWarp) {
         const int j = first + lane(), room = j < pages ? work.room[j] : 0;
-        int upto = room;
-        for (int step = 1; step < kWarp; step *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, upto, step);
-            if (lane() >= step) upto += other;
-        }
+        const int upto = sum_upto(room);
         for (int at = before + upto - room; at < min(waiting, before + upto); ++at) {
             work.row.page_of[work.tokens[work.nearest[at]]] = j;
         }
