@@ -167,9 +167,7 @@ def summarize(
     kind: int,
     threads: int,
 ) -> None: ...
-def select_workspace_bytes(
-    rows: int, group: int, head_dim: int, entries: int, threads: int, device: int
-) -> int: ...
+def select_workspace_bytes(rows: int, group: int, head_dim: int, entries: int, threads: int, device: int) -> int: ...
 def score_pages(
     q: Tensor,
     blocks: Tensor,
@@ -205,9 +203,7 @@ def select(
     least: int,
     threads: int,
 ) -> None: ...
-def estimate_workspace_bytes(
-    rows: int, group: int, head_dim: int, zone: int, threads: int, device: int
-) -> int: ...
+def estimate_workspace_bytes(rows: int, group: int, head_dim: int, zone: int, threads: int, device: int) -> int: ...
 def estimate(
     q: Tensor,
     blocks: Tensor,

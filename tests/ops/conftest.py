@@ -1,6 +1,7 @@
 """Every op's tests run at every instruction-set level of this machine.
 
-Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated.
+Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated,
+but for those with TOO_LONG, if it says so, in their name.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             continue
         on_cuda = ["emulated"] + ["cuda"] * torch.cuda.is_available()
         more = on_cuda if hasattr(metafunc.module, "EMULATED") else []
-        metafunc.parametrize(name, [*levels, *(pytest.param(where, marks=marks(where)) for where in more)], indirect=True)
+        metafunc.parametrize(
+            name, [*levels, *(pytest.param(where, marks=marks(where)) for where in more)], indirect=True
+        )
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
@@ -51,7 +54,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """"cpu", at the best level, "emulated" or "cuda": for ops whose CPU kernels are the same at all levels."""
+    """ "cpu", at the best level, "emulated" or "cuda": for ops whose CPU kernels are the same at all levels."""
     if request.param in devices.NAMES:
         devices.use(request.param, monkeypatch)
     return request.param
@@ -70,6 +73,9 @@ def _left_out(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
     if call is None or "emulated" not in (call.params.get("isa"), call.params.get("device")):
         return False
+    too_long = getattr(item.module, "TOO_LONG", None)
+    if too_long is not None and too_long in item.name:
+        return True
     return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
 
 

@@ -25,9 +25,19 @@ constexpr uint64_t splitmix64(uint64_t d) {
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
 }
+constexpr Rotation signs() {
+    Rotation r{};
+    for (int d = 0; d < kMaxHeadDim; ++d) {
+        r.negative[d / kWarp] |= static_cast<uint32_t>(splitmix64(static_cast<uint64_t>(d)) % 2) << d % kWarp;
+    }
+    return r;
+}
+inline constexpr Rotation kSigns = signs();
 
-constexpr Rotation rotation(int head_dim) {
-    Rotation r{head_dim, head_dim & -head_dim, 0.0f, 0.0f, {}};
+inline Rotation rotation(int head_dim) {
+    Rotation r = kSigns;
+    r.dim = head_dim;
+    r.block = head_dim & -head_dim;
     r.share = 2.0f / static_cast<float>(head_dim / r.block);
     switch (r.block) {
         case 16: r.norm = 0.25f; break;
@@ -37,10 +47,16 @@ constexpr Rotation rotation(int head_dim) {
         case 256: r.norm = 0.0625f; break;
         default: r.norm = 0.04419417382415922028f; break;
     }
-    for (int d = 0; d < kMaxHeadDim; ++d) {
-        r.negative[d / kWarp] |= static_cast<uint32_t>(splitmix64(static_cast<uint64_t>(d)) % 2) << d % kWarp;
-    }
     return r;
+}
+
+// with_registers(head_dim, [&]<int N>() { return launch(...N...); }): 32 N is at least D.
+template <class Work>
+int with_registers(int head_dim, Work work) {
+    if (head_dim <= 2 * kWarp) return work.template operator()<2>();
+    if (head_dim <= 4 * kWarp) return work.template operator()<4>();
+    if (head_dim <= 8 * kWarp) return work.template operator()<8>();
+    return work.template operator()<kMaxHeadDim / kWarp>();
 }
 
 // Changes the sign of the dims with s_d = -1.
@@ -121,7 +137,7 @@ __device__ __forceinline__ void mix(float (&x)[N], const Rotation& r) {
 }
 
 template <int N>
-__device__ __forceinline__ void scale(float (&x)[N], float factor) {
+__device__ __forceinline__ void multiply(float (&x)[N], float factor) {
 #pragma unroll
     for (int s = 0; s < N; ++s) x[s] *= factor;
 }
@@ -132,12 +148,12 @@ __device__ __forceinline__ void rotate(float (&x)[N], const Rotation& r, bool in
     if (inverse) {
         mix(x, r);
         hadamard(x, r);
-        scale(x, r.norm);
+        multiply(x, r.norm);
         apply_signs(x, r);
     } else {
         apply_signs(x, r);
         hadamard(x, r);
-        scale(x, r.norm);
+        multiply(x, r.norm);
         mix(x, r);
     }
 }
