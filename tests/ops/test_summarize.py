@@ -272,6 +272,19 @@ def test_bounds_are_rounded_outwards(isa: str) -> None:
     assert hi[0, 0, :5].tolist() == [up, -1.0, 2.0**-133, 1.5, 0.0]
 
 
+@pytest.fixture(scope="module")
+def on_the_cpu() -> list[tuple[Case, dict[str, Tensor]]]:
+    """Pages of every format and their blocks of every kind, made before a test goes to another device."""
+    made = [make_case([18, 7], formats=(fmt,), dim=dim, masks="ragged") for fmt in ALL for dim in (48, 128, 256)]
+    return [(case, {kind: of_kind(case, kind) for kind in ("mean", "bounds", "mean_value")}) for case in made]
+
+
+def test_bits_are_the_cpus(on_the_cpu: list[tuple[Case, dict[str, Tensor]]], device: str) -> None:
+    for case, blocks in on_the_cpu:
+        for kind, want in blocks.items():
+            assert torch.equal(of_kind(case, kind), want), (case.formats, case.q.shape[-1], kind)
+
+
 def masks(*shape: int) -> Tensor:
     return torch.full(shape, 0xFFFF, dtype=torch.int64).to(torch.uint16)
 
