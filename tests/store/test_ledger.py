@@ -183,8 +183,8 @@ def test_consumed_resources_are_limited_before_the_step() -> None:
 
 @pytest.mark.parametrize("policy", ["keydiff", "arkv", "snapkv"])
 def test_plans_before_a_step_are_reserved_beside_its_own(policy: str) -> None:
-    """A prompt that finds tokens unplanned: a ledger that lacks a plan for them, for its pieces or for the interval that it ends
-    refuses it before a layer is planned; one with just as many takes it, and puts none off."""
+    """A prompt that finds tokens unplanned: a ledger that lacks a plan for them, for its pieces or for the interval that it
+    ends refuses it before a layer is planned; one with just as many takes it, and puts none off."""
     ledger = Ledger()
     cache = Cache(SHAPE, "900KiB", policy, ledger=ledger)
     (seq,), generator = cache.new(), torch.Generator().manual_seed(0)
