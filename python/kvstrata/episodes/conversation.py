@@ -147,7 +147,8 @@ class Conversation:
     ) -> Answer:
         """Answers a question under the episodes that it is routed to.
 
-        remember: question and answer become turns; without, they leave no trace but a compaction that made room for them.
+        remember: question and answer become turns, of no window unless they are most of the talk (:meth:`History.answered`);
+        without, they leave no trace but a compaction that made room for them.
         sampler: the next token's id from logits f32 [V]. ValueError for a blank question, where it and max_new_tokens are
         more than the model has positions for, and, if they are to be taken back or the style is "transcript", than a chunk. An
         error takes back what was asked, unless a compaction came while it was answered.
@@ -247,7 +248,7 @@ class Conversation:
             self._store.back(mark)
             return text
         turns = [asked, Turn(ASSISTANT, text)] if text.strip() else [asked]
-        history = self._history.said(turns, self._how)
+        history = self._history.answered(turns, self._how)
         if self._model.style == "transcript":
             told, _ = self._model.tokens(turns, first=not self._begun, answer=False)
             self._store.back(mark)

@@ -58,7 +58,8 @@ class History:
     """What was said. Never changed: each step gives a new one, and a failed one leaves the old.
 
     windows: closed ones; left: utterances that are in none yet; vectors: f32 [windows embedded, d], from the first on; topics:
-    None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering.
+    None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering; added, asked:
+    characters of turns that were added, and of questions and answers.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -68,6 +69,8 @@ class History:
     topics: Topics | None = None
     prompts: tuple[Tensor, ...] = ()
     clustered: int = 0
+    added: int = 0
+    asked: int = 0
 
     @property
     def whole(self) -> bool:
@@ -82,6 +85,20 @@ class History:
 
     def said(self, turns: Sequence[Turn], how: Segments) -> History:
         """With more turns, and the windows that they fill."""
+        return replace(self, added=self.added + _length(turns))._told(turns, how)
+
+    def answered(self, turns: Sequence[Turn], how: Segments) -> History:
+        """With a question and its answer.
+
+        Questions are more like each other than like what they are about: their windows would be a topic of their own, found
+        episodes, move centroids, and draw later questions away from what holds the answer. So they are in no window; they
+        belong to the episode that they were routed to. Not so where they are most of the talk, by characters, as in a chat
+        to which nothing was added: there they are told as any turn is.
+        """
+        grown = replace(self, asked=self.asked + _length(turns))
+        return grown._told(turns, how) if grown.asked > grown.added else replace(grown, turns=(*self.turns, *turns))
+
+    def _told(self, turns: Sequence[Turn], how: Segments) -> History:
         known = len(self.turns)
         fresh = [replace(u, turn=u.turn + known) for u in utterances(turns)]
         grown = replace(self, turns=(*self.turns, *turns))
@@ -178,3 +195,8 @@ class History:
             return ", ".join(sorted(words, key=lambda w: (-weight[w], -words[w], w))[:LABEL])
 
         return tuple(best(words) for words in said)
+
+
+def _length(turns: Sequence[Turn]) -> int:
+    """Characters."""
+    return sum(len(turn.text) for turn in turns)
