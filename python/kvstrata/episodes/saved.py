@@ -301,8 +301,9 @@ class Saved:
         opened = [self._open(name) for name in self._manifest["pages"]]
         shelf = Shelf(cache, opened, self._manifest["kinds"], entries, rows, file.tensor("means", None))
         length, floor, (every, sets, halves) = counters["length"], counters["floor"], counters["shown"]
-        cache.view(chat._store._seq, None if every else sets, halves=halves)
+        cache.view(chat._store._seq, [])  # sets are put where they stay: what then comes Near has a clean copy
         stored.restore(cache, chat._store._seq.id, shelf.rows, shelf.pages, length, floor)
+        cache.view(chat._store._seq, None if every else sets, halves=halves)
 
     def _history(self, file: TensorFile, chat: Conversation, turns: list[Turn] | None) -> History:
         counters, how = self._manifest["counters"], chat._how
