@@ -15,12 +15,14 @@ from torch import Tensor
 from kvstrata.episodes.cluster import cluster
 from kvstrata.episodes.embed import Embedder
 from kvstrata.episodes.represent import fit, represent
-from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.route import LATELY, Route, Router, Turned
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, utterances
 from kvstrata.episodes.topics import Topics
 
 LABEL = 3
 """Words of an episode's label."""
+UNCERTAIN = 0.2
+"""Of the last questions, the share that no window was like from which new topics are advised."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,18 @@ class History:
                 vectors, labels = torch.cat([vectors, open_]), seen.labels
         query = embedder.embed([question], "query")[0]
         return router.route(query, vectors, labels, self.topics.centroids, last)
+
+    def advice(self, turned: Turned) -> str | None:
+        """A refresh that would pay, and why; None: none would, or the text is gone."""
+        if self.topics is None or not self.whole:
+            return None
+        if len(self.windows) >= 2 * self.clustered:
+            return "refresh: there are twice as many windows as when topics were told apart"
+        if self.topics.refused:
+            return "refresh: a new topic found no place, max_episodes are there"
+        if len(turned.lately) == LATELY and turned.uncertain > UNCERTAIN:
+            return f"refresh: of the last {LATELY} questions, {sum(turned.lately)} were like no window"
+        return None
 
     def labels(self) -> tuple[str, ...]:
         """Of each episode the words that tell it from the others: by times said, weighed by how much more often than in all."""
