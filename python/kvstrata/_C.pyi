@@ -152,9 +152,7 @@ def pool(
     threads: int,
 ) -> None: ...
 def accumulate(score: Tensor, mass: Tensor, decay: float, combine: int, threads: int) -> None: ...
-def score_keys_workspace_bytes(
-    rows: int, head_dim: int, entries: int, kind: int, threads: int, device: int
-) -> int: ...
+def score_keys_workspace_bytes(rows: int, head_dim: int, entries: int, kind: int, threads: int, device: int) -> int: ...
 def score_keys(
     pages: Tensor,
     visible: Tensor | None,
@@ -169,13 +167,7 @@ def score_keys(
 def summary_bytes(head_dim: int, kind: int) -> int: ...
 def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster(
-    keys: Tensor,
-    live: Tensor | None,
-    page_of: Tensor,
-    pages: Tensor,
-    workspace: Tensor,
-    iters: int,
-    threads: int,
+    keys: Tensor, live: Tensor | None, page_of: Tensor, pages: Tensor, workspace: Tensor, iters: int, threads: int
 ) -> None: ...
 def cluster_greedy_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster_greedy(
@@ -191,9 +183,7 @@ def summarize(
     kind: int,
     threads: int,
 ) -> None: ...
-def select_workspace_bytes(
-    rows: int, group: int, head_dim: int, entries: int, threads: int, device: int
-) -> int: ...
+def select_workspace_bytes(rows: int, group: int, head_dim: int, entries: int, threads: int, device: int) -> int: ...
 def score_pages(
     q: Tensor,
     blocks: Tensor,
@@ -229,9 +219,7 @@ def select(
     least: int,
     threads: int,
 ) -> None: ...
-def estimate_workspace_bytes(
-    rows: int, group: int, head_dim: int, zone: int, threads: int, device: int
-) -> int: ...
+def estimate_workspace_bytes(rows: int, group: int, head_dim: int, zone: int, threads: int, device: int) -> int: ...
 def estimate(
     q: Tensor,
     blocks: Tensor,
