@@ -27,7 +27,9 @@ HOST_REPS = 200
 
 def arguments(parser: argparse.ArgumentParser, queries: int = 1, reps: int = 15) -> None:
     op_arguments(parser, format=FORMATS, reps=reps)
-    parser.add_argument("--queries", metavar="N", type=positive, default=queries, help="of the call; default: %(default)s")
+    parser.add_argument(
+        "--queries", metavar="N", type=positive, default=queries, help="of the call; default: %(default)s"
+    )
     parser.add_argument("--order", choices=("random", "linear"), default="random", help="of pages in the slab")
     parser.add_argument("--mass", action="store_true", help="also the attention mass of each slot")
 
