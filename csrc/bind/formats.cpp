@@ -14,7 +14,8 @@ namespace kvstrata::bind {
 namespace {
 
 void rotate(py::handle x_, py::handle out_, bool inverse, int threads) {
-    const Argument x("rotate", "x", x_), out("rotate", "out", out_);
+    const Call call("rotate", x_);
+    const Argument x(call, "x", x_), out(call, "out", out_);
     x.expect_rank({"N", "D"});
     const Dim N{"N", x.shape(0)}, D{"D", x.shape(1)};
     x.expect({DType::f32}, {N, D}).expect_contiguous();
@@ -22,39 +23,22 @@ void rotate(py::handle x_, py::handle out_, bool inverse, int threads) {
     const ops::RotateParams params{x.data<float>(), out.data<float>(), N.size, static_cast<int32_t>(D.size), inverse,
                                    threads};
     py::gil_scoped_release release;
-    ops::rotate(params);
+    ops::rotate(params, call.where);
 }
 
-// The moves of a call, checked: places exist, each page is written in one run, no slot twice, nothing read is written.
+// The moves of a call, checked: places exist, each page is written in one run, no slot twice, nothing read is written. Those
+// on a device are not read; every pool is of one head_dim then.
 class Moves {
   public:
-    Moves(const char* op, py::handle moves, const Pools& pools) : op_(op), pools_(pools), view_(op, "moves", moves) {
+    Moves(const Call& call, py::handle moves, const Pools& pools)
+        : op_(call), pools_(pools), view_(call, "moves", moves) {
         view_.expect_rank({"n", "4"});
         view_.expect({DType::i32}, {{"n", view_.shape(0)}, {"4", 4}}).expect_contiguous();
-        std::unordered_set<PageId> written;
-        PageId page = kNoPage;
-        unsigned slots = 0;
-        for (int i = 0; i < count(); ++i) {
-            const ops::Move& m = data()[i];
-            if (m.from == kNoPage || m.to == kNoPage) continue;
-            if (!head_dim_) head_dim_ = pools.head_dim(m.to);
-            pools.check_id(m.to, head_dim_, {"moves", i, 2});  // first: it set head_dim, or names no pool
-            pools.check_id(m.from, head_dim_, {"moves", i, 0});
-            check_slot(i, 1, m.from_slot), check_slot(i, 3, m.to_slot);
-            if (m.to != page) {
-                check(written.insert(m.to).second, op, ": moves[", i, ", 2] comes back to page ", m.to,
-                      ", expected the moves into one page to follow each other");
-                page = m.to, slots = 0;
-            }
-            check(!(slots >> m.to_slot & 1), op, ": moves[", i, "] writes slot ", m.to_slot, " of page ", m.to,
-                  " again, expected each slot once");
-            slots |= 1u << m.to_slot;
-        }
-        for (int i = 0; i < count(); ++i) {
-            const ops::Move& m = data()[i];
-            if (m.from == kNoPage || m.to == kNoPage) continue;
-            check(!written.count(m.from), op, ": moves[", i, ", 0] reads page ", m.from,
-                  ", expected one that is not written to");
+        if (op_.on_host()) {
+            check_moves();
+        } else {
+            head_dim_ = pools.head_dim();
+            pools.expect_head_dim(head_dim_);
         }
     }
 
@@ -64,11 +48,38 @@ class Moves {
     Format format(PageId id) const { return pools_.views()[page_pool(id)].format; }
 
   private:
+    void check_moves() {
+        std::unordered_set<PageId> written;
+        PageId page = kNoPage;
+        unsigned slots = 0;
+        for (int i = 0; i < count(); ++i) {
+            const ops::Move& m = data()[i];
+            if (m.from == kNoPage || m.to == kNoPage) continue;
+            if (!head_dim_) head_dim_ = pools_.head_dim(m.to);
+            pools_.check_id(m.to, head_dim_, {"moves", i, 2});  // first: it set head_dim, or names no pool
+            pools_.check_id(m.from, head_dim_, {"moves", i, 0});
+            check_slot(i, 1, m.from_slot), check_slot(i, 3, m.to_slot);
+            if (m.to != page) {
+                check(written.insert(m.to).second, op_, ": moves[", i, ", 2] comes back to page ", m.to,
+                      ", expected the moves into one page to follow each other");
+                page = m.to, slots = 0;
+            }
+            check(!(slots >> m.to_slot & 1), op_, ": moves[", i, "] writes slot ", m.to_slot, " of page ", m.to,
+                  " again, expected each slot once");
+            slots |= 1u << m.to_slot;
+        }
+        for (int i = 0; i < count(); ++i) {
+            const ops::Move& m = data()[i];
+            if (m.from == kNoPage || m.to == kNoPage) continue;
+            check(!written.count(m.from), op_, ": moves[", i, ", 0] reads page ", m.from,
+                  ", expected one that is not written to");
+        }
+    }
     void check_slot(int i, int column, int32_t slot) const {
         check(slot >= 0 && slot < kSlots, op_, ": moves[", i, ", ", column, "] is ", slot, ", expected slot 0 to ",
               kSlots - 1);
     }
-    const char* op_;
+    const Call op_;
     const Pools& pools_;
     const Argument view_;
     int32_t head_dim_ = 0;
@@ -78,7 +89,7 @@ class Moves {
 struct Centre {
     Argument centre, row_of;
 
-    Centre(const char* op, py::handle centre_, py::handle row_of_, Dim n, const char* set_by)
+    Centre(const Call& op, py::handle centre_, py::handle row_of_, Dim n, const char* set_by)
         : centre(op, "centre", centre_), row_of(op, "row_of", row_of_) {
         check(centre.given() == row_of.given(), op, ": ", centre.given() ? "row_of" : "centre",
               " is missing, expected centre and row_of together");
@@ -105,12 +116,13 @@ void check_bits(int i, Format from, Format to) {
 }
 
 void quantize(py::handle moves_, const py::sequence& pools_, py::handle centre_, py::handle row_of_, int threads) {
-    const Pools pools("quantize", pools_, true);
-    const Moves moves("quantize", moves_, pools);
-    const Centre centre("quantize", centre_, row_of_, {"n", moves.count()}, "set by moves");
+    const Call call("quantize", moves_);
+    const Pools pools(call, pools_, true);
+    const Moves moves(call, moves_, pools);
+    const Centre centre(call, centre_, row_of_, {"n", moves.count()}, "set by moves");
     if (!moves.head_dim()) return;
     centre.check_dim(moves.head_dim());
-    for (int i = 0; i < moves.count(); ++i) {
+    for (int i = 0; call.on_host() && i < moves.count(); ++i) {
         const ops::Move& m = moves.data()[i];
         if (ops::skipped(m)) continue;
         check_bits(i, moves.format(m.from), moves.format(m.to));
@@ -124,25 +136,26 @@ void quantize(py::handle moves_, const py::sequence& pools_, py::handle centre_,
                                      pools.views(),
                                      threads};
     py::gil_scoped_release release;
-    ops::quantize(params);
+    ops::quantize(params, call.where);
 }
 
 void dequantize(py::handle pages_, py::handle k_, py::handle v_, const py::sequence& pools_, py::handle centre_,
                 py::handle row_of_, int threads) {
-    const char* const op = "dequantize";
-    const Argument pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_);
+    const Call call("dequantize", pages_);
+    const Argument pages(call, "pages", pages_), k(call, "k", k_), v(call, "v", v_);
     pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}}).expect_contiguous();
     k.expect_rank({"P", "16", "D"});
     const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
     k.expect({DType::f32}, {P, S, D}, "P set by pages").expect_contiguous();
     v.expect({DType::f32}, {P, S, D}, "as k").expect_contiguous();
-    const Pools pools(op, pools_, true);
-    const Centre centre(op, centre_, row_of_, P, "set by pages");
+    const Pools pools(call, pools_, true);
+    const Centre centre(call, centre_, row_of_, P, "set by pages");
     centre.check_dim(static_cast<int>(D.size));
-    for (int64_t i = 0; i < P.size; ++i) {
+    if (!call.on_host()) pools.expect_head_dim(static_cast<int>(D.size));
+    for (int64_t i = 0; call.on_host() && i < P.size; ++i) {
         const PageId id = pages.data<PageId>()[i];
         pools.check_id(id, static_cast<int>(D.size), {"pages", i});
-        if (!is_full(pools.views()[page_pool(id)].format)) centre.check_row(op, i);
+        if (!is_full(pools.views()[page_pool(id)].format)) centre.check_row(call.op, i);
     }
     const ops::DequantizeParams params{pages.data<PageId>(),
                                        centre.centre.data<float>(),
@@ -154,14 +167,15 @@ void dequantize(py::handle pages_, py::handle k_, py::handle v_, const py::seque
                                        pools.views(),
                                        threads};
     py::gil_scoped_release release;
-    ops::dequantize(params);
+    ops::dequantize(params, call.where);
 }
 
 void compact(py::handle moves_, const py::sequence& pools_, int threads) {
-    const Pools pools("compact", pools_, true);
-    const Moves moves("compact", moves_, pools);
+    const Call call("compact", moves_);
+    const Pools pools(call, pools_, true);
+    const Moves moves(call, moves_, pools);
     if (!moves.head_dim()) return;
-    for (int i = 0; i < moves.count(); ++i) {
+    for (int i = 0; call.on_host() && i < moves.count(); ++i) {
         const ops::Move& m = moves.data()[i];
         if (ops::skipped(m)) continue;
         const Format from = moves.format(m.from), to = moves.format(m.to);
@@ -170,7 +184,7 @@ void compact(py::handle moves_, const py::sequence& pools_, int threads) {
     }
     const ops::CompactParams params{moves.data(), moves.count(), moves.head_dim(), pools.views(), threads};
     py::gil_scoped_release release;
-    ops::compact(params);
+    ops::compact(params, call.where);
 }
 
 }  // namespace

@@ -20,8 +20,9 @@ constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType
 
 void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, py::sequence pools_,
             py::handle position_, int threads) {
-    const Argument k("append", "k", k_), v("append", "v", v_), pages("append", "pages", pages_),
-        slots("append", "slots", slots_), position("append", "position", position_);
+    const Call call("append", k_);
+    const Argument k(call, "k", k_), v(call, "v", v_), pages(call, "pages", pages_), slots(call, "slots", slots_),
+        position("append", "position", position_);  // on the CPU
     k.expect_rank({"R", "T", "D"});
     const int64_t R = k.shape(0), T = k.shape(1), D = k.shape(2);
     k.expect(kFloats, {{"R", R}, {"T", T}, {"D", D}});
@@ -29,12 +30,13 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
     pages.expect({DType::i32}, {{"R", R}, {"T", T}}, "set by k");
     slots.expect({DType::u8}, {{"R", R}, {"T", T}}, "set by k");
     position.expect({DType::i32}, {{"R", R}}, "set by k").expect_contiguous();
-    const Pools pools("append", pools_);
+    const Pools pools(call, pools_);
+    if (!call.on_host()) pools.expect_head_dim(static_cast<int>(D));
     std::vector<ops::AppendRow> rows(static_cast<size_t>(R));
     for (int64_t r = 0; r < R; ++r) {
         const PageId* ids = pages.row<PageId>(r);
         const uint8_t* at = slots.row<uint8_t>(r);
-        for (int64_t t = 0; t < T; ++t) {
+        for (int64_t t = 0; call.on_host() && t < T; ++t) {
             if (ids[t] == kNoPage) continue;
             pools.check_id(ids[t], static_cast<int>(D), {"pages", r, t});
             check(at[t] < kSlots, "append: slots[", r, ", ", t, "] is ", int{at[t]}, ", expected 0 to ", kSlots - 1);
@@ -52,7 +54,7 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
     const ops::AppendParams params{rows.data(), static_cast<int32_t>(R), static_cast<int32_t>(D),
                                    k.dtype(),   pools.views(),           threads};
     py::gil_scoped_release release;
-    ops::append(params);
+    ops::append(params, call.where);
 }
 
 ops::AttendParams attend_params(std::vector<ops::AttendRow>& rows, int group, int head_dim, int threads) {
@@ -65,31 +67,33 @@ ops::AttendParams attend_params(std::vector<ops::AttendRow>& rows, int group, in
     return params;
 }
 
-int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, int entries, int threads) {
+int64_t attend_workspace_bytes(int rows, int queries, int group, int head_dim, int entries, int threads, int device) {
     ops::AttendRow row{};
     row.entries = entries;
     row.queries = queries;
     std::vector<ops::AttendRow> all(static_cast<size_t>(rows), row);
-    return ops::attend_workspace_bytes(attend_params(all, group, head_dim, threads));
+    return ops::attend_workspace_bytes(attend_params(all, group, head_dim, threads), where_of(device));
 }
 
 struct AttendArguments {
+    const Call call;
     Argument q, pages, visible, bias, centre, sinks, own, tree, q_pos, out, lse, logits, workspace;
 
     explicit AttendArguments(const py::dict& d)
-        : q("attend", "q", d["q"]),
-          pages("attend", "pages", d["pages"]),
-          visible("attend", "visible", d["visible"]),
-          bias("attend", "bias", d["bias"]),
-          centre("attend", "centre", d["centre"]),
-          sinks("attend", "sinks", d["sinks"]),
-          own("attend", "own", d["own"]),
-          tree("attend", "tree", d["tree"]),
-          q_pos("attend", "q_pos", d["q_pos"]),
-          out("attend", "out", d["out"]),
-          lse("attend", "lse", d["lse"]),
-          logits("attend", "logits", d["want_logits"]),
-          workspace("attend", "workspace", d["workspace"]) {
+        : call("attend", d["q"]),
+          q(call, "q", d["q"]),
+          pages(call, "pages", d["pages"]),
+          visible(call, "visible", d["visible"]),
+          bias(call, "bias", d["bias"]),
+          centre(call, "centre", d["centre"]),
+          sinks(call, "sinks", d["sinks"]),
+          own("attend", "own", d["own"]),  // on the CPU
+          tree(call, "tree", d["tree"]),
+          q_pos(call, "q_pos", d["q_pos"]),
+          out(call, "out", d["out"]),
+          lse(call, "lse", d["lse"]),
+          logits(call, "logits", d["want_logits"]),
+          workspace(call, "workspace", d["workspace"]) {
         q.expect_rank({"R", "T", "G", "D"});
         pages.expect_rank({"R", "K"});
         const Dim R{"R", q.shape(0)}, T{"T", q.shape(1)}, G{"G", q.shape(2)}, D{"D", q.shape(3)},
@@ -110,6 +114,7 @@ struct AttendArguments {
     }
 
     void check_ids(const Pools& pools) const {
+        if (!call.on_host()) return pools.expect_head_dim(static_cast<int>(q.shape(3)));
         for (int64_t r = 0; r < q.shape(0); ++r) {
             const PageId* ids = pages.row<PageId>(r);
             const uint16_t* masks = visible.row<uint16_t>(r);
@@ -149,7 +154,7 @@ struct AttendArguments {
 // One dict of tensors, because an op with this many of them is easier to call wrongly by position.
 void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, int window, int threads) {
     const AttendArguments a(tensors);
-    const Pools pools("attend", pools_, true);
+    const Pools pools(a.call, pools_, true);
     a.check_ids(pools);
     if (window > 0) pools.check_positions("a window is given");
     std::vector<ops::AttendRow> rows = a.rows();
@@ -161,13 +166,9 @@ void attend(py::dict tensors, py::sequence pools_, float scale, float softcap, i
     params.scale = scale;
     params.softcap = softcap;
     params.window = window;
-    const int64_t bytes = ops::attend_workspace_bytes(params);
-    check(bytes == 0 || (a.workspace.given() && a.workspace.shape(0) >= bytes), "attend: workspace has ",
-          a.workspace.given() ? a.workspace.shape(0) : 0, " bytes, expected at least ", bytes);
-    params.workspace = a.workspace.data<void>();
-    check(reinterpret_cast<uintptr_t>(params.workspace) % 64 == 0, "attend: workspace is not 64-byte aligned");
+    params.workspace = workspace_of(a.call, a.workspace, ops::attend_workspace_bytes(params, a.call.where));
     py::gil_scoped_release release;
-    ops::attend(params);
+    ops::attend(params, a.call.where);
 }
 
 void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_, py::handle lse_, int threads) {
@@ -203,7 +204,8 @@ void merge(const py::sequence& outs_, const py::sequence& lses_, py::handle out_
 }
 
 void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int threads) {
-    const Argument logits("mass", "logits", logits_), lse("mass", "lse", lse_), out("mass", "out", mass_);
+    const Call call("mass", logits_);
+    const Argument logits(call, "logits", logits_), lse(call, "lse", lse_), out(call, "out", mass_);
     logits.expect_rank({"R", "G", "T", "K", "16"});
     const Dim R{"R", logits.shape(0)}, G{"G", logits.shape(1)}, T{"T", logits.shape(2)}, K{"K", logits.shape(3)};
     const Dim S{"16", kSlots};
@@ -221,15 +223,20 @@ void mass(py::handle logits_, py::handle lse_, py::handle mass_, int reduce, int
                                  static_cast<ops::Reduce>(reduce),
                                  threads};
     py::gil_scoped_release release;
-    ops::mass(params);
+    ops::mass(params, call.where);
 }
 
 // Elements are of the pages' own type, codes are i8; all pages of a call that holds codes have one format.
 struct CanonicalPages {
+    Call call;
     Argument pages, k, v, scales;
 
     CanonicalPages(const char* op, py::handle pages_, py::handle k_, py::handle v_, py::handle scales_)
-        : pages(op, "pages", pages_), k(op, "k", k_), v(op, "v", v_), scales(op, "scales", scales_) {
+        : call(op, pages_),
+          pages(call, "pages", pages_),
+          k(call, "k", k_),
+          v(call, "v", v_),
+          scales(call, "scales", scales_) {
         pages.expect_rank({"P"}).expect({DType::i32}, {{"P", pages.shape(0)}}).expect_contiguous();
         k.expect_rank({"P", "16", "D"});
         const Dim P{"P", pages.shape(0)}, S{"16", kSlots}, D{"D", k.shape(2)};
@@ -237,7 +244,7 @@ struct CanonicalPages {
         v.expect({k.dtype()}, {P, S, D}, "as k").expect_contiguous();
     }
 
-    void check_formats(const char* op, const Pools& pools) const {
+    void check_formats(const Pools& pools) const {
         const PageId* ids = pages.data<PageId>();
         const int dim = static_cast<int>(k.shape(2));
         Format first = Format::f32;
@@ -245,14 +252,36 @@ struct CanonicalPages {
             pools.check_id(ids[i], dim, {"pages", i});
             const Format format = pools.views()[page_pool(ids[i])].format;
             const DType wanted = is_full(format) ? static_cast<DType>(format) : DType::i8;
-            check(wanted == k.dtype(), op, ": k has dtype ", ops::name(k.dtype()), ", expected ", ops::name(wanted),
+            check(wanted == k.dtype(), call, ": k has dtype ", ops::name(k.dtype()), ", expected ", ops::name(wanted),
                   " (the format of pages[", i, is_full(format) ? "])" : "] is quantized)");
             if (i == 0) first = format;
-            check(format == first || is_full(format), op, ": pages[", i, "] has format ", ops::name(format),
+            check(format == first || is_full(format), call, ": pages[", i, "] has format ", ops::name(format),
                   ", expected ", ops::name(first), " (the format of pages[0])");
         }
-        if (k.dtype() != DType::i8 || !pages.shape(0)) return;
-        const Dim P{"P", pages.shape(0)}, G{"groups", groups(first, dim)}, S{"16", kSlots};
+        if (k.dtype() == DType::i8 && pages.shape(0)) check_scales(groups(first, dim));
+    }
+
+    // Where ids cannot be read: some pool has pages of such elements, or of codes with so many scales.
+    void check_pools(const Pools& pools) const {
+        const int dim = static_cast<int>(k.shape(2));
+        pools.expect_head_dim(dim);
+        if (!pages.shape(0)) return;
+        const bool codes = k.dtype() == DType::i8;
+        const int count = codes ? static_cast<int>(scales.expect_rank({"P", "2", "groups", "16"}).shape(2)) : 0;
+        bool held = false;
+        for (int i = 0; i < kMaxPools; ++i) {
+            const PoolView& pool = pools.views()[i];
+            const bool same = is_full(pool.format) ? static_cast<DType>(pool.format) == k.dtype() : codes;
+            held |= pool.n_slabs && same && groups(pool.format, dim) == count;
+        }
+        check(held, call, ": k has dtype ", ops::name(k.dtype()), codes ? " and scales of " : "",
+              codes ? message(count, " groups") : "", ", expected those of a pool's pages");
+        if (codes) check_scales(count);
+    }
+
+  private:
+    void check_scales(int count) const {
+        const Dim P{"P", pages.shape(0)}, G{"groups", count}, S{"16", kSlots};
         scales.expect_rank({"P", "2", "groups", "16"});
         scales.expect({DType::bf16}, {P, {"2", 2}, G, S}, "set by pages").expect_contiguous();
     }
@@ -261,8 +290,8 @@ struct CanonicalPages {
 void convert_pages(const char* op, void (*work)(const ops::PackParams&, const Where&), py::handle pages, py::handle k,
                    py::handle v, py::handle scales, const py::sequence& pools_, int threads) {
     const CanonicalPages a(op, pages, k, v, scales);
-    const Pools pools(op, pools_, true);
-    a.check_formats(op, pools);
+    const Pools pools(a.call, pools_, true);
+    a.call.on_host() ? a.check_formats(pools) : a.check_pools(pools);
     const ops::PackParams params{a.pages.data<PageId>(),
                                  static_cast<int32_t>(a.pages.shape(0)),
                                  static_cast<int32_t>(a.k.shape(2)),
@@ -272,7 +301,7 @@ void convert_pages(const char* op, void (*work)(const ops::PackParams&, const Wh
                                  threads,
                                  a.scales.data<uint16_t>()};
     py::gil_scoped_release release;
-    work(params, {});
+    work(params, a.call.where);
 }
 
 py::dict supported() {
@@ -315,7 +344,7 @@ void bind_ops(py::module_& m) {
     m.def("append", &append, py::arg("k"), py::arg("v"), py::arg("pages"), py::arg("slots"), py::arg("pools"),
           py::arg("position"), py::arg("threads"));
     m.def("attend_workspace_bytes", &attend_workspace_bytes, py::arg("rows"), py::arg("queries"), py::arg("group"),
-          py::arg("head_dim"), py::arg("entries"), py::arg("threads"));
+          py::arg("head_dim"), py::arg("entries"), py::arg("threads"), py::arg("device"));
     m.def("attend", &attend, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("window"), py::arg("threads"));
     m.def("merge", &merge, py::arg("outs"), py::arg("lses"), py::arg("out"), py::arg("lse"), py::arg("threads"));

@@ -19,13 +19,14 @@ using ClusterOp = void (*)(const ops::ClusterParams&, const Where&);
 using ClusterBytes = int64_t (*)(const ops::ClusterParams&, const Where&);
 
 template <ClusterBytes Bytes>
-int64_t cluster_workspace_bytes(int rows, int tokens, int head_dim, int threads) {
+int64_t cluster_workspace_bytes(int rows, int tokens, int head_dim, int threads, int device) {
     std::vector<ops::ClusterRow> all(static_cast<size_t>(rows), {nullptr, nullptr, nullptr, tokens, 0});
-    return Bytes({all.data(), rows, head_dim, 0, nullptr, threads}, {});
+    return Bytes({all.data(), rows, head_dim, 0, nullptr, threads}, where_of(device));
 }
 
-void run_cluster(const char* op, ClusterOp run, ClusterBytes bytes, py::handle keys_, py::handle live_,
+void run_cluster(const char* name, ClusterOp run, ClusterBytes bytes, py::handle keys_, py::handle live_,
                  py::handle page_of_, py::handle pages_, py::handle workspace_, int iters, int threads) {
+    const Call op(name, keys_);
     const Argument keys(op, "keys", keys_), live(op, "live", live_), page_of(op, "page_of", page_of_),
         pages(op, "pages", pages_), space(op, "workspace", workspace_);
     keys.expect_rank({"R", "T", "D"});
@@ -37,15 +38,16 @@ void run_cluster(const char* op, ClusterOp run, ClusterBytes bytes, py::handle k
     check(T.size <= ops::kMaxClusterTokens, op, ": keys has T ", T.size, ", expected at most ", ops::kMaxClusterTokens);
     std::vector<ops::ClusterRow> rows(static_cast<size_t>(R.size));
     for (int64_t r = 0; r < R.size; ++r) {
-        rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0};
+        rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0,
+                   pages.data<int32_t>() + r};
     }
     ops::ClusterParams p{rows.data(), int_of(R.size), int_of(D.size), iters, nullptr, threads};
-    p.workspace = workspace_of(op, space, bytes(p, {}));
+    p.workspace = workspace_of(op, space, bytes(p, op.where));
     {
         const py::gil_scoped_release release;
-        run(p, {});
+        run(p, op.where);
     }
-    for (int64_t r = 0; r < R.size; ++r) pages.data<int32_t>()[r] = rows[r].pages;
+    for (int64_t r = 0; op.on_host() && r < R.size; ++r) pages.data<int32_t>()[r] = rows[r].pages;
 }
 
 void cluster(py::handle keys, py::handle live, py::handle page_of, py::handle pages, py::handle workspace, int iters,
@@ -62,11 +64,12 @@ void cluster_greedy(py::handle keys, py::handle live, py::handle page_of, py::ha
 
 void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::handle blocks_,
                const py::sequence& pools_, int head_dim, int kind_, int threads) {
-    const char* const op = "summarize";
+    const Call op("summarize", blocks_);
+    const Call numbers(op.op);  // ids and masks travel by value, wherever the pages lie
     const auto kind = static_cast<SummaryKind>(kind_);
     const int64_t size = summary_bytes(head_dim, kind);
-    const Argument pages(op, "pages", pages_), visible(op, "visible", visible_), centre(op, "centre", centre_),
-        blocks(op, "blocks", blocks_);
+    const Argument pages(numbers, "pages", pages_), visible(numbers, "visible", visible_),
+        centre(op, "centre", centre_), blocks(op, "blocks", blocks_);
     pages.expect_rank({"R", "M"});
     const Dim R{"R", pages.shape(0)}, M{"M", pages.shape(1)}, B{"B", (M.size + kSlots - 1) / kSlots};
     pages.expect({DType::i32}, {R, M});
@@ -90,22 +93,24 @@ void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::h
     const ops::SummarizeParams p{
         items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, pools.views(), threads, kind};
     const py::gil_scoped_release release;
-    ops::summarize(p);
+    ops::summarize(p, op.where);
 }
 
 // What select and score_pages share.
 struct SelectArguments {
-    const char* op;
+    Call op;
     SummaryKind kind;
-    Argument q, blocks, visible;
+    Argument q, blocks, starts, visible;
     std::vector<const unsigned char*> pointers;  // [R, B]
     std::vector<ops::SelectRow> rows;
 
-    SelectArguments(const char* op_, int kind_, py::handle q_, py::handle blocks_, py::handle visible_)
-        : op(op_),
+    SelectArguments(const char* name, int kind_, py::handle q_, py::handle blocks_, py::handle starts_,
+                    py::handle visible_)
+        : op(name, q_),
           kind(static_cast<SummaryKind>(kind_)),
           q(op, "q", q_),
           blocks(op, "blocks", blocks_),
+          starts(op, "starts", starts_),
           visible(op, "visible", visible_) {
         q.expect_rank({"R", "G", "D"});
         visible.expect_rank({"R", "M"});
@@ -120,14 +125,18 @@ struct SelectArguments {
         visible.expect({DType::u16}, {R, M}, "set by q");
         const int64_t size = summary_bytes(int_of(D.size), kind);
         blocks.expect({DType::u8}, {R, B, {"bytes", size}}, "set by visible, q and kind").expect_contiguous();
-        pointers.resize(static_cast<size_t>(R.size * B.size));
+        starts.expect({DType::i64}, {R, B}, "where blocks begin").expect_contiguous();
+        check(starts.given() != op.on_host(), op, ": starts is ", starts.given() ? "given" : "missing",
+              ", expected where blocks begin on a device alone");
+        pointers.resize(op.on_host() ? static_cast<size_t>(R.size * B.size) : 0);
         rows.resize(static_cast<size_t>(R.size));
         for (int64_t r = 0; r < R.size; ++r) {
-            for (int64_t b = 0; b < B.size; ++b) {
+            for (int64_t b = 0; op.on_host() && b < B.size; ++b) {
                 pointers[r * B.size + b] = blocks.row<unsigned char>(r) + b * size;
             }
             rows[r].q = q.row<void>(r), rows[r].q_stride_g = q.stride(1);
-            rows[r].blocks = pointers.data() + r * B.size;
+            rows[r].blocks = op.on_host() ? pointers.data() + r * B.size
+                                          : reinterpret_cast<const unsigned char* const*>(starts.row<int64_t>(r));
             rows[r].visible = visible.row<uint16_t>(r), rows[r].entries = int_of(M.size);
         }
     }
@@ -150,35 +159,39 @@ struct SelectArguments {
 
 // Of rows of so many entries, which `size` of a row says.
 template <class Params, class Row, int32_t Row::* size, int64_t (*bytes)(const Params&, const Where&)>
-int64_t scan_workspace_bytes(int rows, int group, int head_dim, int entries, int threads) {
+int64_t scan_workspace_bytes(int rows, int group, int head_dim, int entries, int threads, int device) {
     Row row{};
     row.*size = entries;
     std::vector<Row> all(static_cast<size_t>(rows), row);
     Params p{};
     p.rows = all.data(), p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return bytes(p, {});
+    return bytes(p, where_of(device));
 }
 
-void score_pages(py::handle q, py::handle blocks, py::handle visible, py::handle x_, py::handle workspace_, float scale,
-                 float weight, float softcap, int kind, int threads) {
-    SelectArguments a("score_pages", kind, q, blocks, visible);
-    const Argument x(a.op, "x", x_), space(a.op, "workspace", workspace_);
+void score_pages(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle x_,
+                 py::handle found_, py::handle workspace_, float scale, float weight, float softcap, int kind,
+                 int threads) {
+    SelectArguments a("score_pages", kind, q, blocks, starts, visible);
+    const Argument x(a.op, "x", x_), found(a.op, "found", found_), space(a.op, "workspace", workspace_);
     const Dim R{"R", a.q.shape(0)};
     x.expect({DType::f32}, {R, {"G", a.q.shape(1)}, {"M", a.visible.shape(1)}}, "set by q and visible")
         .expect_contiguous();
-    for (int64_t r = 0; r < R.size; ++r) a.rows[r].x = x.row<float>(r);
+    found.expect({DType::i32}, {R, {"3", 3}}, "set by q").expect_contiguous();
+    for (int64_t r = 0; r < R.size; ++r) a.rows[r].x = x.row<float>(r), a.rows[r].found = found.row<int32_t>(r);
     ops::SelectParams p = a.params(scale, weight, softcap, ops::Aggregate::sum, threads);
-    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
+    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p, a.op.where));
     const py::gil_scoped_release release;
-    ops::score_pages(p);
+    ops::score_pages(p, a.op.where);
 }
 
-void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, py::handle lse_base_,
-            py::handle entries_, py::handle count_, py::handle lse_rest_, py::handle zone_, py::handle workspace_,
-            float scale, float weight, float softcap, int kind, int aggregate, float mass, int least, int threads) {
-    SelectArguments a("select", kind, q, blocks, visible);
-    const Argument k(a.op, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
-        count(a.op, "count", count_), rest(a.op, "lse_rest", lse_rest_), zone(a.op, "zone", zone_),
+void select(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle k_,
+            py::handle lse_base_, py::handle entries_, py::handle found_, py::handle lse_rest_, py::handle zone_,
+            py::handle workspace_, float scale, float weight, float softcap, int kind, int aggregate, float mass,
+            int least, int threads) {
+    SelectArguments a("select", kind, q, blocks, starts, visible);
+    const Call numbers(a.op.op);
+    const Argument k(numbers, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
+        found(a.op, "found", found_), rest(a.op, "lse_rest", lse_rest_), zone(a.op, "zone", zone_),
         space(a.op, "workspace", workspace_);
     entries.expect_rank({"R", "K"});
     const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, K{"K", entries.shape(1)};
@@ -186,7 +199,7 @@ void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, 
     k.expect({DType::i32}, {R}, "set by q").expect_contiguous();
     base.expect({DType::f32}, {R, G}, "set by q");
     entries.expect({DType::i32}, {R, K}, "set by q");
-    count.expect({DType::i32}, {R}, "set by q").expect_contiguous();
+    found.expect({DType::i32}, {R, {"3", 3}}, "set by q").expect_contiguous();
     rest.expect({DType::f32}, {R, G}, "set by q");
     zone.expect({DType::i32}, {R, {"E", zone.given() ? zone.shape(1) : 0}}, "set by q");
     for (int64_t r = 0; r < R.size; ++r) {
@@ -196,40 +209,47 @@ void select(py::handle q, py::handle blocks, py::handle visible, py::handle k_, 
         row.lse_base = base.row<float>(r), row.selected = entries.row<int32_t>(r), row.most = most;
         row.lse_rest = rest.row<float>(r);
         row.zone = zone.row<int32_t>(r), row.zone_most = zone.given() ? int_of(zone.shape(1)) : 0;
-        std::fill(row.selected + most, row.selected + K.size, -1);
+        row.found = found.row<int32_t>(r);
     }
     ops::SelectParams p = a.params(scale, weight, softcap, static_cast<ops::Aggregate>(aggregate), threads);
     p.mass = mass, p.least = least;
-    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p));
+    p.workspace = workspace_of(a.op, space, ops::select_workspace_bytes(p, a.op.where));
     {
         const py::gil_scoped_release release;
-        ops::select(p);
+        ops::select(p, a.op.where);
     }
-    for (int64_t r = 0; r < R.size; ++r) count.data<int32_t>()[r] = a.rows[r].count;
+    for (int64_t r = 0; a.op.on_host() && r < R.size; ++r) {
+        found.row<int32_t>(r)[0] = a.rows[r].count;
+        found.row<int32_t>(r)[1] = a.rows[r].unranked;
+        found.row<int32_t>(r)[2] = a.rows[r].zone_count;
+    }
 }
 
-void estimate(py::handle q, py::handle blocks, py::handle visible, py::handle zone_, py::handle out_, py::handle lse_,
-              py::handle workspace_, float scale, float weight, float softcap, int threads) {
-    const SelectArguments a("estimate", static_cast<int>(SummaryKind::mean_value), q, blocks, visible);
+void estimate(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle zone_,
+              py::handle out_, py::handle lse_, py::handle unranked_, py::handle workspace_, float scale, float weight,
+              float softcap, int threads) {
+    const SelectArguments a("estimate", static_cast<int>(SummaryKind::mean_value), q, blocks, starts, visible);
     const Argument zone(a.op, "zone", zone_), out(a.op, "out", out_), lse(a.op, "lse", lse_),
-        space(a.op, "workspace", workspace_);
+        unranked(a.op, "unranked", unranked_), space(a.op, "workspace", workspace_);
     zone.expect_rank({"R", "E"});
     const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, D{"D", a.q.shape(2)}, E{"E", zone.shape(1)};
     zone.expect({DType::i32}, {R, E}, "set by q");
     out.expect({DType::f32}, {R, G, D}, "set by q").expect_contiguous();
     lse.expect({DType::f32}, {R, G}, "set by q");
+    unranked.expect({DType::i32}, {R}, "set by q").expect_contiguous();
     std::vector<ops::EstimateRow> rows;
     for (int64_t r = 0; r < R.size; ++r) {
         const ops::SelectRow& row = a.rows[r];
         const int32_t *const from = zone.row<int32_t>(r), *const end = from + E.size;
-        rows.push_back({row.q, row.q_stride_g, row.blocks, row.visible, from, row.entries,
-                        int_of(std::find(from, end, -1) - from), out.row<float>(r), lse.row<float>(r)});
+        const int64_t count = a.op.on_host() ? std::find(from, end, -1) - from : E.size;
+        rows.push_back({row.q, row.q_stride_g, row.blocks, row.visible, from, row.entries, int_of(count),
+                        out.row<float>(r), lse.row<float>(r), unranked.data<int32_t>() + r});
     }
     ops::EstimateParams p{rows.data(), int_of(R.size), int_of(G.size), int_of(D.size), a.q.dtype(),
                           scale,       weight,         softcap,        nullptr,        threads};
-    p.workspace = workspace_of(a.op, space, ops::estimate_workspace_bytes(p));
+    p.workspace = workspace_of(a.op, space, ops::estimate_workspace_bytes(p, a.op.where));
     const py::gil_scoped_release release;
-    ops::estimate(p);
+    ops::estimate(p, a.op.where);
 }
 
 }  // namespace
@@ -239,11 +259,11 @@ void bind_recall(py::module_& m) {
         "summary_bytes", [](int head_dim, int kind) { return summary_bytes(head_dim, static_cast<SummaryKind>(kind)); },
         py::arg("head_dim"), py::arg("kind"));
     m.def("cluster_workspace_bytes", &cluster_workspace_bytes<ops::cluster_workspace_bytes>, py::arg("rows"),
-          py::arg("tokens"), py::arg("head_dim"), py::arg("threads"));
+          py::arg("tokens"), py::arg("head_dim"), py::arg("threads"), py::arg("device"));
     m.def("cluster", &cluster, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
           py::arg("workspace"), py::arg("iters"), py::arg("threads"));
     m.def("cluster_greedy_workspace_bytes", &cluster_workspace_bytes<ops::cluster_greedy_workspace_bytes>,
-          py::arg("rows"), py::arg("tokens"), py::arg("head_dim"), py::arg("threads"));
+          py::arg("rows"), py::arg("tokens"), py::arg("head_dim"), py::arg("threads"), py::arg("device"));
     m.def("cluster_greedy", &cluster_greedy, py::arg("keys"), py::arg("live"), py::arg("page_of"), py::arg("pages"),
           py::arg("workspace"), py::arg("threads"));
     m.def("summarize", &summarize, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("blocks"),
@@ -251,20 +271,22 @@ void bind_recall(py::module_& m) {
     m.def(
         "select_workspace_bytes",
         &scan_workspace_bytes<ops::SelectParams, ops::SelectRow, &ops::SelectRow::entries, ops::select_workspace_bytes>,
-        py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("entries"), py::arg("threads"));
-    m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("x"),
-          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
+        py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("entries"), py::arg("threads"),
+        py::arg("device"));
+    m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"),
+          py::arg("x"), py::arg("found"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
           py::arg("threads"));
-    m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("k"), py::arg("lse_base"),
-          py::arg("entries"), py::arg("count"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
+    m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"), py::arg("k"),
+          py::arg("lse_base"), py::arg("entries"), py::arg("found"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
           py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"), py::arg("aggregate"),
           py::arg("mass"), py::arg("least"), py::arg("threads"));
     m.def("estimate_workspace_bytes",
           &scan_workspace_bytes<ops::EstimateParams, ops::EstimateRow, &ops::EstimateRow::zone_count,
                                 ops::estimate_workspace_bytes>,
-          py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("zone"), py::arg("threads"));
-    m.def("estimate", &estimate, py::arg("q"), py::arg("blocks"), py::arg("visible"), py::arg("zone"), py::arg("out"),
-          py::arg("lse"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
+          py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("zone"), py::arg("threads"),
+          py::arg("device"));
+    m.def("estimate", &estimate, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"),
+          py::arg("zone"), py::arg("out"), py::arg("lse"), py::arg("unranked"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
           py::arg("threads"));
 }
 

@@ -1,4 +1,6 @@
 // The ops that rank tokens: score_window, score_max, measure, pool, accumulate, score_keys.
+#include <optional>
+
 #include "bind/bind.h"
 #include "bind/tensors.h"
 #include "common/check.h"
@@ -18,10 +20,11 @@ int32_t int_of(int64_t n) { return static_cast<int32_t>(n); }
 
 // A list of pages per row with its masks.
 struct PageLists {
+    const Call call;
     Argument pages, visible;
 
-    PageLists(const char* op, py::handle pages_, py::handle visible_)
-        : pages(op, "pages", pages_), visible(op, "visible", visible_) {
+    PageLists(const Call& call_, py::handle pages_, py::handle visible_)
+        : call(call_), pages(call, "pages", pages_), visible(call, "visible", visible_) {
         pages.expect_rank({"R", "K"});
         pages.expect({DType::i32}, {rows(), entries()});
         visible.expect({DType::u16}, {rows(), entries()}, "set by pages");
@@ -29,9 +32,9 @@ struct PageLists {
     Dim rows() const { return {"R", pages.shape(0)}; }
     Dim entries() const { return {"K", pages.shape(1)}; }
 
-    // head_dim 0: any, as long as all pages that are read agree. Returns it.
+    // Where ids can be read. head_dim 0: any, as long as all pages that are read agree. Returns it.
     int check_ids(const Pools& pools, int head_dim) const {
-        for (int64_t r = 0; r < rows().size; ++r) {
+        for (int64_t r = 0; call.on_host() && r < rows().size; ++r) {
             const PageId* ids = pages.row<PageId>(r);
             const uint16_t* masks = visible.row<uint16_t>(r);
             for (int64_t e = 0; e < entries().size; ++e) {  // what is not read may hold anything
@@ -46,16 +49,17 @@ struct PageLists {
 
 // The tensors that score_window and measure share, as a dict: both have many.
 struct WindowArguments {
-    const char* op;
+    const Call op;
     Argument q;
     PageLists lists;
-    Argument queries, q_pos, centre, sinks, workspace;
+    Argument queries;  // read here, wherever the op runs
+    Argument q_pos, centre, sinks, workspace;
 
     WindowArguments(const char* op_, const py::dict& d)
-        : op(op_),
+        : op(op_, d["q"]),
           q(op, "q", d["q"]),
           lists(op, d["pages"], d["visible"]),
-          queries(op, "queries", d["queries"]),
+          queries(op_, "queries", d["queries"]),
           q_pos(op, "q_pos", d["q_pos"]),
           centre(op, "centre", d["centre"]),
           sinks(op, "sinks", d["sinks"]),
@@ -110,17 +114,25 @@ struct WindowArguments {
     }
 };
 
-// By capacity: so many rows, each of up to so many queries and entries.
+// By capacity: so many rows, each of up to so many queries and entries. On CUDA also by the type of q and by what pages there
+// are, if pools are given: else of every format.
 template <class Params>
-int64_t window_workspace_bytes(int64_t (*bytes)(const Params&, const Where&), int rows, int queries, int group,
-                               int head_dim, int entries, int threads) {
+int64_t window_workspace_bytes(const char* op, int64_t (*bytes)(const Params&, const Where&), int rows, int queries,
+                               int group, int head_dim, int entries, int threads, int device, int dtype,
+                               const py::object& pools_) {
     ops::WindowRow row{};
     row.entries = entries, row.queries = queries;
     const std::vector<ops::WindowRow> all(static_cast<size_t>(rows), row);
+    Call call(op);
+    call.where = where_of(device);
+    std::optional<Pools> pools;
+    if (!pools_.is_none()) pools.emplace(call, pools_, true);
     Params p{};
     p.rows = all.data();
     p.n_rows = rows, p.group = group, p.head_dim = head_dim, p.threads = threads;
-    return bytes(p, {});
+    p.q_dtype = static_cast<DType>(dtype);
+    p.pools = pools ? pools->views() : nullptr;
+    return bytes(p, call.where);
 }
 
 void score_window(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int window, int spread,
@@ -142,9 +154,9 @@ void score_window(py::dict tensors, const py::sequence& pools_, float scale, flo
     p.score_stride_r = score.stride(0), p.score_stride_g = score.stride(1);
     p.lse = lse.data<float>();
     p.lse_stride_r = lse.stride(0), p.lse_stride_g = lse.stride(1);
-    p.workspace = workspace_of(a.op, a.workspace, ops::score_window_workspace_bytes(p));
+    p.workspace = workspace_of(a.op, a.workspace, ops::score_window_workspace_bytes(p, a.op.where));
     py::gil_scoped_release release;
-    ops::score_window(p);
+    ops::score_window(p, a.op.where);
 }
 
 void measure(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int window, int which, int skip,
@@ -159,19 +171,21 @@ void measure(py::dict tensors, const py::sequence& pools_, float scale, float so
     a.fill(p, rows, pools, scale, softcap, window, threads);
     p.which = static_cast<ops::Stats>(which), p.skip = skip;
     p.stats = stats.data<float>();
-    p.workspace = workspace_of(a.op, a.workspace, ops::measure_workspace_bytes(p));
+    p.workspace = workspace_of(a.op, a.workspace, ops::measure_workspace_bytes(p, a.op.where));
     py::gil_scoped_release release;
-    ops::measure(p);
+    ops::measure(p, a.op.where);
 }
 
-int64_t score_max_workspace_bytes(int head_dim, int threads) {
+// The numbers of rows, heads and queries count on CUDA alone.
+int64_t score_max_workspace_bytes(int head_dim, int threads, int rows, int group, int queries, int device) {
     ops::ScoreMaxParams p{};
     p.head_dim = head_dim, p.threads = threads;
-    return ops::score_max_workspace_bytes(p);
+    p.n_rows = rows, p.group = group, p.queries = queries;
+    return ops::score_max_workspace_bytes(p, where_of(device));
 }
 
 void score_max(py::dict tensors, const py::sequence& pools_, float scale, float softcap, int threads) {
-    const char* const op = "score_max";
+    const Call op("score_max", tensors["q"]);
     const Argument q(op, "q", tensors["q"]), lse(op, "lse", tensors["lse"]), spans(op, "spans", tensors["spans"]);
     const Argument centre(op, "centre", tensors["centre"]), out(op, "out", tensors["out"]);
     const Argument space(op, "workspace", tensors["workspace"]);
@@ -209,29 +223,31 @@ void score_max(py::dict tensors, const py::sequence& pools_, float scale, float 
     p.lse_stride_r = lse.stride(0), p.lse_stride_g = lse.stride(1);
     p.out = out.data<float>();
     p.out_stride_e = out.stride(0), p.out_stride_r = out.stride(1);
-    p.workspace = workspace_of(op, space, ops::score_max_workspace_bytes(p));
+    p.workspace = workspace_of(op, space, ops::score_max_workspace_bytes(p, op.where));
     py::gil_scoped_release release;
-    ops::score_max(p);
+    ops::score_max(p, op.where);
 }
 
-int64_t pool_workspace_bytes(int entries, int threads) {
+int64_t pool_workspace_bytes(int rows, int entries, int threads, int device) {
     ops::PoolRow row{};
     row.entries = entries;
+    const std::vector<ops::PoolRow> all(static_cast<size_t>(rows), row);
     ops::PoolParams p{};
-    p.rows = &row;
-    p.n_rows = 1, p.threads = threads;
-    return ops::pool_workspace_bytes(p);
+    p.rows = all.data();
+    p.n_rows = rows, p.threads = threads;
+    return ops::pool_workspace_bytes(p, where_of(device));
 }
 
 void pool(py::handle score_, py::handle pages_, py::handle visible_, py::handle out_, py::handle workspace_,
           const py::sequence& pools_, int kernel, int kind, int divide, int threads) {
-    const Argument score("pool", "score", score_), out("pool", "out", out_), space("pool", "workspace", workspace_);
-    const PageLists lists("pool", pages_, visible_);
+    const Call op("pool", score_);
+    const Argument score(op, "score", score_), out(op, "out", out_), space(op, "workspace", workspace_);
+    const PageLists lists(op, pages_, visible_);
     score.expect_rank({"R", "G", "K", "16"});
     const Dim S{"16", kSlots}, G{"G", score.shape(1)};
     score.expect({DType::f32}, {lists.rows(), G, lists.entries(), S}, "set by pages").expect_contiguous();
     out.expect({DType::f32}, {lists.rows(), lists.entries(), S}, "set by pages").expect_contiguous();
-    const Pools pools("pool", pools_, true);
+    const Pools pools(op, pools_, true);
     lists.check_ids(pools, 0);
     pools.check_positions("pool reads them");
     std::vector<ops::PoolRow> rows(static_cast<size_t>(lists.rows().size));
@@ -246,9 +262,9 @@ void pool(py::handle score_, py::handle pages_, py::handle visible_, py::handle 
     p.kind = static_cast<ops::PoolKind>(kind), p.divide = static_cast<ops::PoolDivide>(divide);
     p.pools = pools.views();
     p.threads = threads;
-    p.workspace = workspace_of("pool", space, ops::pool_workspace_bytes(p));
+    p.workspace = workspace_of(op, space, ops::pool_workspace_bytes(p, op.where));
     py::gil_scoped_release release;
-    ops::pool(p);
+    ops::pool(p, op.where);
 }
 
 void accumulate(py::handle score_, py::handle mass_, float decay, int combine, int threads) {
@@ -264,17 +280,17 @@ void accumulate(py::handle score_, py::handle mass_, float decay, int combine, i
     ops::accumulate(p, call.where);
 }
 
-int64_t score_keys_workspace_bytes(int rows, int head_dim, int entries, int kind, int threads) {
+int64_t score_keys_workspace_bytes(int rows, int head_dim, int entries, int kind, int threads, int device) {
     ops::KeysRow row{};
     row.entries = entries;
     const std::vector<ops::KeysRow> all(static_cast<size_t>(rows), row);
     return ops::score_keys_workspace_bytes(
-        {all.data(), rows, head_dim, static_cast<ops::KeyScore>(kind), nullptr, nullptr, threads});
+        {all.data(), rows, head_dim, static_cast<ops::KeyScore>(kind), nullptr, nullptr, threads}, where_of(device));
 }
 
 void score_keys(py::handle pages_, py::handle visible_, py::handle centre_, py::handle out_, py::handle workspace_,
                 const py::sequence& pools_, int head_dim, int kind, int threads) {
-    const char* const op = "score_keys";
+    const Call op("score_keys", pages_);
     const PageLists lists(op, pages_, visible_);
     const Argument centre(op, "centre", centre_), out(op, "out", out_), space(op, "workspace", workspace_);
     const Dim R = lists.rows(), K = lists.entries();
@@ -289,39 +305,43 @@ void score_keys(py::handle pages_, py::handle visible_, py::handle centre_, py::
     }
     ops::ScoreKeysParams p{rows.data(),   int_of(R.size), head_dim, static_cast<ops::KeyScore>(kind),
                            pools.views(), nullptr,        threads};
-    p.workspace = workspace_of(op, space, ops::score_keys_workspace_bytes(p));
+    p.workspace = workspace_of(op, space, ops::score_keys_workspace_bytes(p, op.where));
     py::gil_scoped_release release;
-    ops::score_keys(p);
+    ops::score_keys(p, op.where);
 }
 
 }  // namespace
 
 void bind_scores(py::module_& m) {
-    const auto window_bytes = [&m](const char* name, auto bytes) {
+    const auto window_bytes = [&m](const char* name, const char* op, auto bytes) {
         m.def(
             name,
-            [bytes](int rows, int queries, int group, int head_dim, int entries, int threads) {
-                return window_workspace_bytes(bytes, rows, queries, group, head_dim, entries, threads);
+            [op, bytes](int rows, int queries, int group, int head_dim, int entries, int threads, int device, int dtype,
+                        const py::object& pools) {
+                return window_workspace_bytes(op, bytes, rows, queries, group, head_dim, entries, threads, device,
+                                              dtype, pools);
             },
             py::arg("rows"), py::arg("queries"), py::arg("group"), py::arg("head_dim"), py::arg("entries"),
-            py::arg("threads"));
+            py::arg("threads"), py::arg("device"), py::arg("dtype"), py::arg("pools"));
     };
-    window_bytes("score_window_workspace_bytes", &ops::score_window_workspace_bytes);
-    window_bytes("measure_workspace_bytes", &ops::measure_workspace_bytes);
+    window_bytes("score_window_workspace_bytes", "score_window", &ops::score_window_workspace_bytes);
+    window_bytes("measure_workspace_bytes", "measure", &ops::measure_workspace_bytes);
     m.def("score_window", &score_window, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("window"), py::arg("spread"), py::arg("weight"), py::arg("threads"));
     m.def("measure", &measure, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("window"), py::arg("which"), py::arg("skip"), py::arg("threads"));
-    m.def("score_max_workspace_bytes", &score_max_workspace_bytes, py::arg("head_dim"), py::arg("threads"));
+    m.def("score_max_workspace_bytes", &score_max_workspace_bytes, py::arg("head_dim"), py::arg("threads"),
+          py::arg("rows") = 0, py::arg("group") = 1, py::arg("queries") = 0, py::arg("device") = 0);
     m.def("score_max", &score_max, py::arg("tensors"), py::arg("pools"), py::arg("scale"), py::arg("softcap"),
           py::arg("threads"));
-    m.def("pool_workspace_bytes", &pool_workspace_bytes, py::arg("entries"), py::arg("threads"));
+    m.def("pool_workspace_bytes", &pool_workspace_bytes, py::arg("rows"), py::arg("entries"), py::arg("threads"),
+          py::arg("device"));
     m.def("pool", &pool, py::arg("score"), py::arg("pages"), py::arg("visible"), py::arg("out"), py::arg("workspace"),
           py::arg("pools"), py::arg("kernel"), py::arg("kind"), py::arg("divide"), py::arg("threads"));
     m.def("accumulate", &accumulate, py::arg("score"), py::arg("mass"), py::arg("decay"), py::arg("combine"),
           py::arg("threads"));
     m.def("score_keys_workspace_bytes", &score_keys_workspace_bytes, py::arg("rows"), py::arg("head_dim"),
-          py::arg("entries"), py::arg("kind"), py::arg("threads"));
+          py::arg("entries"), py::arg("kind"), py::arg("threads"), py::arg("device"));
     m.def("score_keys", &score_keys, py::arg("pages"), py::arg("visible"), py::arg("centre"), py::arg("out"),
           py::arg("workspace"), py::arg("pools"), py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
 }

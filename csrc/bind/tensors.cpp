@@ -194,6 +194,20 @@ void Pools::check_id(PageId id, int head_dim, Place place) const {
 
 int Pools::head_dim(PageId id) const { return id >= 0 && page_pool(id) < count_ ? slabs_[page_pool(id)].head_dim : 0; }
 
+int Pools::head_dim() const {
+    for (int i = 0; i < count_; ++i) {
+        if (!slabs_[i].data.empty()) return slabs_[i].head_dim;
+    }
+    return 0;
+}
+
+void Pools::expect_head_dim(int head_dim) const {
+    for (int i = 0; i < count_; ++i) {
+        check(slabs_[i].data.empty() || slabs_[i].head_dim == head_dim, op_, ": pools[", i, "] has head_dim ",
+              slabs_[i].head_dim, ", expected ", head_dim);
+    }
+}
+
 void Pools::check_positions(const char* why) const {
     for (int i = 0; i < count_; ++i) {
         for (const int32_t* positions : slabs_[i].positions) {

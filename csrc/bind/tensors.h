@@ -93,6 +93,9 @@ class Pools {
     void check_id(PageId id, int head_dim, Place place) const;
     void check_positions(const char* why) const;  // every pool has them
     int head_dim(PageId id) const;                // of the page's pool; 0 if there is no such pool
+    int head_dim() const;                         // of the first pool that has slabs, or 0
+    // Where ids cannot be read: every pool that has slabs is of this head_dim.
+    void expect_head_dim(int head_dim) const;
 
   private:
     struct Slabs {

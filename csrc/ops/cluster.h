@@ -24,12 +24,13 @@ namespace kvstrata::ops {
 
 inline constexpr int kMaxClusterTokens = 1 << 16;
 
-struct ClusterRow {       // one class of tokens of a segment: one format, one set
-    const float* keys;    // [T, D] contiguous
-    const uint8_t* live;  // [T], or null: all
-    int32_t* page_of;     // [T] out: -1 where not live
-    int32_t tokens;       // T
-    int32_t pages;        // out: C
+struct ClusterRow {                 // one class of tokens of a segment: one format, one set
+    const float* keys;              // [T, D] contiguous
+    const uint8_t* live;            // [T], or null: all
+    int32_t* page_of;               // [T] out: -1 where not live
+    int32_t tokens;                 // T
+    int32_t pages;                  // out: C
+    int32_t* page_count = nullptr;  // [1] out on a CUDA device alone: C, instead of `pages`
 };
 
 struct ClusterParams {

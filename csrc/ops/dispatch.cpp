@@ -305,8 +305,8 @@ int64_t choose_chunks_workspace_bytes(const ChooseChunksParams& p, const Where& 
     return where.on_host() ? cpu::choose_chunks_workspace_bytes(p) : cuda::choose_chunks_workspace_bytes(p);
 }
 
-void choose_chunks(const ChooseChunksParams& p, const Where& where) {
-    if (where.on_host()) check_ladders(p);
+static void check_items(const ChooseChunksParams& p) {
+    check_ladders(p);
     int64_t lowest = 0;
     for (int i = 0; i < p.items; ++i) {
         check(p.w[i] >= 0 && std::isfinite(p.w[i]), "choose_chunks: w[", i, "] is ", p.w[i],
@@ -316,6 +316,10 @@ void choose_chunks(const ChooseChunksParams& p, const Where& where) {
         lowest += p.cost[p.ladder[i]];
     }
     check(lowest <= p.budget, "choose_chunks: budget is ", p.budget, ", the cheapest steps cost ", lowest);
+}
+
+void choose_chunks(const ChooseChunksParams& p, const Where& where) {
+    if (where.on_host()) check_items(p);
     where.on_host() ? cpu::choose_chunks(p) : cuda::choose_chunks(p, where);
 }
 

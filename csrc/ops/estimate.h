@@ -20,11 +20,13 @@ struct EstimateRow {                     // one (sequence, KV head)
     int64_t q_stride_g;                  // elements
     const unsigned char* const* blocks;  // [ceil(M / 16)] summaries of kind mean_value
     const uint16_t* visible;             // [M] slot masks
-    const int32_t* zone;                 // [zone_count] entries, rising
+    const int32_t* zone;                 // [zone_count] entries, rising; on a CUDA device a -1 ends it
     int32_t entries;                     // M
     int32_t zone_count;
     float* out;  // [G, D] contiguous
     float* lse;  // [G]
+    int32_t* unranked =
+        nullptr;  // [1] out on a CUDA device alone: the first entry whose x is not finite, or -1; or null
 };
 
 struct EstimateParams {

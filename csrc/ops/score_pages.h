@@ -10,6 +10,7 @@
 // x is the log of a page's estimated attention mass: w = 0 takes every key for the mean, w = 1 adds the second-order term of
 // log mean exp. The dot is exact; sums over pages in f32, in one order: bits depend on the row alone. x that is not finite
 // though something is visible is refused: it would hide a page. What is e^-87 of the largest mass and below counts as none.
+// On a CUDA device it is for the caller to refuse such a row, by `found`: it selects nothing.
 //
 //   kind bounds   x[g, p] = scale * sum_c max(q_c lo_c, q_c hi_c) + log n_p    q in f32, not rotated; w is not read: at
 //                           least the log of the page's mass, but for the rounding of f32 sums. scale >= 0
@@ -32,7 +33,7 @@ enum class Aggregate : uint8_t { sum = 0, max = 1 };
 struct SelectRow {                       // one (sequence, KV head)
     const void* q;                       // [G, D] by the stride below
     int64_t q_stride_g;                  // elements
-    const unsigned char* const* blocks;  // [ceil(M / 16)] summaries
+    const unsigned char* const* blocks;  // [ceil(M / 16)] summaries; on a CUDA device the array lies there too
     const uint16_t* visible;             // [M] slot masks
     const float* lse_base;               // [G] of what is read anyway, or null: -inf
     int32_t first;                       // entries before this one are not selected
@@ -48,6 +49,7 @@ struct SelectRow {                       // one (sequence, KV head)
     int32_t zone_count = 0;       // out
     float* votes = nullptr;       // [most] out: of the selected ones; or null
     float* selected_x = nullptr;  // [G, most] out: likewise, x
+    int32_t* found = nullptr;     // [3] out on a CUDA device alone, instead of count, unranked and zone_count; or null
 };
 
 struct SelectParams {

@@ -78,7 +78,9 @@ def settings() -> Settings: ...
 def append(
     k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, pools: Pools, position: Tensor, threads: int
 ) -> None: ...
-def attend_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def attend_workspace_bytes(
+    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int, device: int
+) -> int: ...
 def attend(tensors: AttendTensors, pools: Pools, scale: float, softcap: float, window: int, threads: int) -> None: ...
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor | None, threads: int) -> None: ...
 def mass(logits: Tensor, lse: Tensor, out: Tensor, reduce: int, threads: int) -> None: ...
@@ -91,7 +93,15 @@ def dequantize(
 ) -> None: ...
 def compact(moves: Tensor, pools: Pools, threads: int) -> None: ...
 def score_window_workspace_bytes(
-    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int
+    rows: int,
+    queries: int,
+    group: int,
+    head_dim: int,
+    entries: int,
+    threads: int,
+    device: int,
+    dtype: int,
+    pools: Pools | None,
 ) -> int: ...
 def score_window(
     tensors: ScoreTensors,
@@ -103,9 +113,21 @@ def score_window(
     weight: float,
     threads: int,
 ) -> None: ...
-def score_max_workspace_bytes(head_dim: int, threads: int) -> int: ...
+def score_max_workspace_bytes(
+    head_dim: int, threads: int, rows: int = 0, group: int = 1, queries: int = 0, device: int = 0
+) -> int: ...
 def score_max(tensors: MaxTensors, pools: Pools, scale: float, softcap: float, threads: int) -> None: ...
-def measure_workspace_bytes(rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def measure_workspace_bytes(
+    rows: int,
+    queries: int,
+    group: int,
+    head_dim: int,
+    entries: int,
+    threads: int,
+    device: int,
+    dtype: int,
+    pools: Pools | None,
+) -> int: ...
 def measure(
     tensors: MeasureTensors,
     pools: Pools,
@@ -116,7 +138,7 @@ def measure(
     skip: int,
     threads: int,
 ) -> None: ...
-def pool_workspace_bytes(entries: int, threads: int) -> int: ...
+def pool_workspace_bytes(rows: int, entries: int, threads: int, device: int) -> int: ...
 def pool(
     score: Tensor,
     pages: Tensor,
@@ -130,7 +152,9 @@ def pool(
     threads: int,
 ) -> None: ...
 def accumulate(score: Tensor, mass: Tensor, decay: float, combine: int, threads: int) -> None: ...
-def score_keys_workspace_bytes(rows: int, head_dim: int, entries: int, kind: int, threads: int) -> int: ...
+def score_keys_workspace_bytes(
+    rows: int, head_dim: int, entries: int, kind: int, threads: int, device: int
+) -> int: ...
 def score_keys(
     pages: Tensor,
     visible: Tensor | None,
@@ -143,7 +167,7 @@ def score_keys(
     threads: int,
 ) -> None: ...
 def summary_bytes(head_dim: int, kind: int) -> int: ...
-def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int) -> int: ...
+def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster(
     keys: Tensor,
     live: Tensor | None,
@@ -153,7 +177,7 @@ def cluster(
     iters: int,
     threads: int,
 ) -> None: ...
-def cluster_greedy_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int) -> int: ...
+def cluster_greedy_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster_greedy(
     keys: Tensor, live: Tensor | None, page_of: Tensor, pages: Tensor, workspace: Tensor, threads: int
 ) -> None: ...
@@ -167,12 +191,16 @@ def summarize(
     kind: int,
     threads: int,
 ) -> None: ...
-def select_workspace_bytes(rows: int, group: int, head_dim: int, entries: int, threads: int) -> int: ...
+def select_workspace_bytes(
+    rows: int, group: int, head_dim: int, entries: int, threads: int, device: int
+) -> int: ...
 def score_pages(
     q: Tensor,
     blocks: Tensor,
+    starts: Tensor | None,
     visible: Tensor,
     x: Tensor,
+    found: Tensor,
     workspace: Tensor,
     scale: float,
     spread_weight: float,
@@ -183,11 +211,12 @@ def score_pages(
 def select(
     q: Tensor,
     blocks: Tensor,
+    starts: Tensor | None,
     visible: Tensor,
     k: Tensor,
     lse_base: Tensor | None,
     entries: Tensor,
-    count: Tensor,
+    found: Tensor,
     lse_rest: Tensor,
     zone: Tensor | None,
     workspace: Tensor,
@@ -200,21 +229,25 @@ def select(
     least: int,
     threads: int,
 ) -> None: ...
-def estimate_workspace_bytes(rows: int, group: int, head_dim: int, zone: int, threads: int) -> int: ...
+def estimate_workspace_bytes(
+    rows: int, group: int, head_dim: int, zone: int, threads: int, device: int
+) -> int: ...
 def estimate(
     q: Tensor,
     blocks: Tensor,
+    starts: Tensor | None,
     visible: Tensor,
     zone: Tensor,
     out: Tensor,
     lse: Tensor,
+    unranked: Tensor,
     workspace: Tensor,
     scale: float,
     spread_weight: float,
     softcap: float,
     threads: int,
 ) -> None: ...
-def choose_states_workspace_bytes(tokens: int, threads: int) -> int: ...
+def choose_states_workspace_bytes(rows: int, tokens: int, threads: int, device: int) -> int: ...
 def choose_states(
     score: Tensor,
     now: Tensor,
@@ -228,14 +261,21 @@ def choose_states(
     threads: int,
 ) -> None: ...
 def most_chunks(tokens: int) -> int: ...
-def chunk_order_workspace_bytes(tokens: int, threads: int) -> int: ...
+def chunk_order_workspace_bytes(rows: int, tokens: int, threads: int, device: int) -> int: ...
 def chunk_order(
     value: Tensor, kind: Tensor, pos: Tensor, order: Tensor, w: Tensor, items: Tensor, workspace: Tensor, threads: int
 ) -> None: ...
-def choose_chunks_workspace_bytes(items: int, steps: int, ladders: int) -> int: ...
+def choose_chunks_workspace_bytes(items: int, steps: int, ladders: int, device: int) -> int: ...
 def choose_chunks(
-    w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, budget: int, step: Tensor, workspace: Tensor
-) -> tuple[float, int]: ...
+    w: Tensor,
+    ladder: Tensor,
+    cost: Tensor,
+    fidelity: Tensor,
+    budget: int,
+    step: Tensor,
+    found: Tensor,
+    workspace: Tensor,
+) -> None: ...
 def page_bytes(format: int, head_dim: int) -> int: ...
 def hint_huge_pages(data: int, bytes: int) -> None: ...
 def scale_groups(format: int, head_dim: int) -> int: ...

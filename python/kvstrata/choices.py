@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C
-from kvstrata.pools import thread_count, view
+from kvstrata.pools import device_number, host_view, on_host, thread_count, view
 
 
 def choose_states(
@@ -31,7 +31,7 @@ def choose_states(
     now              u8 [R, N] what each token is stored as
     positions        i32 [R, N], -1 where no token is
     protect          bool [R, N] tokens that keep their state and take no page
-    full_pages       i64 [R] pages for those that stay Full, at least 0
+    full_pages       i64 [R] pages for those that stay Full, at least 0. Read by the host, as the next
     quant_pages      i64 [R] pages for those that do not
     quantized_state  2, 3 or 4: what a token becomes that does not stay Full
     out              u8 [R, N], contiguous
@@ -46,24 +46,25 @@ def choose_states(
     if not isinstance(protect, Tensor) or protect.dtype != torch.bool:
         raise ValueError(f"{op}: protect is {getattr(protect, 'dtype', type(protect).__name__)}, expected torch.bool")
     view(op, "positions", positions)  # refuses what is no tensor
-    result = torch.empty(positions.shape, dtype=torch.uint8) if out is None else out
+    result = torch.empty(positions.shape, dtype=torch.uint8, device=positions.device) if out is None else out
     count = thread_count(op, threads)
-    columns = positions.shape[1] if positions.dim() == 2 else 0
-    workspace = torch.empty(_C.choose_states_workspace_bytes(columns, count), dtype=torch.uint8)
+    rows, columns = positions.shape if positions.dim() == 2 else (0, 0)
+    size = _C.choose_states_workspace_bytes(rows, columns, count, device_number(op, "positions", positions))
+    workspace = torch.empty(size, dtype=torch.uint8, device=positions.device)
     # By name: a copy has to live until the call is over.
     score, now, positions = _adjacent(score), _adjacent(now), _adjacent(positions)
     shield, full_pages, quant_pages = (
         _adjacent(protect.view(torch.uint8)),
-        _adjacent(full_pages),
-        _adjacent(quant_pages),
+        _adjacent(on_host(op, "full_pages", full_pages)),
+        _adjacent(on_host(op, "quant_pages", quant_pages)),
     )
     _C.choose_states(
         view(op, "score", score),
         view(op, "now", now),
         view(op, "positions", positions),
         view(op, "protect", shield),
-        view(op, "full_pages", full_pages),
-        view(op, "quant_pages", quant_pages),
+        host_view(op, "full_pages", full_pages),
+        host_view(op, "quant_pages", quant_pages),
         view(op, "out", result),
         view(op, "workspace", workspace),
         quantized_state,
@@ -82,17 +83,18 @@ def chunk_order(
     pos     i32 [R, N]
 
     order: the row's token indices by rising kind, then by falling value, ties the older first; -1 beyond. Each kind's
-    tokens are cut in 16s, so that the last chunk of a kind may be short. items: chunks of each row, M the most of them;
-    w[m]: sum of the values of chunk m, 0 from items[r] on.
+    tokens are cut in 16s, so that the last chunk of a kind may be short. items: chunks of each row, M the most of them, which
+    is waited for on a device; w[m]: sum of the values of chunk m, 0 from items[r] on.
     """
     op = "chunk_order"
     view(op, "value", value)  # refuses what is no tensor
     rows, columns = value.shape if value.dim() == 2 else (0, 0)
-    count = thread_count(op, threads)
-    order = torch.empty(rows, columns, dtype=torch.int32)
-    wide = torch.empty(rows, _C.most_chunks(columns))
-    items = torch.empty(rows, dtype=torch.int32)
-    workspace = torch.empty(_C.chunk_order_workspace_bytes(columns, count), dtype=torch.uint8)
+    count, device = thread_count(op, threads), value.device
+    order = torch.empty(rows, columns, dtype=torch.int32, device=device)
+    wide = torch.empty(rows, _C.most_chunks(columns), device=device)
+    items = torch.empty(rows, dtype=torch.int32, device=device)
+    size = _C.chunk_order_workspace_bytes(rows, columns, count, device_number(op, "value", value))
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     value, kind, pos = _adjacent(value), _adjacent(kind), _adjacent(pos)
     _C.chunk_order(
         view(op, "value", value),
@@ -119,24 +121,29 @@ def choose_chunks(w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, bud
     budget     at least the sum of the items' cost[0]
 
     An item goes up while w * df > lambda * dc; lambda is bisected 64 times; then the remaining steps by falling density
-    w * df / dc, ties by index, each if it fits. fp64. Loses at most the largest step against the optimum.
+    w * df / dc, ties by index, each if it fits. fp64. Loses at most the largest step against the optimum. On a device the
+    result is waited for, and what w, ladder, cost and fidelity hold is not checked.
     """
     op = "choose_chunks"
-    items = w.shape[0] if isinstance(w, Tensor) and w.dim() else 0
-    step = torch.empty(items, dtype=torch.uint8)
+    view(op, "w", w)  # refuses what is no tensor
+    items, device = w.shape[0] if w.dim() else 0, w.device
+    step = torch.empty(items, dtype=torch.uint8, device=device)
+    found = torch.empty(2, dtype=torch.int64, device=device)
     steps, ladders = cost.shape if isinstance(cost, Tensor) and cost.dim() == 2 else (1, 1)
-    workspace = torch.empty(_C.choose_chunks_workspace_bytes(items, max(steps, 1), ladders), dtype=torch.uint8)
+    size = _C.choose_chunks_workspace_bytes(items, max(steps, 1), ladders, device_number(op, "w", w))
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     w, ladder = _adjacent(w), _adjacent(ladder)
-    level, held = _C.choose_chunks(
+    _C.choose_chunks(
         view(op, "w", w),
         view(op, "ladder", ladder),
         view(op, "cost", cost),
         view(op, "fidelity", fidelity),
         budget,
         view(op, "step", step),
+        view(op, "found", found),
         view(op, "workspace", workspace),
     )
-    return step, level, held
+    return step, float(found.view(torch.float64)[0]), int(found[1])
 
 
 def _adjacent(t: Tensor) -> Tensor:

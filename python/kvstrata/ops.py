@@ -22,6 +22,7 @@ from kvstrata.pools import (
     QUANTIZED,
     SLOTS,
     Pool,
+    host_view,
     make_page,
     maybe_view,
     native_pools,
@@ -71,19 +72,20 @@ def append(
                even, or copied bit for bit where the types are equal
     pages      i32 [R, T] destination page, -1 skips the token
     slots      u8 [R, T] destination slot, 0 to 15
-    position   i32 [R] position of token 0; token t has position + t
+    position   i32 [R] position of token 0; token t has position + t. From a device it is fetched first
 
     Dimensions up to the next multiple of 16 become zero. Slots that are not named keep their bytes. No two tokens of a
     call may name the same slot, a row's tokens of one page follow each other, and rows do not share pages.
     """
     native = native_pools("append", pools)
+    start = position.cpu() if isinstance(position, Tensor) else position
     _C.append(
         view("append", "k", k),
         view("append", "v", v),
         view("append", "pages", pages),
         view("append", "slots", slots),
         native,
-        view("append", "position", position),
+        host_view("append", "position", start),
         thread_count("append", threads),
     )
 
@@ -119,7 +121,8 @@ def attend(
     centre       f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
     softcap      z = softcap * tanh(z / softcap) before the bias; 0: none
     sinks        f32 [R, G] logits without a value; pass them in one of several calls that are merged
-    own          i32 [R] the last `own` visible slots are this call's tokens in order: query t sees own tokens 0..t
+    own          i32 [R] the last `own` visible slots are this call's tokens in order: query t sees own tokens 0..t.
+                 From a device it is fetched first
     tree         u64 or i64 [R, T] instead: query t sees own token j where bit j is set (own <= 64)
     window       > 0: only slots with q_pos - position < window are read; needs
     q_pos        i32 [R, T] positions of the queries
@@ -138,15 +141,16 @@ def attend(
     queries, group, dim = q4.shape[1:]
     if out is not None and out.dim() != q.dim():
         raise ValueError(f"attend: out is {list(out.shape)}, expected {list(q.shape)} (as q)")
-    result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     count = thread_count("attend", threads)
     entries = pages.shape[1] if pages.dim() == 2 else 0
     logits = want_logits if isinstance(want_logits, Tensor) else None
     if logits is None and (want_logits or want_mass):
-        logits = torch.empty(q4.shape[0], group, queries, entries, SLOTS, dtype=torch.float32)
+        logits = torch.empty(q4.shape[0], group, queries, entries, SLOTS, dtype=torch.float32, device=q.device)
     if workspace is None:
-        workspace = torch.empty(attend_workspace_bytes(q, entries, threads=count), dtype=torch.uint8)
+        workspace = torch.empty(attend_workspace_bytes(q, entries, threads=count), dtype=torch.uint8, device=q.device)
+    here = own.cpu() if isinstance(own, Tensor) else own
     tensors: _C.AttendTensors = {
         "q": view("attend", "q", q4),
         "pages": view("attend", "pages", pages),
@@ -154,7 +158,7 @@ def attend(
         "bias": maybe_view("attend", "bias", bias),
         "centre": maybe_view("attend", "centre", centre),
         "sinks": maybe_view("attend", "sinks", sinks),
-        "own": maybe_view("attend", "own", own),
+        "own": None if here is None else host_view("attend", "own", here),
         "tree": maybe_view("attend", "tree", tree),
         "q_pos": maybe_view("attend", "q_pos", q_pos),
         "out": view("attend", "out", result if q.dim() == 4 else result.unsqueeze(1)),
@@ -173,10 +177,10 @@ def attend(
 
 
 def attend_workspace_bytes(q: Tensor, entries: int, *, threads: int | None = None) -> int:
-    """Bytes that `attend` needs for these queries over lists of up to `entries` entries; grows with each of its inputs."""
+    """Bytes that `attend` needs for these queries, where they lie, over lists of up to `entries` entries; grows with each."""
     queries = q.shape[1] if q.dim() == 4 else 1
-    count = thread_count("attend", threads)
-    return _C.attend_workspace_bytes(q.shape[0], queries, q.shape[-2], q.shape[-1], entries, count)
+    count, device = thread_count("attend", threads), view("attend", "q", q)[4]
+    return _C.attend_workspace_bytes(q.shape[0], queries, q.shape[-2], q.shape[-1], entries, count, device)
 
 
 def merge(
@@ -251,7 +255,8 @@ def mass(
     by_query = lse.unsqueeze(1) if lse.dim() == 2 else lse
     if by_query.shape != (rows, queries, group):
         raise ValueError(f"mass: lse is {list(lse.shape)}, expected [R={rows}, T={queries}, G={group}] (set by logits)")
-    result = torch.empty(rows, entries, SLOTS, dtype=torch.float32) if out is None else out
+    shape = rows, entries, SLOTS
+    result = torch.empty(shape, dtype=torch.float32, device=logits.device) if out is None else out
     by_head = by_query.transpose(1, 2).contiguous()
     _C.mass(
         view("mass", "logits", logits),
@@ -300,11 +305,11 @@ def unpack(
     quantized = pool.format in QUANTIZED
     shape = (pages.numel(), SLOTS, pool.head_dim)
     dtype = torch.int8 if quantized else FORMATS[pool.format]
-    k = torch.empty(shape, dtype=dtype) if k is None else k
-    v = torch.empty(shape, dtype=dtype) if v is None else v
+    k = torch.empty(shape, dtype=dtype, device=pages.device) if k is None else k
+    v = torch.empty(shape, dtype=dtype, device=pages.device) if v is None else v
     if quantized and scales is None:
         groups = scale_groups(pool.format, pool.head_dim)
-        scales = torch.empty(pages.numel(), 2, groups, SLOTS, dtype=torch.bfloat16)
+        scales = torch.empty(pages.numel(), 2, groups, SLOTS, dtype=torch.bfloat16, device=pages.device)
     native = native_pools("unpack", pools)
     views = view("unpack", "pages", pages), view("unpack", "k", k), view("unpack", "v", v)
     _C.unpack(*views, maybe_view("unpack", "scales", scales), native, thread_count("unpack", threads))
@@ -378,7 +383,7 @@ def dequantize(
     row_of   i32 [P] row of centre, with it
     """
     shape = (pages.numel(), SLOTS, _pool_of("dequantize", pages, pools).head_dim)
-    k, v = torch.empty(shape), torch.empty(shape)
+    k, v = (torch.empty(shape, device=pages.device) for _ in range(2))
     _C.dequantize(
         view("dequantize", "pages", pages),
         view("dequantize", "k", k),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C
-from kvstrata.pools import SLOTS, Pool, maybe_view, native_pools, thread_count, view
+from kvstrata.pools import SLOTS, Pool, host_view, maybe_view, native_pools, thread_count, view
 
 Spread = Literal["none", "variance", "std"]
 Stats = Literal["sound", "code"]
@@ -48,12 +48,16 @@ def _window_tensors(
         "q": view(op, "q", q),
         "pages": view(op, "pages", pages),
         "q_pos": maybe_view(op, "q_pos", q_pos),
-        "queries": maybe_view(op, "queries", queries),
+        "queries": None if queries is None else host_view(op, "queries", queries),
         "visible": maybe_view(op, "visible", visible),
         "centre": maybe_view(op, "centre", centre),
         "sinks": maybe_view(op, "sinks", sinks),
         "workspace": view(op, "workspace", workspace),
     }
+
+
+def _on_host(x: Tensor | None) -> Tensor | None:
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def _window_shape(op: str, q: Tensor, pages: Tensor) -> tuple[int, int, int, int, int]:
@@ -93,7 +97,7 @@ def score_window(
                weight * its square root. 0 for a row of one query
     q_pos      i32 [R, W] positions of the queries: slots of later positions are not read; default: all are earlier
     queries    i32 [R] row r has only the first queries[r] of the W; 0: its scores are zeros. Default W. The others' lse
-               is -inf
+               is -inf. Read on the CPU: a tensor on CUDA is waited for
     visible    u16 [R, K] as in `attend`
     centre     f32 [R, D] of the keys of quantized pages; default none
     scale, softcap, sinks, window    as in `attend`; sinks count in lse, a window needs q_pos
@@ -105,12 +109,13 @@ def score_window(
     """
     op = "score_window"
     rows, width, group, dim, entries = _window_shape(op, q, pages)
-    count = thread_count(op, threads)
-    score = torch.empty(rows, group, entries, SLOTS) if out is None else out
-    lse = torch.full((rows, group, width), -math.inf)
+    count, native, queries = thread_count(op, threads), native_pools(op, pools), _on_host(queries)
+    score = torch.empty(rows, group, entries, SLOTS, device=q.device) if out is None else out
+    lse = torch.full((rows, group, width), -math.inf, device=q.device)
     if workspace is None:
-        size = _C.score_window_workspace_bytes(rows, width, group, dim, entries, count)
-        workspace = torch.empty(size, dtype=torch.uint8)
+        *_, dtype, device, _ = view(op, "q", q)
+        size = _C.score_window_workspace_bytes(rows, width, group, dim, entries, count, device, dtype, native)
+        workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     tensors: _C.ScoreTensors = {
         **_window_tensors(op, q, pages, q_pos, queries, visible, centre, sinks, workspace),
         "score": view(op, "out", score),
@@ -118,16 +123,16 @@ def score_window(
     }
     factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
     kind = _code(op, "spread", spread, SPREAD)
-    _C.score_window(tensors, native_pools(op, pools), factor, softcap, window, kind, weight, count)
+    _C.score_window(tensors, native, factor, softcap, window, kind, weight, count)
     return score, lse
 
 
 def score_window_workspace_bytes(q: Tensor, entries: int, *, threads: int | None = None) -> int:
-    """Bytes for these queries over lists of up to `entries` entries; grows with each of its inputs."""
-    rows, width, group, dim = q.shape
-    return _C.score_window_workspace_bytes(
-        rows, width, group, dim, entries, thread_count("score_window_workspace_bytes", threads)
-    )
+    """Bytes for these queries over lists of up to `entries` entries of any formats; grows with each of its inputs."""
+    op, (rows, width, group, dim) = "score_window_workspace_bytes", q.shape
+    *_, dtype, device, _ = view(op, "q", q)
+    count = thread_count(op, threads)
+    return _C.score_window_workspace_bytes(rows, width, group, dim, entries, count, device, dtype, None)
 
 
 def score_max(
@@ -158,7 +163,7 @@ def score_max(
     out      f32 [E, R, K, 16], any strides over E and R
 
     A NaN in q or lse shows in all its span and row, one in a slot in this slot of its row. Keys are read once for all spans;
-    memory depends on D and threads alone.
+    memory depends on D and threads alone, on CUDA on R * G * W * D up to 64 MiB. What `spans` says is checked on the CPU only.
     """
     op = "score_max"
     if q.dim() != 4:
@@ -168,10 +173,13 @@ def score_max(
     if spans.dim() != 1 or len(spans) < 2:
         raise ValueError(f"{op}: spans is {list(spans.shape)}, expected [E + 1] with E at least 1")
     count, dim = thread_count(op, threads), q.shape[3]
-    result = torch.empty(len(spans) - 1, *pages.shape, SLOTS) if out is None else out
-    workspace = torch.empty(_C.score_max_workspace_bytes(dim, count), dtype=torch.uint8)
+    rows, group, width, _ = q.shape
+    result = torch.empty(len(spans) - 1, *pages.shape, SLOTS, device=q.device) if out is None else out
+    whole = view(op, "q", q)
+    size = _C.score_max_workspace_bytes(dim, count, rows, group, width, whole[4])
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     tensors: _C.MaxTensors = {
-        "q": view(op, "q", q),
+        "q": whole,
         "lse": view(op, "lse", lse),
         "spans": view(op, "spans", spans),
         "pages": view(op, "pages", pages),
@@ -216,10 +224,11 @@ def measure(
     The rest as in `score_window`; `q_pos` is needed. No query or no past: zeros.
     """
     rows, width, group, dim, entries = _window_shape("measure", q, pages)
-    count = thread_count("measure", threads)
-    result = torch.empty(rows, group, 3) if out is None else out
-    size = _C.measure_workspace_bytes(rows, width, group, dim, entries, count)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    count, native, queries = thread_count("measure", threads), native_pools("measure", pools), _on_host(queries)
+    result = torch.empty(rows, group, 3, device=q.device) if out is None else out
+    *_, dtype, device, _ = view("measure", "q", q)
+    size = _C.measure_workspace_bytes(rows, width, group, dim, entries, count, device, dtype, native)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     view("measure", "q_pos", q_pos)  # refuses None
     tensors: _C.MeasureTensors = {
         **_window_tensors("measure", q, pages, q_pos, queries, visible, centre, sinks, workspace),
@@ -227,7 +236,7 @@ def measure(
     }
     factor = 1.0 / math.sqrt(max(dim, 1)) if scale is None else scale
     which = _code("measure", "stats", stats, STATS)
-    _C.measure(tensors, native_pools("measure", pools), factor, softcap, window, which, skip, count)
+    _C.measure(tensors, native, factor, softcap, window, which, skip, count)
     return result
 
 
@@ -257,10 +266,12 @@ def pool(
     if score.dim() != 4:
         raise ValueError(f"pool: score is {list(score.shape)}, expected [R, G, K, 16]")
     count = thread_count("pool", threads)
-    result = torch.empty(score.shape[0], *score.shape[2:]) if out is None else out
-    workspace = torch.empty(_C.pool_workspace_bytes(score.shape[2], count), dtype=torch.uint8)
+    result = torch.empty(score.shape[0], *score.shape[2:], device=score.device) if out is None else out
+    whole = view("pool", "score", score)
+    size = _C.pool_workspace_bytes(score.shape[0], score.shape[2], count, whole[4])
+    workspace = torch.empty(size, dtype=torch.uint8, device=score.device)
     _C.pool(
-        view("pool", "score", score),
+        whole,
         view("pool", "pages", pages),
         maybe_view("pool", "visible", visible),
         view("pool", "out", result),
@@ -324,10 +335,12 @@ def score_keys(
         raise ValueError("score_keys: pools has 0 pools, expected at least 1")
     (rows, entries), dim, count = pages.shape, pools[0].head_dim, thread_count("score_keys", threads)
     code = _code("score_keys", "kind", kind, KEYS)
-    result = torch.empty(rows, entries, SLOTS) if out is None else out
-    workspace = torch.empty(_C.score_keys_workspace_bytes(rows, dim, entries, code, count), dtype=torch.uint8)
+    result = torch.empty(rows, entries, SLOTS, device=pages.device) if out is None else out
+    lists = view("score_keys", "pages", pages)
+    size = _C.score_keys_workspace_bytes(rows, dim, entries, code, count, lists[4])
+    workspace = torch.empty(size, dtype=torch.uint8, device=pages.device)
     _C.score_keys(
-        view("score_keys", "pages", pages),
+        lists,
         maybe_view("score_keys", "visible", visible),
         maybe_view("score_keys", "centre", centre),
         view("score_keys", "out", result),

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C
-from kvstrata.pools import SLOTS, Pool, maybe_view, native_pools, thread_count, view
+from kvstrata.pools import (
+    SLOTS,
+    Pool,
+    device_number,
+    host_view,
+    maybe_view,
+    native_pools,
+    on_host,
+    thread_count,
+    view,
+)
 
 Aggregate = Literal["sum", "max"]
 _AGGREGATE: dict[str, int] = {"sum": 0, "max": 1}
@@ -71,10 +81,11 @@ def _cluster(
         raise ValueError(f"{op}: live has dtype {live.dtype}, expected torch.bool")
     view(op, "keys", keys)  # refuses what is no tensor
     rows, tokens, dim = keys.shape if keys.dim() == 3 else (0, 0, 1)
-    count = thread_count(op, threads)
-    page_of = torch.empty(rows, tokens, dtype=torch.int32)
-    pages = torch.empty(rows, dtype=torch.int32)
-    workspace = torch.empty(workspace_bytes(rows, min(tokens, 1 << 16), dim, count), dtype=torch.uint8)
+    count, device = thread_count(op, threads), keys.device
+    page_of = torch.empty(rows, tokens, dtype=torch.int32, device=device)
+    pages = torch.empty(rows, dtype=torch.int32, device=device)
+    size = workspace_bytes(rows, min(tokens, 1 << 16), dim, count, device_number(op, "keys", keys))
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     marks = None if live is None else live.contiguous().view(torch.uint8)
     native(
         view(op, "keys", keys),
@@ -99,7 +110,8 @@ def summarize(
 ) -> Tensor:
     """What is known of pages without reading them. Returns blocks u8 [R, ceil(M / 16), summary_bytes(D, kind)].
 
-    pages    i32 [R, M] of any formats, D a multiple of 16 in 32..512; -1: nothing is known
+    pages    i32 [R, M] of any formats, D a multiple of 16 in 32..512; -1: nothing is known. Pages and masks travel by value:
+             those that lie on a device are waited for
     visible  u16 [R, M] slots that count; default all
     centre   f32 [R, D] what `quantize` took off the keys of the row's quantized pages; default none
 
@@ -116,10 +128,12 @@ def summarize(
     view(op, "pages", pages)
     rows, entries = pages.shape if pages.dim() == 2 else (0, 0)
     dim = pools[0].head_dim
-    blocks = torch.empty(rows, -(-entries // SLOTS), summary_bytes(dim, kind), dtype=torch.uint8)
+    device = pools[0].slabs[0].device if pools[0].slabs else pages.device
+    blocks = torch.empty(rows, -(-entries // SLOTS), summary_bytes(dim, kind), dtype=torch.uint8, device=device)
+    pages, visible = pages.cpu(), None if visible is None else on_host(op, "visible", visible)
     _C.summarize(
-        view(op, "pages", pages),
-        maybe_view(op, "visible", visible),
+        host_view(op, "pages", pages),
+        None if visible is None else host_view(op, "visible", visible),
         maybe_view(op, "centre", centre),
         view(op, "blocks", blocks),
         native_pools(op, pools),
@@ -151,17 +165,21 @@ def score_pages(
     spread_weight  w: 0 takes every key for its page's mean, 1 adds the second-order term of log mean exp (ours)
     softcap        as attention's, on the page's logit before its count and its spread are added; 0: none
 
-    ValueError also where a logit is not a number: a page that cannot be ranked would never be read.
+    ValueError also where a logit is not a number: a page that cannot be ranked would never be read. On a device that is
+    waited for.
     """
     op = "score_pages"
     number = _kind(op, kind)
-    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
-    x = torch.empty(rows, group, entries)
+    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads, _C.select_workspace_bytes)
+    x = torch.empty(rows, group, entries, device=q.device)
+    starts, found = _starts(op, blocks), torch.empty(rows, 3, dtype=torch.int32, device=q.device)
     _C.score_pages(
         view(op, "q", q),
         view(op, "blocks", blocks),
+        maybe_view(op, "starts", starts),
         view(op, "visible", visible),
         view(op, "x", x),
+        view(op, "found", found),
         view(op, "workspace", workspace),
         dim**-0.5 if scale is None else scale,
         spread_weight,
@@ -169,6 +187,7 @@ def score_pages(
         number,
         count,
     )
+    _refuse_unranked(op, found[:, 1])
     return x
 
 
@@ -192,7 +211,7 @@ def select(
     """The pages that a query reads. Returns (entries i32 [R, K], count i32 [R], lse_rest f32 [R, G]).
 
     q, blocks, visible, kind, scale, spread_weight, softcap: as in `score_pages`
-    k          i32 [R], or one number for all rows: the most entries of each; K is the largest
+    k          i32 [R], or one number for all rows: the most entries of each; K is the largest. Read by the host
     lse_base   f32 [R, G] log-sum-exp of what is read anyway; default -inf
     aggregate  of the shares of a KV head's query heads: their sum, the mass that they would capture, or the largest
     mass       > 0: of each row the fewest entries, `least` to k, that hold this share of its heads' estimated mass together
@@ -207,19 +226,21 @@ def select(
     if aggregate not in _AGGREGATE:
         raise ValueError(f"{op}: aggregate is {aggregate!r}, expected one of {', '.join(_AGGREGATE)}")
     number = _kind(op, kind)
-    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads)
-    most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else k
+    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads, _C.select_workspace_bytes)
+    most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else on_host(op, "k", k)
     widest = int(most.max()) if most.numel() else 0
-    chosen = torch.empty(rows, max(widest, 0), dtype=torch.int32)
-    counts, rest = torch.empty(rows, dtype=torch.int32), torch.empty(rows, group)
+    chosen = torch.full((rows, max(widest, 0)), -1, dtype=torch.int32, device=q.device)
+    rest = torch.empty(rows, group, device=q.device)
+    starts, found = _starts(op, blocks), torch.empty(rows, 3, dtype=torch.int32, device=q.device)
     _C.select(
         view(op, "q", q),
         view(op, "blocks", blocks),
+        maybe_view(op, "starts", starts),
         view(op, "visible", visible),
-        view(op, "k", most),
+        host_view(op, "k", most),
         maybe_view(op, "lse_base", lse_base),
         view(op, "entries", chosen),
-        view(op, "count", counts),
+        view(op, "found", found),
         view(op, "lse_rest", rest),
         maybe_view(op, "zone", zone),
         view(op, "workspace", workspace),
@@ -232,7 +253,8 @@ def select(
         least,
         count,
     )
-    return chosen, counts, rest
+    _refuse_unranked(op, found[:, 1])
+    return chosen, found[:, 0].contiguous(), rest
 
 
 def estimate(
@@ -257,25 +279,25 @@ def estimate(
     zeros and -inf. Source: RetroInfer (arXiv 2505.02922), which takes every key for the mean (spread_weight 0).
     """
     op = "estimate"
-    view(op, "q", q), view(op, "zone", zone)
-    count = thread_count(op, threads)
-    rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
-    widest = zone.shape[-1] if zone.dim() else 0
-    out, lse = torch.empty(rows, group, dim), torch.empty(rows, group)
-    workspace = torch.empty(_C.estimate_workspace_bytes(rows, group, dim, widest, count), dtype=torch.uint8)
+    rows, group, dim, _, count, workspace = _scan(op, q, zone, threads, _C.estimate_workspace_bytes)
+    out, lse = torch.empty(rows, group, dim, device=q.device), torch.empty(rows, group, device=q.device)
+    starts, unranked = _starts(op, blocks), torch.empty(rows, dtype=torch.int32, device=q.device)
     _C.estimate(
         view(op, "q", q),
         view(op, "blocks", blocks),
+        maybe_view(op, "starts", starts),
         view(op, "visible", visible),
         view(op, "zone", zone),
         view(op, "out", out),
         view(op, "lse", lse),
+        view(op, "unranked", unranked),
         view(op, "workspace", workspace),
         dim**-0.5 if scale is None else scale,
         spread_weight,
         softcap,
         count,
     )
+    _refuse_unranked(op, unranked)
     return out, lse
 
 
@@ -285,11 +307,33 @@ def _kind(op: str, kind: str) -> int:
     return _KIND[kind]
 
 
-def _scan(op: str, q: Tensor, visible: Tensor, threads: int | None) -> tuple[int, int, int, int, int, Tensor]:
-    """R, G, D, M, threads and workspace of a scan of summaries; any for q or visible of another rank, which the op refuses."""
-    view(op, "q", q), view(op, "visible", visible)
+def _scan(
+    op: str, q: Tensor, entries: Tensor, threads: int | None, workspace_bytes: Callable[..., int]
+) -> tuple[int, int, int, int, int, Tensor]:
+    """R, G, D, width, threads and workspace of a scan of summaries of entries [R, width]; any for tensors of another rank,
+    which the op refuses."""
+    view(op, "q", q), view(op, "entries", entries)
     count = thread_count(op, threads)
-    entries = visible.shape[-1] if visible.dim() else 0
+    width = entries.shape[-1] if entries.dim() else 0
     rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)
-    bytes_needed = _C.select_workspace_bytes(rows, group, dim, entries, count)
-    return rows, group, dim, entries, count, torch.empty(bytes_needed, dtype=torch.uint8)
+    size = workspace_bytes(rows, group, dim, width, count, device_number(op, "q", q))
+    return rows, group, dim, width, count, torch.empty(size, dtype=torch.uint8, device=q.device)
+
+
+def _starts(op: str, blocks: Tensor) -> Tensor | None:
+    """Where each of the blocks u8 [R, B, bytes] begins, for kernels on a device: i64 [R, B]. None on the CPU."""
+    if device_number(op, "blocks", blocks) == 0 or blocks.dim() != 3:
+        return None
+    rows, count, size = blocks.shape
+    return (blocks.data_ptr() + size * torch.arange(rows * count, device=blocks.device)).view(rows, count)
+
+
+def _refuse_unranked(op: str, entries: Tensor) -> None:
+    """Of i32 [R]: the entry of each row that cannot be ranked, or -1. On the CPU the op has refused such rows itself."""
+    if device_number(op, "q", entries) == 0:
+        return
+    for row, entry in enumerate(entries.tolist()):
+        if entry >= 0:
+            raise ValueError(
+                f"{op}: the logits of row {row}, entry {entry} are not finite, expected finite keys and queries"
+            )

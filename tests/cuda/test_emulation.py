@@ -73,13 +73,14 @@ def test_lanes_that_a_block_lacks_take_no_part(emulated: ctypes.CDLL) -> None:
 def test_barriers_shared_memory_and_block_reductions(emulated: ctypes.CDLL) -> None:
     x = torch.randn(7, 96, generator=torch.Generator().manual_seed(4))
     x[5, 40] = float("nan")
-    out = torch.full((7, 96, 4), -7.0)
+    out = torch.full((7, 96, 5), -7.0)
     assert emulated.kvstrata_cuda_selftest_block(at(x), at(out), 7) == 0
     assert torch.equal(out[:, :, 0].nan_to_num(9.0), x.flip(1).nan_to_num(9.0))
     torch.testing.assert_close(out[:, 0, 1], x.sum(1), rtol=1e-5, atol=1e-5, equal_nan=True)
     assert torch.equal(out[:, 0, 2].nan_to_num(99.0), x.max(1).values.nan_to_num(99.0))
     assert torch.equal(out[:, 0, 3], (x > 0).sum(1).float())
-    for i in range(1, 4):
+    assert torch.equal(out[:, 0, 4], x[:, 95])
+    for i in range(1, 5):
         assert torch.equal(out[:, :, i].nan_to_num(99.0), out[:, :1, i].nan_to_num(99.0).expand(7, 96))
 
 

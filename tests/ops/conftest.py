@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import devices
 import pytest
@@ -19,10 +20,14 @@ LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
+    for name, levels in (("isa", LEVELS), ("device", ["cpu"])):
+        if name not in metafunc.fixturenames:
+            continue
         on_cuda = ["emulated"] + ["cuda"] * torch.cuda.is_available()
         more = on_cuda if hasattr(metafunc.module, "EMULATED") else []
-        metafunc.parametrize("isa", [*LEVELS, *(pytest.param(name, marks=marks(name)) for name in more)], indirect=True)
+        metafunc.parametrize(
+            name, [*levels, *(pytest.param(where, marks=marks(where)) for where in more)], indirect=True
+        )
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
@@ -41,6 +46,23 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     _C.set_isa("")
 
 
+@contextmanager
+def at_scalar(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For the rest of a test with `isa` ops run at the scalar level of the CPU: what all others are held against."""
+    monkeypatch.undo()
+    _C.set_isa("scalar")
+    yield
+    _C.set_isa("")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """ "cpu", at the best level, "emulated" or "cuda": for ops whose CPU kernels are the same at all levels."""
+    if request.param in devices.NAMES:
+        devices.use(request.param, monkeypatch)
+    return request.param
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The levels of one case follow each other: it is made once for all of them (cases.py). Of emulated ones a share stays."""
     items[:] = [item for item in items if not _left_out(item)]
@@ -52,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _left_out(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
-    if call is None or call.params.get("isa") != "emulated":
+    if call is None or "emulated" not in (call.params.get("isa"), call.params.get("device")):
         return False
     return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
 
@@ -60,7 +82,7 @@ def _left_out(item: pytest.Item) -> bool:
 def _case(item: pytest.Item) -> str:
     """A test's name without its level."""
     call = getattr(item, "callspec", None)
-    level = call.params.get("isa") if call is not None else None
+    level = call.params.get("isa", call.params.get("device")) if call is not None else None
     return item.nodeid if level is None else re.sub(rf"(?<=[\[-]){level}(?=[\]-])", "", item.nodeid, count=1)
 
 

@@ -13,6 +13,7 @@ from kvstrata import _C, ops, reference
 
 FORMATS = ["f32", "bf16", "f16"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
+EMULATED = 1.0
 DIMS = [*_C.supported()["tuned_dims"], 1, 2, 8, 17, 40, 512]
 
 
@@ -38,16 +39,26 @@ def expected(
 
 
 def check(
-    fmt: str, dtype: torch.dtype, dim: int, first: int, tokens: int, *, skip: bool = False, threads: int = 1
+    fmt: str,
+    dtype: torch.dtype,
+    dim: int,
+    first: int,
+    tokens: int,
+    *,
+    skip: bool = False,
+    threads: int = 1,
+    rows: int = 2,
+    offset: int = 0,
 ) -> None:
-    rows, pages = 2, (first + tokens) // SLOTS + 1
+    pages = (first + tokens) // SLOTS + 1
     pool = poisoned_pools((fmt,), dim, rows * pages, 1)[0]
     g = torch.Generator().manual_seed(dim + tokens)
-    k, v = (torch.randn(rows, tokens, dim, generator=g).to(dtype) for _ in range(2))
+    size = rows * tokens * dim
+    k, v = (torch.randn(offset + size, generator=g).to(dtype)[offset:].view(rows, tokens, dim) for _ in range(2))
     index, slots = places(rows, pages, first, tokens)
     if skip:
         index[torch.rand(index.shape, generator=g) < 0.2] = -1
-    start = torch.tensor([first, 1000], dtype=torch.int32)
+    start = first + 1000 * torch.arange(rows, dtype=torch.int32)
     ops.append(k, v, index, slots, [pool], start, threads=threads)
     payload, positions = expected(pool, k, v, index, slots, start)
     assert torch.equal(pool.positions(), positions)
@@ -72,6 +83,35 @@ def test_types(isa: str, fmt: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("first", [0, 1, 15])
 def test_lengths(isa: str, tokens: int, first: int) -> None:
     check("bf16", torch.bfloat16, 48, first, tokens)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_many_rows(isa: str, fmt: str) -> None:
+    check(fmt, torch.bfloat16, 32, 7, 20, rows=40)
+    check(fmt, torch.bfloat16, 64, 3, 1, rows=40)  # a step of decode
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_rows_that_begin_anywhere_in_memory(isa: str, dtype: torch.dtype, offset: int) -> None:
+    check("bf16", dtype, 64, 0, 17, offset=offset)
+    check("f32", dtype, 36, 5, 20, offset=offset)
+
+
+def test_long_stretches_are_skipped(isa: str) -> None:
+    """Tokens of a page stand anywhere in the row, and whole stretches of it go nowhere."""
+    g = torch.Generator().manual_seed(7)
+    pool = poisoned_pools(("bf16",), 32, 8, 1)[0]
+    k, v = torch.randn(1, 900, 32, generator=g), torch.randn(1, 900, 32, generator=g)
+    kept = torch.randperm(900, generator=g)[:110].sort().values
+    kept = kept[(kept < 200) | (kept > 330)]
+    index = torch.full((1, 900), -1, dtype=torch.int32)
+    slots = torch.full((1, 900), 99, dtype=torch.uint8)
+    index[0, kept], slots[0, kept] = (t[0] for t in places(1, 8, 5, len(kept)))
+    start = torch.tensor([10], dtype=torch.int32)
+    ops.append(k, v, index, slots, [pool], start)
+    payload, positions = expected(pool, k, v, index, slots, start)
+    assert torch.equal(pool.positions(), positions) and torch.equal(pool.payload(), payload)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -154,7 +194,21 @@ def test_conversion_of_every_value(isa: str, fmt: str, source: torch.dtype) -> N
         if source == target:
             assert torch.equal(flat.view(torch.uint8), k.flatten().view(torch.uint8))
             continue
-        assert torch.equal(flat.isnan(), want.isnan())
-        plain = ~want.isnan()
         integer = torch.int32 if target == torch.float32 else torch.int16
+        plain = ~want.isnan()
         assert torch.equal(flat[plain].view(integer), want[plain].view(integer))
+        assert torch.equal(flat[~plain].view(integer), quiet_nans(k.flatten()[~plain], target))
+
+
+def quiet_nans(x: Tensor, target: torch.dtype) -> Tensor:
+    """What NaNs become, as integers: the sign and the upper bits of the payload stay, and rounding sets its first bit."""
+    bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int16).to(torch.int64)
+    if x.dtype == torch.bfloat16:
+        bits <<= 16
+    elif x.dtype == torch.float16:
+        bits = (bits & 0x8000) << 16 | 0x7FC00000 | (bits & 0x3FF) << 13
+    if target == torch.float32:
+        return bits.to(torch.int32)
+    if target == torch.bfloat16:
+        return (bits >> 16 | 0x40).to(torch.int16)
+    return (bits >> 16 & 0x8000 | 0x7E00 | bits >> 13 & 0x3FF).to(torch.int16)

@@ -12,6 +12,8 @@ from tolerances import LOGITS, LOGITS_PAIRS, LSE, MASS, OUT_PAIRS, assert_close,
 
 from kvstrata import _C, ops, reference
 
+EMULATED = 1.0
+
 FORMATS = [("f32",), ("bf16",), ("f16",)]
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 DIMS = [*_C.supported()["tuned_dims"], 1, 2, 8, 17, 40, 333, 512]
@@ -196,7 +198,7 @@ def test_bias_log_n_is_n_copies(isa: str) -> None:
 
 def pairs(isa: str) -> bool:
     """Whether bf16 pages are read by products of bf16."""
-    return isa in ("avx512_bf16", "amx")
+    return isa in ("avx512_bf16", "amx", "emulated", "cuda")
 
 
 @pytest.mark.parametrize("dim", [17, 64])

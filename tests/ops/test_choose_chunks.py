@@ -12,6 +12,7 @@ from kvstrata import ops, reference
 
 SIZES = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 1000]
 NAN, INF = float("nan"), float("inf")
+EMULATED = 1.0
 COST = [[0, 0, 5, 0], [6, 3, 9, 1], [11, 10, 9, 2], [20, 10, 9, 3]]  # the second and third are shorter
 FIDELITY = [[0.0, 0.0, 0.1, 0.0], [0.905, 0.5, 1.0, 0.3333], [0.9935, 1.0, 1.0, 0.6667], [1.0, 1.0, 1.0, 1.0]]
 
@@ -40,7 +41,7 @@ def same(w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, budget: int)
 
 
 @pytest.mark.parametrize("which", ["heavy", "equal", "ties", "extreme"])
-def test_is_the_reference(which: str) -> None:
+def test_is_the_reference(device: str, which: str) -> None:
     cost, fidelity = tables()
     seen = set()
     for n in SIZES:
@@ -53,7 +54,7 @@ def test_is_the_reference(which: str) -> None:
     assert seen == {0, 1, 2, 3}
 
 
-def test_one_step_and_many() -> None:
+def test_one_step_and_many(device: str) -> None:
     """A ladder without a step up; one of 256 steps."""
     w = torch.rand(40, generator=torch.Generator().manual_seed(2))
     ladder = torch.zeros(40, dtype=torch.uint8)
@@ -64,7 +65,7 @@ def test_one_step_and_many() -> None:
         same(w, ladder, cost, fidelity, budget)
 
 
-def test_fidelity_that_falls_is_taken_last() -> None:
+def test_fidelity_that_falls_is_taken_last(device: str) -> None:
     w = torch.rand(30, generator=torch.Generator().manual_seed(3))
     ladder = torch.zeros(30, dtype=torch.uint8)
     for budget in (0, 55, 100, 180, 290, 300):

@@ -12,6 +12,7 @@ from kvstrata import ops, reference
 
 EVICTED, FULL, INT8, INT4, INT2 = range(5)
 NAN, INF = float("nan"), float("inf")
+EMULATED = 1.0
 SIZES = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 1000, 4099]
 Rows = dict[str, Any]
 
@@ -78,7 +79,7 @@ def test_is_the_reference(isa: str, which: str, states: list[int]) -> None:
 
 
 @pytest.mark.parametrize("which", ["mass", "equal", "ties"])
-def test_many_small_cuts_between_formats(which: str) -> None:
+def test_many_small_cuts_between_formats(device: str, which: str) -> None:
     """Every number of pages, of three formats whose ranks are mixed."""
     for columns in (40, 100, 700):
         g = torch.Generator().manual_seed(columns)
@@ -90,14 +91,14 @@ def test_many_small_cuts_between_formats(which: str) -> None:
 
 
 @pytest.mark.parametrize("states", [[FULL], [INT8, INT4, INT2]], ids=str)
-def test_one_position_twice_goes_to_the_lower_index(states: list[int]) -> None:
+def test_one_position_twice_goes_to_the_lower_index(device: str, states: list[int]) -> None:
     for columns in (100, 1000):
         rows = make(torch.Generator().manual_seed(3), "equal", columns, states)
         rows["positions"] = torch.where(rows["positions"] < 0, -1, rows["positions"] % 4)
         assert torch.equal(choose(rows, INT8), reference.choose_states(**rows, quantized_state=INT8))
 
 
-def test_room_for_everything_and_for_nothing() -> None:
+def test_room_for_everything_and_for_nothing(device: str) -> None:
     rows = make(torch.Generator().manual_seed(4), "mass", 300, [FULL, INT8])
     for full, quant in ((2**62, 0), (0, 2**62), (0, 0), (2**62, 2**62)):
         rows["full_pages"][:], rows["quant_pages"][:] = full, quant
@@ -108,7 +109,7 @@ def test_room_for_everything_and_for_nothing() -> None:
         assert bool((got[movable & ~(was_full & (full > 0))] == (INT4 if quant else EVICTED)).all())
 
 
-def test_bits_do_not_depend_on_threads_or_neighbours() -> None:
+def test_bits_do_not_depend_on_threads_or_neighbours(device: str) -> None:
     rows = make(torch.Generator().manual_seed(5), "ties", 2000, [FULL, INT8, INT4], rows=9)
     once = choose(rows, INT8, threads=1)
     for threads in (2, 3, 16):
@@ -117,7 +118,7 @@ def test_bits_do_not_depend_on_threads_or_neighbours() -> None:
         assert torch.equal(choose({name: t[r : r + 1] for name, t in rows.items()}, INT8), once[r : r + 1])
 
 
-def test_any_strides() -> None:
+def test_any_strides(device: str) -> None:
     """Rows of a wider tensor, one row for all, and columns that do not lie side by side."""
     rows = make(torch.Generator().manual_seed(6), "mass", 400, [FULL])
     rows["positions"] = rows["positions"][1:2].expand(6, -1)

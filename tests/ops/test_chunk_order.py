@@ -9,6 +9,7 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
+EMULATED = 1.0
 SIZES = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 257, 1000, 4099]
 
 
@@ -34,7 +35,7 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("order", ["in order", "shuffled", "one position"])
 @pytest.mark.parametrize("which", ["mass", "equal", "ties", "not finite", "bits"])
-def test_is_the_reference(which: str, order: str) -> None:
+def test_is_the_reference(device: str, which: str, order: str) -> None:
     for columns in SIZES:
         g = torch.Generator().manual_seed(columns)
         value = values(g, which, 5, columns)
@@ -48,7 +49,7 @@ def test_is_the_reference(which: str, order: str) -> None:
         same(ops.chunk_order(value, kind, pos), reference.chunk_order(value, kind, pos))
 
 
-def test_no_rows_and_the_most_chunks() -> None:
+def test_no_rows_and_the_most_chunks(device: str) -> None:
     none = torch.zeros(0, 5)
     same(
         ops.chunk_order(none, none.to(torch.uint8), none.int()),
@@ -63,7 +64,7 @@ def test_no_rows_and_the_most_chunks() -> None:
     same(got, reference.chunk_order(value, kind, torch.zeros(kind.shape, dtype=torch.int32)))
 
 
-def test_bits_do_not_depend_on_threads_neighbours_or_strides() -> None:
+def test_bits_do_not_depend_on_threads_neighbours_or_strides(device: str) -> None:
     g = torch.Generator().manual_seed(1)
     value, kind = values(g, "mass", 9, 700), torch.randint(0, 3, (9, 700), generator=g).to(torch.uint8)
     pos = torch.randperm(700, generator=g).int().expand(9, -1)

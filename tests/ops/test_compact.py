@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import poisoned_pools
 from torch import Tensor
-from vectors import POISON, SLOTS
+from vectors import POISON, SLOTS, ragged_moves
 
 from kvstrata import ops, reference
 
+EMULATED = 1.0
 FORMATS = [*ops.FORMATS, *ops.QUANTIZED]
 CASES = [(f, d) for f in FORMATS for d in (32, 80, 128)] + [("f32", 17), ("bf16", 17), ("f16", 1), ("int4", 512)]
 
@@ -53,12 +54,36 @@ def test_slots_anywhere(isa: str, fmt: str, dim: int) -> None:
     ids = [[ops.make_page(1, 1, a), b, ops.make_page(1, 0, c), d] for a, b, c, d in moves]
     for at in (0, 20, 40):
         ids[at:at] = [[-1, 99, ids[at][2], 3], [1 << 30, 0, -1, -4]]
-    pools = [ops.Pool.allocate("f32", 8, 1), pool]
+    pools = [ops.Pool.allocate("f32", dim, 1), pool]
     before = pool.slabs[1].clone()
     ops.compact(torch.tensor(ids).int(), pools)
     for got, expected in zip(slots_of(pool, 0), want, strict=True):
         assert torch.equal(as_bits(got), as_bits(expected))
     assert torch.equal(pool.slabs[1], before)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_pages_begin_anywhere_in_the_list(isa: str, fmt: str) -> None:
+    pool = random_pool(fmt, 32, 40)
+    moves = ragged_moves(40, 40 * SLOTS, seed=3)
+    want = slots_of(pool, 0)
+    for source, target in zip(slots_of(pool, 1), want, strict=True):
+        reference.compact(as_bits(source), as_bits(target), torch.tensor(moves))
+    ids = [[a if a < 0 else a | 1 << 16, b, c, d] for a, b, c, d in moves]
+    ops.compact(torch.tensor(ids).int(), [pool])
+    for got, expected in zip(slots_of(pool, 0), want, strict=True):
+        assert torch.equal(as_bits(got), as_bits(expected))
+
+
+def test_a_pool_of_another_head_dim_beside(isa: str) -> None:
+    """Where ids are read, what is not named does not matter; elsewhere every pool has to be of the call's head dim."""
+    pools = [ops.Pool.allocate("f32", 8, 1), *poisoned_pools(("f32",), 64, 2, 1)]
+    move = torch.tensor([[1 << 28, 0, 1 << 28 | 1, 0]]).int()
+    if isa in ("emulated", "cuda"):
+        with pytest.raises(ValueError, match=re.escape("compact: pools[1] has head_dim 64, expected 8")):
+            ops.compact(move, pools)
+    else:
+        ops.compact(move, pools)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

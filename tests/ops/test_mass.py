@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvstrata import ops, reference
 
+EMULATED = 1.0
+
 INF, NAN = float("inf"), float("nan")
 
 

@@ -14,6 +14,7 @@ from kvstrata import ops, reference
 
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 NAN = float("nan")
+EMULATED = 1.0
 
 
 def check(case: Window, stats: str, skip: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvstrata import _C, ops, reference
 
 FORMATS = ["f32", "bf16", "f16"]
+EMULATED = 1.0
 DIMS = [*_C.supported()["tuned_dims"], 1, 2, 8, 16, 17, 40, 333, 512]
 
 

@@ -15,6 +15,7 @@ from kvstrata import ops, reference
 
 NAN = float("nan")
 KINDS = [("avg", "present"), ("avg", "kernel"), ("max", "present")]
+EMULATED = 1.0
 
 
 def scores(case: Window, group: int = 3) -> Tensor:
@@ -32,7 +33,7 @@ def pool(case: Window, score: Tensor, **more: Any) -> Tensor:
 @pytest.mark.parametrize(("kind", "divide"), KINDS)
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 63, 10_001])
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
-def test_parity(shuffle: bool, kernel: int, kind: str, divide: str) -> None:
+def test_parity(isa: str, shuffle: bool, kernel: int, kind: str, divide: str) -> None:
     case = make_window([0, 1, 3, 7, 16, 33], dim=4, masks="ragged", holes=0.1, shuffle=shuffle, formats=FULL)
     score = scores(case)
     got = pool(case, score, kernel=kernel, kind=kind, divide=divide)
@@ -55,7 +56,7 @@ def contiguous(tokens: int) -> Window:
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 21])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 100, 1000])
-def test_a_contiguous_row_is_torch_pooling(tokens: int, kernel: int) -> None:
+def test_a_contiguous_row_is_torch_pooling(isa: str, tokens: int, kernel: int) -> None:
     case = contiguous(tokens)
     score = scores(case, 4)
     flat = score.flatten(2)[..., :tokens]
@@ -66,7 +67,7 @@ def test_a_contiguous_row_is_torch_pooling(tokens: int, kernel: int) -> None:
     assert_close(pool(case, score, kernel=kernel, kind="max").flatten()[:tokens], most.mean(1)[0], POOL)
 
 
-def test_order_of_slots_does_not_matter() -> None:
+def test_order_of_slots_does_not_matter(isa: str) -> None:
     """The same tokens in another order of pages get the same bits, from one head."""
     case = make_window([40], dim=4, masks="ragged")
     score = scores(case, 1)
@@ -76,7 +77,7 @@ def test_order_of_slots_does_not_matter() -> None:
     assert torch.equal(pool(case, score[:, :, order].contiguous(), kernel=7), got[:, order])
 
 
-def test_nan_stays_near() -> None:
+def test_nan_stays_near(isa: str) -> None:
     case = contiguous(64)
     score = scores(case, 2)
     score[0, 1, 2, 5] = NAN
@@ -85,7 +86,7 @@ def test_nan_stays_near() -> None:
         assert got.isnan().nonzero().flatten().tolist() == [35, 36, 37, 38, 39]
 
 
-def test_bits_do_not_depend_on_threads_or_neighbours() -> None:
+def test_bits_do_not_depend_on_threads_or_neighbours(isa: str) -> None:
     case = make_window([40, 3, 20], dim=4, shuffle=True)
     score = scores(case)
     once = pool(case, score, threads=1)

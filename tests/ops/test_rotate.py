@@ -10,6 +10,7 @@ from vectors import KINDS, vectors
 
 from kvstrata import ops, reference
 
+EMULATED = 1.0
 DIMS = [32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512]  # of the acceptance list
 ODD = [144, 176, 240, 336, 480, 496]
 IDENTITY = 1e-6  # f32 sums of at most nine butterflies and one mix; measured below 7e-7

@@ -16,6 +16,7 @@ LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 SPREADS = [("none", 0.0), ("variance", 263.81), ("std", 1.0)]
 MIXED = [("int8",), ("int4",), ("int2",), ("bf16", "int4"), ("f32", "f16", "int8", "int4", "int2")]
 INF, NAN = float("inf"), float("nan")
+EMULATED = 1.0
 
 
 def check(case: Window, spread: str = "none", weight: float = 0.0, **more: Any) -> tuple[Tensor, Tensor]:

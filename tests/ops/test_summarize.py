@@ -14,6 +14,7 @@ from windows import FULL, Window, make_window
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
+EMULATED = 1.0
 ALL = (*FULL, *ops.QUANTIZED)
 SIZES = [0, 1, 15, 16, 17, 33]
 

@@ -53,6 +53,24 @@ def in_order(source: int, target: int, count: int) -> Tensor:
     return torch.stack([first + at // SLOTS, at % SLOTS, second + at // SLOTS, at % SLOTS], 1).to(torch.int32)
 
 
+def ragged_moves(pages: int, tokens: int, seed: int) -> list[list[int]]:
+    """Moves (page, slot, page, slot) by indices of pages: into 1 to 16 slots of each page in turn, in any order, from any
+    of so many tokens; between them skipped ones, up to 70 in a row."""
+    g = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=g))
+
+    moves = []
+    for page in range(pages):
+        for slot in torch.randperm(SLOTS, generator=g)[: number(1, SLOTS)].tolist():
+            if number(0, 7) == 0:
+                moves += [[-1, 99, 0, -7], [1 << 30, 16, -1, 1 << 30]] * number(1, 35)
+            token = number(0, tokens - 1)
+            moves.append([token // SLOTS, token % SLOTS, page, slot])
+    return moves
+
+
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 

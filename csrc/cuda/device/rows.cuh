@@ -20,17 +20,23 @@ struct RowBatch {
     int32_t first;  // index of rows[0] among all rows
 };
 
-// launch_batch(batch) for all rows in order, until one returns not 0; that, or 0.
-template <class Row, class Launch>
-int in_batches(const Row* rows, int32_t n_rows, Launch launch_batch) {
+// launch_batch(batch) for all rows in order, each as row_of makes it, until one returns not 0; that, or 0.
+template <class Row, class From, class RowOf, class Launch>
+int in_batches_of(const From* rows, int32_t n_rows, RowOf row_of, Launch launch_batch) {
     RowBatch<Row> batch;
     for (batch.first = 0; batch.first < n_rows; batch.first += batch.count) {
         const int32_t left = n_rows - batch.first;
         batch.count = left < RowBatch<Row>::kMost ? left : RowBatch<Row>::kMost;
-        for (int32_t i = 0; i < batch.count; ++i) batch.rows[i] = rows[batch.first + i];
+        for (int32_t i = 0; i < batch.count; ++i) batch.rows[i] = row_of(rows[batch.first + i]);
         if (const int code = launch_batch(static_cast<const RowBatch<Row>&>(batch)); code != 0) return code;
     }
     return 0;
+}
+
+// Likewise, of rows as they are.
+template <class Row, class Launch>
+int in_batches(const Row* rows, int32_t n_rows, Launch launch_batch) {
+    return in_batches_of<Row>(rows, n_rows, [](const Row& row) { return row; }, launch_batch);
 }
 
 }  // namespace kvstrata::cuda

@@ -71,6 +71,7 @@ uint64_t next_random(uint64_t& state) {  // splitmix64
     return x ^ x >> 31;
 }
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 int index_of(const Thread& t) { return static_cast<int>(&t - threads.data()); }
 int lanes_of(int first) { return grid.threads - first < warpSize ? grid.threads - first : warpSize; }
 
@@ -87,11 +88,11 @@ void print_place() {
     std::fprintf(stderr, ": no thread can go on\n");
     for (int i = 0, end; i < grid.threads; i = end) {
         const Thread& t = threads[i];
-        const auto same = [&](const Thread& o) {
+        const auto alike = [&](const Thread& o) {
             if (o.state != t.state) return false;
             return t.state == State::returned || (o.at == t.at && o.mask == t.mask && o.place.line() == t.place.line());
         };
-        for (end = i + 1; end < grid.threads && same(threads[end]); ++end) {
+        for (end = i + 1; end < grid.threads && alike(threads[end]); ++end) {
         }
         std::fprintf(stderr, "  threads %d..%d ", i, end - 1);
         if (t.state == State::returned) {
@@ -114,8 +115,7 @@ void wait_at(State state, const char* name, unsigned mask, void* slot, Place pla
 }
 
 void check_same_place(const Thread& a, const Thread& b) {
-    if (std::strcmp(a.at, b.at) == 0 && a.place.line() == b.place.line() && a.place.column() == b.place.column())
-        return;
+    if (same(a.at, b.at) && a.place.line() == b.place.line() && a.place.column() == b.place.column()) return;
     char why[512];
     std::snprintf(why, sizeof why, "thread %d is at %s:%u, thread %d at %s, %s:%u", index_of(a), a.place.file_name(),
                   a.place.line(), index_of(b), b.at, b.place.file_name(), b.place.line());
@@ -145,6 +145,7 @@ bool open_barrier() {
 }
 
 void thread_main() {
+    begin_fiber(scheduler);
     for (;;) {  // a fiber is used again for the same thread of the next block
         grid.body(grid.context);
         running->state = State::returned;
@@ -228,7 +229,7 @@ void warp_collective(const char* name, unsigned mask, void* slot, void (*finish)
             std::snprintf(why, sizeof why, "its mask names thread %d, which has returned", first + i);
             fault(name, why);
         }
-        if (t.state != State::at_warp || t.mask != mask || std::strcmp(t.at, name) != 0) return to_scheduler();
+        if (t.state != State::at_warp || t.mask != mask || !same(t.at, name)) return to_scheduler();
     }
     void* slots[warpSize] = {};
     for (int i = 0; i < lanes; ++i) {

@@ -15,6 +15,7 @@
 //   g++ -std=c++20 -O1 -g -fPIC -shared -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-format-truncation
 //       -DKVSTRATA_EMULATE -Icsrc -isystem /usr/local/cuda/include -x c++ csrc/cuda/*.cu csrc/cuda/emulate/*.cu
 //       csrc/cuda/emulate/*.cpp -o build/libkvstrata_cuda_emulated.so
+// With -fsanitize=address,undefined (and libasan preloaded into Python) an access outside a tensor shows too.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -7,6 +7,11 @@
 #include <cstdio>
 #include <cstdlib>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace kvstrata::cuda::emulate {
 namespace {
 
@@ -28,7 +33,31 @@ unsigned char* stack_of(int index) {
     return stacks[index];
 }
 
+void tell_start([[maybe_unused]] Fiber& from, [[maybe_unused]] Fiber& to) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&from.shadow, to.stack, to.stack_bytes);
+#endif
+}
+void tell_back([[maybe_unused]] Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.shadow, nullptr, nullptr);
+#endif
+}
+void take_stack(Fiber& fiber, int index) {
+    fiber.stack = stack_of(index) + kPageBytes;
+    fiber.stack_bytes = kStackBytes - kPageBytes;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);  // frames of the launch before never returned
+#endif
+}
+
 }  // namespace
+
+void begin_fiber([[maybe_unused]] Fiber& from) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &from.stack, &from.stack_bytes);
+#endif
+}
 
 #if defined(__x86_64__)
 
@@ -59,6 +88,7 @@ kvstrata_emulate_switch:
 )");
 
 void start_fiber(Fiber& fiber, int index, void (*main)()) {
+    take_stack(fiber, index);
     auto* top = reinterpret_cast<uintptr_t*>(stack_of(index) + kStackBytes);
     *--top = 0;  // main's caller: none
     *--top = reinterpret_cast<uintptr_t>(main);
@@ -66,11 +96,16 @@ void start_fiber(Fiber& fiber, int index, void (*main)()) {
     fiber.stack_pointer = top;
 }
 
-void switch_fiber(Fiber& from, Fiber& to) { kvstrata_emulate_switch(&from.stack_pointer, to.stack_pointer); }
+void switch_fiber(Fiber& from, Fiber& to) {
+    tell_start(from, to);
+    kvstrata_emulate_switch(&from.stack_pointer, to.stack_pointer);
+    tell_back(from);
+}
 
 #else
 
 void start_fiber(Fiber& fiber, int index, void (*main)()) {
+    take_stack(fiber, index);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stack_of(index) + kPageBytes;
     fiber.context.uc_stack.ss_size = kStackBytes - kPageBytes;
@@ -78,7 +113,11 @@ void start_fiber(Fiber& fiber, int index, void (*main)()) {
     makecontext(&fiber.context, main, 0);
 }
 
-void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
+void switch_fiber(Fiber& from, Fiber& to) {
+    tell_start(from, to);
+    swapcontext(&from.context, &to.context);
+    tell_back(from);
+}
 
 #endif
 

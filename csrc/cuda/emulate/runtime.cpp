@@ -3,12 +3,20 @@
 
 #include <cstring>
 
+namespace {
+constexpr int kMultiprocessors = 2;  // few: a kernel that shares its work among them shows it in small tests
+}
+
 extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }  // launches have ended when they return
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+    return *value = kMultiprocessors, cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -35,5 +43,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
     }
     return cudaSuccess;
 }
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 }  // extern "C"

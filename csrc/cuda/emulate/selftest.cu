@@ -32,17 +32,21 @@ __global__ void lanes(const int* in, int64_t* out) {
     if (lane() >= 16) own[11] = __shfl_sync(half, x, 31);
 }
 
-// in f32 [blocks, 96] -> out f32 [blocks, 96, 4]: the value of the thread across the block, sum, maximum, count of positive.
+// in f32 [blocks, 96] -> out f32 [blocks, 96, 5]: the value of the thread across the block, sum, maximum, count of positive,
+// the last thread's value.
 __global__ void __launch_bounds__(96) block_values(const float* in, float* out) {
     __shared__ float values[96];
+    __shared__ float last;
     const int i = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
     const int64_t at = static_cast<int64_t>(blockIdx.x) * n + i;
     values[i] = in[at];
+    if (i == n - 1) last = in[at];
     __syncthreads();
-    out[at * 4] = values[n - 1 - i];
-    out[at * 4 + 1] = block_sum(in[at]);
-    out[at * 4 + 2] = block_max(in[at]);
-    out[at * 4 + 3] = static_cast<float>(__syncthreads_count(in[at] > 0.0f));
+    out[at * 5] = values[n - 1 - i];
+    out[at * 5 + 1] = block_sum(in[at]);
+    out[at * 5 + 2] = block_max(in[at]);
+    out[at * 5 + 3] = static_cast<float>(__syncthreads_count(in[at] > 0.0f));
+    out[at * 5 + 4] = last;
 }
 
 // out u32 [2]: the first words of static and dynamic shared memory that nobody has written; then writes at `offset`.

@@ -1,0 +1,14 @@
+// attend for head dims up to 512.
+#include "cuda/attend_pages.cuh"
+
+namespace kvstrata::cuda {
+
+int launch_512(Width width, AttendArgs& args, int most_rows, int chunks, cudaStream_t stream) {
+    switch (width) {
+        case Width::quad: return launch_pages<Shape<32, 1, 4, false>>(args, most_rows, chunks, stream);
+        case Width::octet: return launch_pages<Shape<32, 1, 4, false>>(args, most_rows, chunks, stream);
+        default: return launch_pages<Shape<32, 1, 8, true>>(args, most_rows, chunks, stream);
+    }
+}
+
+}  // namespace kvstrata::cuda

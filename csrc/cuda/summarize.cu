@@ -1,0 +1,318 @@
+// summarize on CUDA: a warp per page. The formulas are in ops/summarize.h.
+//
+// A page is read once from memory and once more from the cache, when distances from the mean are taken; next to nothing is
+// written: bound by reading pages. Means are summed, turned and coded operation by operation as on the CPU: codes are its bits.
+#include "cuda/api.h"
+#include "cuda/device/page.cuh"
+#include "cuda/device/rows.cuh"
+#include "cuda/device/turn.cuh"
+#include "ops/summarize.h"
+
+namespace kvstrata::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kRegisters = kMaxHeadDim / kWarp;  // of a lane for one vector
+constexpr uint16_t kNanBf16 = 0x7FC0;
+
+struct SummarizeArgs {
+    RowBatch<ops::SummaryItem> batch;
+    Pools pools;
+    Rotation rotation;
+    SummaryKind kind;
+};
+
+// The fields of a word of K, or of V, are successive dims, or slots.
+template <Format F>
+constexpr int kFields = 32 / format_bits(F);
+
+// The bf16 at or below x, or at or above it: towards zero is to cut bits off.
+__device__ uint16_t outwards(float x, bool up) {
+    const uint32_t bits = __float_as_uint(x), cut = bits >> 16;
+    const bool away = (bits & 0xFFFF) != 0 && (bits >> 31 != 0) != up;
+    return static_cast<uint16_t>(away ? cut + 1 : cut);
+}
+
+// One page of format F, by a warp.
+template <Format F>
+class Page {
+  public:
+    __device__ Page(const unsigned char* page, int dim, const float* centre)
+        : page_(page), dim_(dim), group_(is_full(F) ? dim : group_size(F, dim)), centre_(centre) {}
+
+    // mean [D] of the visible keys, in the domain that they are stored in. A lane sums the slots of its words, one by one.
+    __device__ void mean_keys(uint32_t visible, float* mean) const {
+        const auto n = static_cast<float>(__popc(visible));
+        for (int word = lane(); word < dim_ / kFields<F>; word += kWarp) {
+            float sums[kFields<F>] = {};
+            const auto* const line = reinterpret_cast<const uint4*>(page_) + word * 4;
+#pragma unroll
+            for (int quad = 0; quad < kSlots / 4; ++quad) {
+                const uint4 four = line[quad];
+                const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int slot = 4 * quad + i;
+                    const float scale = scale_of(slot, word * kFields<F>);
+#pragma unroll
+                    for (int f = 0; f < kFields<F>; ++f) {
+                        const float x = decode(words[i], field_of<F>(f).bit, scale, word * kFields<F> + f);
+                        sums[f] += visible >> slot & 1 ? x : 0.0f;
+                    }
+                }
+            }
+#pragma unroll
+            for (int f = 0; f < kFields<F>; ++f) mean[word * kFields<F> + f] = __fdiv_rn(sums[f], n);
+        }
+    }
+
+    // |k - x|^2 of the lane's slot, lane % 16: dims d with d % 4 / 2 == lane / 16 in two sums, then those of the other lane.
+    __device__ float distance(const float* x) const {
+        const int slot = lane() % kSlots, half = lane() / kSlots;
+        float sums[2] = {};
+        const auto add = [&](int word, int f, int i) {
+            const int d = word * kFields<F> + f;
+            const float key = decode(key_word(page_, word, slot), field_of<F>(f).bit, scale_of(slot, d), d);
+            sums[i] = fmaf(key - x[d], key - x[d], sums[i]);
+        };
+#pragma unroll 4
+        for (int d = 2 * half; d < dim_; d += 4) {
+            add(d / kFields<F>, d % kFields<F>, 0);
+            add((d + 1) / kFields<F>, (d + 1) % kFields<F>, 1);
+        }
+        const float sum = sums[0] + sums[1];
+        return sum + __shfl_xor_sync(kAllLanes, sum, kSlots);
+    }
+
+    // mean [D] of the visible values, in the domain that they are stored in.
+    __device__ void mean_values(uint32_t visible, float* mean) const {
+        const auto n = static_cast<float>(__popc(visible));
+        for (int d = lane(); d < dim_; d += kWarp) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int slot = 0; slot < kSlots; ++slot) {
+                const Field field = field_of<F>(slot);
+                if (!(visible >> slot & 1)) continue;
+                const uint32_t word = value_word(page_, F, dim_, field.word, d);
+                if constexpr (is_full(F)) {
+                    sum += element_in<F>(word, field.bit);
+                } else {
+                    const auto level = static_cast<float>(level_of<F>(code_in<F>(word, field.bit)));
+                    sum = fmaf(value_scale(page_, F, dim_, d / group_, slot), level, sum);
+                }
+            }
+            mean[d] = __fdiv_rn(sum, n);
+        }
+    }
+
+    // The key of a slot as the model has it, dims as rotate.cuh has them.
+    __device__ void model_key(int slot, const Rotation& rotation, float (&x)[kRegisters]) const {
+#pragma unroll
+        for (int s = 0; s < kRegisters; ++s) {
+            const int d = s * kWarp + lane();
+            x[s] = d < dim_ ? key<F>(page_, dim_, slot, d) : 0.0f;
+        }
+        if constexpr (is_full(F)) return;
+        rotate(x, rotation, true);
+#pragma unroll
+        for (int s = 0; s < kRegisters; ++s) {
+            const int d = s * kWarp + lane();
+            if (centre_ && d < dim_) x[s] += centre_[d];
+        }
+    }
+
+  private:
+    __device__ float scale_of(int slot, int d) const {
+        if constexpr (is_full(F)) return 1.0f;
+        return key_scale(page_, F, dim_, d / group_, slot);
+    }
+    __device__ float decode(uint32_t word, int bit, float scale, int d) const {
+        if constexpr (is_full(F)) {
+            return element_in<F>(word, bit);
+        } else {
+            const auto level = static_cast<float>(level_of<F>(code_in<F>(word, bit)));
+            return centre_ ? fmaf(scale, level, centre_[d]) : scale * level;
+        }
+    }
+
+    const unsigned char* page_;
+    const int dim_, group_;
+    const float* centre_;  // [D] in the domain of what is asked for, or null
+};
+
+// x [dim] becomes what its codes say, scale * c, or 0 and a scale of NaN where it is not finite. put(d, codes of d..d + 3).
+template <class Put>
+__device__ float encode(float* x, int dim, Put put) {
+    float most = 0.0f, total = 0.0f;
+    for (int d = lane(); d < dim; d += kWarp) most = fmaxf(most, fabsf(x[d])), total += fabsf(x[d]);
+    const bool finite = isfinite(warp_sum(total));
+    const float scale = finite ? __fdiv_rn(warp_max(most), 127.0f) : NAN;
+    const float by = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
+    __syncwarp();
+    for (int d = 4 * lane(); d < dim; d += 4 * kWarp) {
+        uint32_t codes = 0;
+        for (int i = 0; i < 4; ++i) {
+            const int c = finite ? max(-127, min(127, __float2int_rn(x[d + i] * by))) : 0;
+            codes |= static_cast<uint32_t>(c + kZeroCode) << 8 * i;
+            x[d + i] = scale * static_cast<float>(c);
+        }
+        put(d, codes);
+    }
+    __syncwarp();
+    return scale;
+}
+
+// One item, by a warp; `room` is 2 D floats of its own.
+class Summary {
+  public:
+    __device__ Summary(const SummarizeArgs& args, const ops::SummaryItem& item, float* room)
+        : a_(args), item_(item), dim_(args.rotation.dim), mean_(room), centre_(room + args.rotation.dim) {}
+
+    __device__ void write() {
+        if (item_.page < 0 || item_.visible == 0) return write_nothing();
+        switch (format_at(a_.pools, item_.page)) {
+            case Format::f32: return write_page<Format::f32>();
+            case Format::bf16: return write_page<Format::bf16>();
+            case Format::f16: return write_page<Format::f16>();
+            case Format::int8: return write_page<Format::int8>();
+            case Format::int4: return write_page<Format::int4>();
+            case Format::int2: return write_page<Format::int2>();
+        }
+    }
+
+  private:
+    // Of the item's lane: a word of codes of d..d + 3, scale, spread and radius [3, 16], bounds, a value mean's words.
+    __device__ uint32_t& codes(int d) const {
+        return reinterpret_cast<uint32_t*>(item_.block)[d / 4 * kSlots + item_.lane];
+    }
+    __device__ float* facts() const { return reinterpret_cast<float*>(item_.block + kSlots * dim_) + item_.lane; }
+    __device__ uint16_t* bounds(int64_t from) const {
+        return reinterpret_cast<uint16_t*>(item_.block + from) + item_.lane;
+    }
+    __device__ uint32_t& value_codes(int d) const {
+        return reinterpret_cast<uint32_t*>(item_.block + values_offset(dim_) + item_.lane * dim_)[d / 4];
+    }
+    __device__ void put_value_facts(float scale, uint32_t slots) const {
+        if (lane() != 0) return;
+        reinterpret_cast<float*>(item_.block + value_scales_offset(dim_))[item_.lane] = scale;
+        reinterpret_cast<uint32_t*>(item_.block + value_slots_offset(dim_))[item_.lane] = slots;
+    }
+
+    __device__ void write_nothing() const {
+        constexpr uint32_t kZeroCodes = kZeroCode * 0x01010101u;
+        if (a_.kind == SummaryKind::bounds) {
+            for (int d = lane(); d < dim_; d += kWarp) {
+                bounds(0)[d * kSlots] = bounds(upper_offset(dim_))[d * kSlots] = 0;
+            }
+            return;
+        }
+        for (int d = 4 * lane(); d < dim_; d += 4 * kWarp) codes(d) = kZeroCodes;
+        if (lane() < 3) facts()[lane() * kSlots] = 0.0f;
+        if (a_.kind == SummaryKind::mean) return;
+        for (int d = 4 * lane(); d < dim_; d += 4 * kWarp) value_codes(d) = kZeroCodes;
+        put_value_facts(0.0f, 0);
+    }
+
+    template <Format F>
+    __device__ void write_page() {
+        const unsigned char* const page = page_at(a_.pools, item_.page);
+        if (a_.kind == SummaryKind::bounds) return write_bounds(Page<F>(page, dim_, item_.centre));
+        const float* centre = nullptr;
+        if (!is_full(F) && item_.centre) {
+            for (int d = lane(); d < dim_; d += kWarp) centre_[d] = item_.centre[d];
+            turn(centre_, a_.rotation, false);
+            __syncwarp();
+            centre = centre_;
+        }
+        const Page<F> keys(page, dim_, centre);
+        write_mean(keys);
+        if (a_.kind == SummaryKind::mean_value) write_values(keys);
+    }
+
+    template <Format F>
+    __device__ void write_mean(const Page<F>& page) {
+        page.mean_keys(item_.visible, mean_);
+        __syncwarp();
+        if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
+        const float scale = encode(mean_, dim_, [&](int d, uint32_t four) { codes(d) = four; });
+        float spread = 0.0f, radius = 0.0f;
+        if (!isnan(scale)) {
+            if (is_full(F)) turn(mean_, a_.rotation, true), __syncwarp();
+            measure(page.distance(mean_), spread, radius);
+        }
+        if (lane() == 0) facts()[0] = scale, facts()[kSlots] = spread, facts()[2 * kSlots] = radius;
+        __syncwarp();
+    }
+
+    // From the squares of the slots' distances, in lanes 0..15.
+    __device__ void measure(float square, float& spread, float& radius) const {
+        float total = 0.0f, most = 0.0f;
+        for (int slot = 0; slot < kSlots; ++slot) {
+            const float of_slot = __shfl_sync(kAllLanes, square, slot);
+            if (item_.visible >> slot & 1) total += of_slot, most = fmaxf(most, of_slot);
+        }
+        const auto n = static_cast<float>(__popc(item_.visible));
+        spread = __fdiv_rn(total, n * static_cast<float>(dim_));
+        radius = __fsqrt_rn(most);
+    }
+
+    template <Format F>
+    __device__ void write_values(const Page<F>& page) {
+        page.mean_values(item_.visible, mean_);
+        __syncwarp();
+        if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
+        put_value_facts(encode(mean_, dim_, [&](int d, uint32_t four) { value_codes(d) = four; }), item_.visible);
+    }
+
+    template <Format F>
+    __device__ void write_bounds(const Page<F>& page) const {
+        float x[kRegisters], lo[kRegisters], hi[kRegisters];
+        bool finite = true;
+#pragma unroll
+        for (int s = 0; s < kRegisters; ++s) lo[s] = INFINITY, hi[s] = -INFINITY;
+        for (uint32_t m = item_.visible; m; m &= m - 1) {
+            page.model_key(__ffs(static_cast<int>(m)) - 1, a_.rotation, x);
+#pragma unroll
+            for (int s = 0; s < kRegisters; ++s) {
+                lo[s] = fminf(x[s], lo[s]), hi[s] = fmaxf(x[s], hi[s]);
+                finite &= isfinite(x[s]);
+            }
+        }
+        finite = __all_sync(kAllLanes, finite);
+#pragma unroll
+        for (int s = 0; s < kRegisters; ++s) {
+            const int d = s * kWarp + lane();
+            if (d >= dim_) continue;
+            bounds(0)[d * kSlots] = finite ? outwards(lo[s], false) : kNanBf16;
+            bounds(upper_offset(dim_))[d * kSlots] = finite ? outwards(hi[s], true) : kNanBf16;
+        }
+    }
+
+    const SummarizeArgs& a_;
+    const ops::SummaryItem& item_;
+    const int dim_;
+    float *mean_, *centre_;
+};
+
+__global__ void __launch_bounds__(kThreads) summarize_pages(const __grid_constant__ SummarizeArgs args) {
+    const int i = static_cast<int>(blockIdx.x) * warps() + warp();
+    if (i >= args.batch.count) return;
+    float* const room = reinterpret_cast<float*>(dynamic_shared()) + warp() * 2 * args.rotation.dim;
+    Summary(args, args.batch.rows[i], room).write();
+}
+
+}  // namespace
+}  // namespace kvstrata::cuda
+
+int kvstrata_cuda_summarize(const kvstrata::ops::SummarizeParams* params, void* stream) {
+    using namespace kvstrata::cuda;
+    constexpr int kItems = kThreads / kWarp;
+    const auto& p = *params;
+    const Pools pools = pools_of(p.pools);
+    const Rotation r = rotation(p.head_dim);
+    const size_t room = sizeof(float) * 2 * kItems * static_cast<size_t>(p.head_dim);
+    return in_batches(p.items, p.n_items, [&](const RowBatch<kvstrata::ops::SummaryItem>& batch) {
+        return launch("summarize", summarize_pages, dim3(blocks_for(batch.count, kItems)), dim3(kThreads), room,
+                      static_cast<cudaStream_t>(stream), SummarizeArgs{batch, pools, r, p.kind});
+    });
+}
