@@ -122,7 +122,6 @@ def test_a_format_that_a_bench_does_not_take_is_named(
     ("arguments", "reason"),
     [
         (("--tokens", "100"), "tokens is 100"),
-        (("--device", "cuda"), "'cuda'"),
         (("--isa", "none-such"), "none-such"),
         (("--dim", "24", "--format", "int8"), "24"),
     ],

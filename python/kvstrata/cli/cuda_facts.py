@@ -14,8 +14,6 @@ from kvstrata.cli.bench.clock import clock_of
 
 Row = tuple[str, str, str]
 DRIVER = Path("/proc/driver/nvidia/version")
-NOT_ON_CUDA = frozenset({"choose_chunks", "choose_states", "chunk_order"})
-"""Ops whose input is the CPU's: they work there, wherever pages lie."""
 WAYS = {
     "not built": "install from source with nvcc 12.8 or newer on PATH: pip install -C cmake.define.KVSTRATA_CUDA=on .",
     "cannot be opened": "install again: the library does not go with this system",
@@ -73,11 +71,11 @@ def device(index: int) -> dict[str, Any]:
 
 
 def lacking_ops(path: Path) -> list[str]:
-    """Ops that this library does not have, though they are for a device."""
+    """Ops that this library does not have."""
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
     names = [n for n in ops.__all__ if callable(getattr(ops, n)) and n.islower() and not n.endswith("_bytes")]
-    of_pages = {"make_page", "scale_groups"}
-    return [n for n in names if n not in NOT_ON_CUDA | of_pages and not hasattr(library, f"kvstrata_cuda_{n}")]
+    no_ops = {"make_page", "scale_groups"}
+    return [n for n in names if n not in no_ops and not hasattr(library, f"kvstrata_cuda_{n}")]
 
 
 def rows(seen: dict[str, Any]) -> list[Row]:
