@@ -16,6 +16,7 @@ struct MeasureArgs {
     WindowRows batch;
     WindowCall call;
     Past past;
+    bool sound;
     float* sums;   // [R, chunks, G, kSums]
     float* stats;  // [R, G, 3]
 
@@ -31,15 +32,14 @@ struct HeadStats {
     SlotMoments<true> moments;
 };
 
-template <ops::Stats Which>
-__device__ float information(float share, float z, float lse) {
+__device__ float information(bool sound, float share, float z, float lse) {
     if (share == 0.0f) return 0.0f;
-    return share * (Which == ops::Stats::sound ? z - lse : logf(share + 1e-10f));
+    return share * (sound ? z - lse : logf(share + 1e-10f));
 }
 
 // Adds tile j of a group, `queries` of whose 8 are there; shares times `factor`.
-template <ops::Stats Which>
-__device__ void add_tile(HeadStats& head, const Logits& z, int j, const float* lse, int queries, float factor) {
+__device__ void add_tile(HeadStats& head, const Logits& z, int j, const float* lse, int queries, bool sound,
+                         float factor) {
     const int first = 2 * query_lane(), count = min(2, max(0, queries - first));
     const float lses[2] = {count > 0 ? lse[first] : 0.0f, count > 1 ? lse[first + 1] : 0.0f};
     const Weights w = weights_of(head.moments.count, static_cast<float>(count));
@@ -51,9 +51,9 @@ __device__ void add_tile(HeadStats& head, const Logits& z, int j, const float* l
         for (int c = 0; c < 2; ++c) {
             if (c >= count) continue;
             const float share = share_of(z[p][j][2 * s + c], lses[c]);
-            head.entropy += information<Which>(share, z[p][j][2 * s + c], lses[c]);
+            head.entropy += information(sound, share, z[p][j][2 * s + c], lses[c]);
             x[c] = share * factor;
-            if (Which == ops::Stats::sound) head.squares[p][s] = fmaf(x[c], x[c], head.squares[p][s]);
+            head.squares[p][s] = fmaf(x[c], x[c], head.squares[p][s]);
         }
         if (count) join(head.moments.of[p][s], moments_of<true>(x[0], x[1], count > 1), w);
     }
@@ -61,8 +61,7 @@ __device__ void add_tile(HeadStats& head, const Logits& z, int j, const float* l
 }
 
 // Adds the pair's sums to those of the warp. Each lane has one of its four slots.
-template <ops::Stats Which>
-__device__ void add_sums(HeadStats& head, float queries, float* sums) {
+__device__ void add_sums(HeadStats& head, float queries, bool sound, float* sums) {
     head.moments.join_lanes();
     float squares = 0.0f;
     Moments<true> mine;
@@ -73,7 +72,7 @@ __device__ void add_sums(HeadStats& head, float queries, float* sums) {
     }
     const float second = __fdiv_rn(mine.m2, queries), fourth = __fdiv_rn(mine.m4, queries);
     float terms[kSums] = {head.entropy};
-    if constexpr (Which == ops::Stats::sound) {
+    if (sound) {
         terms[1] = __fdiv_rn(squares, queries);
         terms[2] = second;
         terms[3] = second != 0.0f ? __fdiv_rn(fourth, second) : 0.0f;
@@ -95,7 +94,6 @@ __device__ float factor_of(int entries) {
 }
 
 // A block: one chunk of a row's entries under the queries of some heads. A warp has all of these for its pairs of pages.
-template <ops::Stats Which>
 __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_stats(const __grid_constant__ MeasureArgs args) {
     __shared__ UnitPages pages;
     __shared__ float sums[kUnitWarps][kBlockTiles][kSums];  // of the block's heads
@@ -111,11 +109,12 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_stats(const __g
     for (int i = lane(); i < kBlockTiles * kSums; i += kWarp) sums[warp()][i / kSums][i % kSums] = 0.0f;
     __syncthreads();
     if (first_head == 0 && thread == 0) call.past[r * call.chunks + chunk] = pages.slots;
-    const float queries = static_cast<float>(row.queries);
-    const float factor = Which == ops::Stats::sound ? factor_of(row.entries) : 1.0f;
+    const float queries = static_cast<float>(row.queries), factor = args.sound ? factor_of(row.entries) : 1.0f;
     const int end = end_head * of_head;
     for (int i = warp(); i < pages.count; i += kUnitWarps) {
+        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
         HeadStats head;
+        int g = first_head, tile = 0;  // of a group's next tile
         for (int first = first_head * of_head; first < end; first += kGroupTiles) {
             const TileGroup tiles = successive(r * call.operands.tiles, first, end);
             Logits z;
@@ -124,11 +123,11 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_stats(const __g
 #pragma unroll
             for (int j = 0; j < kGroupTiles; ++j) {
                 if (j >= tiles.count) break;
-                const int g = (first + j) / of_head, tile = (first + j) % of_head;
-                add_tile<Which>(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns, factor);
-                if (tile != of_head - 1) continue;
-                add_sums<Which>(head, queries, sums[warp()][g - first_head]);
-                head = {};
+                add_tile(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns, args.sound,
+                         factor);
+                if (++tile < of_head) continue;
+                add_sums(head, queries, args.sound, sums[warp()][g - first_head]);
+                head = {}, tile = 0, ++g;
             }
         }
     }
@@ -153,7 +152,6 @@ __device__ void put_sound(const double (&sums)[kSums], double n, double queries,
 }
 
 // A warp per head: lane l has units l, l + 32, ..., so that bits do not depend on how many follow.
-template <ops::Stats Which>
 __global__ void __launch_bounds__(kFinishWarps* kWarp) finish(const __grid_constant__ MeasureArgs args) {
     const WindowCall& call = args.call;
     const ops::WindowRow& row = args.batch.rows[blockIdx.y];
@@ -172,7 +170,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp) finish(const __grid_const
     if (lane() != 0) return;
     if (n == 0) {
         out[0] = out[1] = out[2] = 0.0f;
-    } else if (Which == ops::Stats::sound) {
+    } else if (args.sound) {
         put_sound(sums, n, row.queries, out);
     } else {
         out[0] = static_cast<float>(-sums[0]), out[1] = static_cast<float>(sums[1]);
@@ -186,26 +184,24 @@ WindowCall lay_out(const ops::MeasureParams& p, Pieces& pieces, float*& sums) {
     return call;
 }
 
-template <ops::Stats Which>
 int measure(const ops::MeasureParams& p, cudaStream_t stream) {
-    constexpr bool kSound = Which == ops::Stats::sound;
+    const bool sound = p.which == ops::Stats::sound;
     Pieces pieces{static_cast<unsigned char*>(p.workspace)};
     float* sums = nullptr;
     const WindowCall call = lay_out(p, pieces, sums);
-    const Past past{true, kSound ? p.skip : INT32_MIN};
+    const Past past{true, sound ? p.skip : INT32_MIN};
     return in_batches(p.rows, p.n_rows, [&](const WindowRows& rows) {
         const auto count = static_cast<unsigned>(rows.count);
-        const MeasureArgs args{rows, call, past, sums, p.stats};
+        const MeasureArgs args{rows, call, past, sound, sums, p.stats};
         if (const int code = fill_operands("measure", rows, p, call.operands, stream)) return code;
         // a sink logit has no part in shares of the past
-        if (const int code = find_lse("measure", rows, call, kSound ? past : Past{}, !kSound, {}, stream)) return code;
+        if (const int code = find_lse("measure", rows, call, sound ? past : Past{}, !sound, {}, stream)) return code;
         const unsigned blocks = call.queries ? head_blocks(rows, p.group) * static_cast<unsigned>(call.chunks) : 0;
         if (blocks) {
-            const int code =
-                launch("measure", sum_stats<Which>, dim3(blocks, count), kUnitThreads, 0, stream, args);
+            const int code = launch("measure", sum_stats, dim3(blocks, count), kUnitThreads, 0, stream, args);
             if (code) return code;
         }
-        return launch("measure", finish<Which>, dim3(blocks_for(p.group, kFinishWarps), count), kFinishWarps * kWarp, 0,
+        return launch("measure", finish, dim3(blocks_for(p.group, kFinishWarps), count), kFinishWarps * kWarp, 0,
                       stream, args);
     });
 }
@@ -221,8 +217,5 @@ int64_t kvstrata_cuda_measure_workspace_bytes(const kvstrata::ops::MeasureParams
 }
 
 int kvstrata_cuda_measure(const kvstrata::ops::MeasureParams* params, void* stream) {
-    using namespace kvstrata;
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (params->which == ops::Stats::sound) return cuda::measure<ops::Stats::sound>(*params, on);
-    return cuda::measure<ops::Stats::code>(*params, on);
+    return kvstrata::cuda::measure(*params, static_cast<cudaStream_t>(stream));
 }

@@ -18,10 +18,10 @@ constexpr int kThreads = 32;  // few, so that tests see rows of many parts
 #else
 constexpr int kThreads = 512;
 #endif
-constexpr int kEach = 4;                       // slots of a thread
-constexpr int kPart = kThreads * kEach;        // slots that are sorted together
-constexpr int kPartEntries = kPart / kSlots;   // as many entries hold at most
-constexpr uint64_t kNothing = ~uint64_t{0};    // behind every slot
+constexpr int kEach = 4;                      // slots of a thread
+constexpr int kPart = kThreads * kEach;       // slots that are sorted together
+constexpr int kPartEntries = kPart / kSlots;  // as many entries hold at most
+constexpr uint64_t kNothing = ~uint64_t{0};   // behind every slot
 
 using PoolRows = RowBatch<ops::PoolRow>;
 
@@ -45,7 +45,9 @@ __host__ __device__ constexpr int parts_of(int entries) { return (entries + kPar
 __device__ uint64_t key_of(int32_t position, int32_t place) {
     return static_cast<uint64_t>(static_cast<uint32_t>(position) ^ 0x80000000u) << 32 | static_cast<uint32_t>(place);
 }
-__device__ int64_t position_of(uint64_t key) { return static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u); }
+__device__ int64_t position_of(uint64_t key) {
+    return static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u);
+}
 __device__ int place_of(uint64_t key) { return static_cast<int>(static_cast<uint32_t>(key)); }
 
 __device__ uint32_t slots_of(const ops::PoolRow& row, int entry) {

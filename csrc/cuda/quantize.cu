@@ -1,9 +1,9 @@
 // quantize and dequantize on CUDA: one block for the moves into one page, one warp per vector. The formulas are in
 // ops/quantize.h.
 //
-// A page of bf16 into int4 reads 64 D bytes and writes 17 D, but what bounds it is arithmetic: rotating, finding scales
-// and rounding take some 70 instructions per lane for every 32 dims (int2, which tries six scales: 200), about four times
-// what memory would allow. Each token passes here once in its life.
+// A page of bf16 into int4 reads 64 D bytes and writes 17 D. By count of operations, not by measurement, arithmetic bounds
+// it: for every 32 dims a lane takes part in at least 5 shuffles and 10 additions to rotate, in a reduction for the scale
+// and in rounding; int2 tries six scales, with 5 shuffles each. A token passes here once for each format that it takes.
 #include "cuda/api.h"
 #include "cuda/device/codes.cuh"
 #include "cuda/device/encode.cuh"

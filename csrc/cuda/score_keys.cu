@@ -15,8 +15,8 @@ namespace {
 constexpr int kUnitEntries = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kLines = kWarp / 4;  // of K that a warp reads at once
-constexpr int kQuad = 4;           // slots of a lane
+constexpr int kLines = kWarp / 4;            // of K that a warp reads at once
+constexpr int kQuad = 4;                     // slots of a lane
 enum Domain { kPlain, kRotated, kDomains };  // of full pages; of quantized pages
 
 struct KeysArgs {
@@ -28,9 +28,7 @@ struct KeysArgs {
     float* anchors;                    // [R, kDomains, stride]
 
     __device__ int64_t row() const { return batch.first + static_cast<int64_t>(blockIdx.y); }
-    __device__ float* part(int64_t row, int chunk) const {
-        return parts + (row * chunks + chunk) * kDomains * stride;
-    }
+    __device__ float* part(int64_t row, int chunk) const { return parts + (row * chunks + chunk) * kDomains * stride; }
     __device__ float* anchor(int64_t row) const { return anchors + row * kDomains * stride; }
 };
 
@@ -54,12 +52,12 @@ __device__ __forceinline__ void each_key(const KeysPage& page, int head_dim, Vis
     const auto* const words = reinterpret_cast<const uint4*>(page.data);
 #pragma unroll 2
     for (int line = lane() / 4; line < key_words(F, head_dim); line += kLines) {
-        const uint4 four = words[line * (kSlots / kQuad) + quad];
+        const uint4 four = __ldg(words + line * (kSlots / kQuad) + quad);
         const uint32_t word[kQuad] = {four.x, four.y, four.z, four.w};
         float scale[kQuad] = {};
         if constexpr (!is_full(F)) {
             const auto* const scales = reinterpret_cast<const uint2*>(key_scales(page.data, F, head_dim));
-            const uint2 two = scales[line * kDims / page.group * (kSlots / kQuad) + quad];
+            const uint2 two = __ldg(scales + line * kDims / page.group * (kSlots / kQuad) + quad);
             scale[0] = __uint_as_float(two.x << 16), scale[1] = __uint_as_float(two.x & 0xFFFF0000u);
             scale[2] = __uint_as_float(two.y << 16), scale[3] = __uint_as_float(two.y & 0xFFFF0000u);
         }
@@ -106,7 +104,7 @@ __device__ void add_lines(float (&x)[kQuad]) {
 // |k| of a lane's slots.
 __device__ void find_sizes(const KeysPage& page, int head_dim, float (&size)[kQuad]) {
     float squares[kQuad] = {};
-    each_key(page, head_dim, [&](int, const float(&k)[kQuad]) {
+    each_key(page, head_dim, [&](int, const float (&k)[kQuad]) {
 #pragma unroll
         for (int s = 0; s < kQuad; ++s) squares[s] = fmaf(k[s], k[s], squares[s]);
     });
@@ -193,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) add_directions(const __grid_constant
             weight[s] = visible(page, s) && size[s] != 0.0f ? __fdiv_rn(1.0f, size[s]) : 0.0f;
         }
         float* const to = sums + (is_full(page.format) ? kPlain : kRotated) * args.stride;
-        each_key(page, args.head_dim, [&](int d, const float(&k)[kQuad]) {
+        each_key(page, args.head_dim, [&](int d, const float (&k)[kQuad]) {
             float sum = 0.0f;
 #pragma unroll
             for (int s = 0; s < kQuad; ++s) sum = fmaf(visible(page, s) ? k[s] : 0.0f, weight[s], sum);
@@ -266,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) score_angles(const __grid_constant__
         if (!page.slots) return;
         const float* const anchor = anchors + (is_full(page.format) ? kPlain : kRotated) * args.stride;
         float dots[kQuad] = {};
-        each_key(page, args.head_dim, [&](int d, const float(&k)[kQuad]) {
+        each_key(page, args.head_dim, [&](int d, const float (&k)[kQuad]) {
 #pragma unroll
             for (int s = 0; s < kQuad; ++s) dots[s] = fmaf(k[s], anchor[d], dots[s]);
         });

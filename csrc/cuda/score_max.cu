@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) find_tops(const __g
         clear_others(pages, min(kUnitEntries, row.entries - entry), 0, args.n_spans, args.out_stride_e, out);
     }
     for (int i = warp(); i < pages.count; i += kUnitWarps) {
+        fetch_ahead(pages, i + kUnitWarps, args.head_dim);
         const PagePair& pair = pages.pairs[i];
         for (int e = 0; e < args.n_spans; ++e) {
             const Stretch stretch{max(args.spans[e], args.begin) - args.begin,
                                   min(args.spans[e + 1], args.end) - args.begin};
             Tops tops = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
-            const int n = stretch.begin < stretch.end
-                              ? args.group * (tiles_of(stretch.end) - stretch.begin / kColumns)
-                              : 0;
+            const int n =
+                stretch.begin < stretch.end ? args.group * (tiles_of(stretch.end) - stretch.begin / kColumns) : 0;
             for (int at = 0; at < n; at += kGroupTiles) {
                 const TileGroup tiles = tiles_of_stretch(stretch, r * args.operands.tiles, of_head, at, n);
                 Logits z;
@@ -139,9 +139,26 @@ ops::WindowRow row_of_wave(const ops::WindowRow& row, const ops::ScoreMaxParams&
 int score(const ops::ScoreMaxParams& p, cudaStream_t stream) {
     Pieces pieces{static_cast<unsigned char*>(p.workspace)};
     const int wave = wave_of(p);
-    MaxArgs args{{}, pools_of(p.pools), lay_out_operands(p, p.group * tiles_of(wave), pieces), p.spans, p.n_spans,
-                 p.group, p.head_dim, 0, 0, 0, true, false, p.scale, p.softcap,
-                 p.lse, p.lse_stride_r, p.lse_stride_g, p.out, p.out_stride_e, p.out_stride_r};
+    MaxArgs args{{},
+                 pools_of(p.pools),
+                 lay_out_operands(p, p.group * tiles_of(wave), pieces),
+                 p.spans,
+                 p.n_spans,
+                 p.group,
+                 p.head_dim,
+                 0,
+                 0,
+                 0,
+                 true,
+                 false,
+                 p.scale,
+                 p.softcap,
+                 p.lse,
+                 p.lse_stride_r,
+                 p.lse_stride_g,
+                 p.out,
+                 p.out_stride_e,
+                 p.out_stride_r};
     return in_batches(p.rows, p.n_rows, [&](const WindowRows& rows) {
         args.chunks = 0;
         for (int i = 0; i < rows.count; ++i) {

@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) score_units(const _
     clear_others(pages, min(kUnitEntries, row.entries - entry), first_head, end_head, args.stride_g, out);
     const int end = end_head * of_head;
     for (int i = warp(); i < pages.count; i += kUnitWarps) {
+        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
         HeadShares head;
+        int g = first_head, tile = 0;  // of a group's next tile
         for (int first = first_head * of_head; first < end; first += kGroupTiles) {
             const TileGroup tiles = successive(r * call.operands.tiles, first, end);
             Logits z;
@@ -83,13 +85,12 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) score_units(const _
 #pragma unroll
             for (int j = 0; j < kGroupTiles; ++j) {
                 if (j >= tiles.count) break;
-                const int g = (first + j) / of_head, tile = (first + j) % of_head;
                 add_tile(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns,
                          args.spread != ops::Spread::none);
-                if (tile != of_head - 1) continue;
+                if (++tile < of_head) continue;
                 put_scores(head, pages.pairs[i], static_cast<float>(row.queries), args.spread, args.weight,
                            out + g * args.stride_g);
-                head = {};
+                head = {}, tile = 0, ++g;
             }
         }
     }

@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kUnitThreads) put_operands(const __grid_consta
         if (lane() == 0) o.unscale[to.tile * kColumns + to.query] = __fdiv_rn(1.0f, factor);
     }
     if (o.words[kCodes]) {
-        const float centre = centre_product(x, args.dim, row.centre), delta = put_codes(x, args.rotation, to, o.words[kCodes]);
+        const float centre = centre_product(x, args.dim, row.centre),
+                    delta = put_codes(x, args.rotation, to, o.words[kCodes]);
         if (lane() == 0) o.factors[to.tile * kColumns + to.query] = {delta, centre};
     }
 }
@@ -177,6 +178,8 @@ __device__ Running joined(Running x, Running y) {
     const float most = fmaxf(x.most, y.most), reference = reference_of(most);
     return {most, x.sum * exp_(x.most - reference) + y.sum * exp_(y.most - reference)};
 }
+
+__device__ float value_of(Running x) { return x.sum == 0.0f ? -INFINITY : x.most + logf(x.sum); }
 
 // Four more logits.
 __device__ void add(Running& x, float a, float b, float c, float d) {
@@ -195,10 +198,26 @@ struct LseArgs {
     Past past;
 };
 
-// A block: one chunk of a row's entries under up to kBlockTiles tiles. Partials in the order of warps.
+// Of the two queries of a lane.
+using TwoRunning = float4;
+__device__ Running first_of(const TwoRunning& x) { return {x.x, x.y}; }
+__device__ Running second_of(const TwoRunning& x) { return {x.z, x.w}; }
+__device__ TwoRunning two_of(Running a, Running b) { return {a.most, a.sum, b.most, b.sum}; }
+
+// Over the lanes of a query.
+__device__ Running joined_lanes(Running x) {
+#pragma unroll
+    for (int step = 4; step < kWarp; step *= 2) {
+        x = joined(x, {__shfl_xor_sync(kAllLanes, x.most, step), __shfl_xor_sync(kAllLanes, x.sum, step)});
+    }
+    return x;
+}
+
+// A block: one chunk of a row's entries under up to kBlockTiles tiles. Every lane has sums of its own for its two queries of each
+// tile; they are joined in the order of warps, then of lanes.
 __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_units(const __grid_constant__ LseArgs args) {
     __shared__ UnitPages pages;
-    __shared__ Running parts[kUnitWarps][kGroupTiles * kColumns];
+    __shared__ TwoRunning sums[kUnitWarps][kBlockTiles][kWarp];
     const WindowCall& call = args.call;
     const ops::WindowRow& row = args.batch.rows[blockIdx.y];
     const int chunk = static_cast<int>(blockIdx.x) % call.chunks;
@@ -207,43 +226,37 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_units(const __g
     if (chunk * kUnitEntries >= row.entries || begin >= end) return;
     const int64_t r = args.batch.first + static_cast<int64_t>(blockIdx.y);
     if (warp() == 0) find_pages(pages, call.pools, row, call.head_dim, chunk, args.past, call.window);
+    for (TwoRunning(&tile)[kWarp] : sums[warp()]) tile[lane()] = {-INFINITY, 0.0f, -INFINITY, 0.0f};
     __syncthreads();
-    for (int first = begin; first < end; first += kGroupTiles) {
-        const TileGroup tiles = successive(r * call.operands.tiles, first, end);
-        Running sums[kGroupTiles][2];
-#pragma unroll
-        for (int j = 0; j < kGroupTiles; ++j) sums[j][0] = sums[j][1] = {-INFINITY, 0.0f};
-        for (int i = warp(); i < pages.count; i += kUnitWarps) {
+    for (int i = warp(); i < pages.count; i += kUnitWarps) {
+        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
+        for (int first = begin; first < end; first += kGroupTiles) {
+            const TileGroup tiles = successive(r * call.operands.tiles, first, end);
             Logits z;
             find_logits(pages.pairs[i], call.operands, tiles, call.head_dim, call.scale, call.softcap, z);
             hide_unread(pages.pairs[i], row, tiles, of_head, call.window, z);
 #pragma unroll
             for (int j = 0; j < kGroupTiles; ++j) {
                 if (j >= tiles.count) break;
-                for (int c = 0; c < 2; ++c) add(sums[j][c], z[0][j][c], z[0][j][c + 2], z[1][j][c], z[1][j][c + 2]);
+                TwoRunning& own = sums[warp()][first - begin + j][lane()];
+                Running a = first_of(own), b = second_of(own);
+                add(a, z[0][j][0], z[0][j][2], z[1][j][0], z[1][j][2]);
+                add(b, z[0][j][1], z[0][j][3], z[1][j][1], z[1][j][3]);
+                own = two_of(a, b);
             }
         }
-#pragma unroll
-        for (int j = 0; j < kGroupTiles; ++j) {
-            for (int c = 0; c < 2; ++c) {
-                Running& x = sums[j][c];
-                for (int step = 4; step < kWarp; step *= 2) {
-                    const Running other{__shfl_xor_sync(kAllLanes, x.most, step),
-                                        __shfl_xor_sync(kAllLanes, x.sum, step)};
-                    x = joined(x, other);
-                }
-                if (slot_lane() == 0) parts[warp()][j * kColumns + 2 * query_lane() + c] = x;
-            }
+    }
+    __syncthreads();
+    for (int i = warp(); i < end - begin; i += kUnitWarps) {
+        Running a = first_of(sums[0][i][lane()]), b = second_of(sums[0][i][lane()]);
+        for (int w = 1; w < kUnitWarps; ++w) {
+            a = joined(a, first_of(sums[w][i][lane()])), b = joined(b, second_of(sums[w][i][lane()]));
         }
-        __syncthreads();
-        const int j = static_cast<int>(threadIdx.x) / kColumns, tile = first + j;
-        const int t = tile % of_head * kColumns + static_cast<int>(threadIdx.x) % kColumns;
-        if (j < tiles.count && t < row.queries) {
-            Running x = parts[0][threadIdx.x];
-            for (int w = 1; w < kUnitWarps; ++w) x = joined(x, parts[w][threadIdx.x]);
-            call.partial(r, chunk, tile / of_head)[t] = x.sum == 0.0f ? -INFINITY : x.most + logf(x.sum);
-        }
-        __syncthreads();
+        a = joined_lanes(a), b = joined_lanes(b);
+        const int g = (begin + i) / of_head, t = (begin + i) % of_head * kColumns + 2 * query_lane();
+        float* const out = call.partial(r, chunk, g) + t;
+        if (slot_lane() == 0 && t < row.queries) out[0] = value_of(a);
+        if (slot_lane() == 0 && t + 1 < row.queries) out[1] = value_of(b);
     }
 }
 
@@ -298,7 +311,8 @@ Operands lay_out_operands(const ops::WindowParams& p, int tiles, Pieces& pieces)
             needed = needed || (p.pools[i].n_slabs && operand_of(p.pools[i].format) == kind);
         }
         if (!needed) continue;
-        o.words[kind] = pieces.take<uint32_t>(all * tile_words(static_cast<OperandKind>(kind), p.head_dim, o.terms[kind]));
+        o.words[kind] =
+            pieces.take<uint32_t>(all * tile_words(static_cast<OperandKind>(kind), p.head_dim, o.terms[kind]));
         if (kind == kF16) o.unscale = pieces.take<float>(all * kColumns);
         if (kind == kCodes) o.factors = pieces.take<float2>(all * kColumns);
     }
@@ -313,9 +327,8 @@ int fill_operands(const char* op, const WindowRows& rows, const ops::WindowParam
 
     const OperandArgs args{rows, operands, rotation(p.head_dim), p.group, p.head_dim, p.q_dtype};
     const dim3 grid(blocks_for(int64_t{p.group} * most, kUnitWarps), static_cast<unsigned>(rows.count));
-    return with_registers(p.head_dim, [&]<int N>() {
-        return launch(op, put_operands<N>, grid, kUnitThreads, 0, stream, args);
-    });
+    return with_registers(p.head_dim,
+                          [&]<int N>() { return launch(op, put_operands<N>, grid, kUnitThreads, 0, stream, args); });
 }
 
 WindowCall lay_out_window(const ops::WindowParams& p, bool count_past, Pieces& pieces) {

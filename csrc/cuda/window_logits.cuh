@@ -47,7 +47,7 @@ __device__ inline int64_t column_of(const TileGroup& tiles, int j, int r) {
 
 // The words of a lane's two slots in a line of K.
 __device__ inline uint2 two_words(const unsigned char* page, int line) {
-    return reinterpret_cast<const uint2*>(page)[line * (kSlots / 2) + slot_lane()];
+    return __ldg(reinterpret_cast<const uint2*>(page) + line * (kSlots / 2) + slot_lane());
 }
 
 // Of a line of two dims, what lies beyond the head dimension as zeros: padding may hold anything.
@@ -66,15 +66,14 @@ __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t 
     mma_f16(d, a, b);
 }
 
-
 // 32 dims of 16-bit pages under one term of the queries.
 template <Format F>
 __device__ __forceinline__ void add_term(const uint32_t (&a)[kPair][2][4], const uint4* words, int64_t tile_words,
-                                const TileGroup& tiles, Logits& z) {
+                                         const TileGroup& tiles, Logits& z) {
 #pragma unroll
     for (int j = 0; j < kGroupTiles; ++j) {
         if (j >= tiles.count) break;
-        const uint4 b = words[(tiles.row + tiles.tile[j]) * tile_words];
+        const uint4 b = __ldg(words + (tiles.row + tiles.tile[j]) * tile_words);
 #pragma unroll
         for (int p = 0; p < kPair; ++p) {
             multiply<F>(z[p][j], a[p][0], b.x, b.y);
@@ -100,7 +99,7 @@ __device__ __forceinline__ void load_steps(const PagePair& pages, int pair, int 
 // Further terms have sums of their own: where the first one's are not finite, the others would make NaN of an Inf.
 template <Format F, bool Several>
 __device__ __forceinline__ void half_products(const PagePair& pages, const Operands& o, const TileGroup& tiles, int dim,
-                                     Logits& z) {
+                                              Logits& z) {
     constexpr OperandKind kKind = operand_of(F);
     const int pairs = step_pairs(dim), terms = Several ? o.terms[kKind] : 1;
     const int64_t term_words = static_cast<int64_t>(pairs) * kWarp, tile_words = term_words * terms;
@@ -122,13 +121,13 @@ __device__ __forceinline__ void half_products(const PagePair& pages, const Opera
         each_logit(tiles, [&](int p, int j, int r) { z[p][j][r] += isfinite(z[p][j][r]) ? rest[p][j][r] : 0.0f; });
     }
     if constexpr (F == Format::f16) {
-        each_logit(tiles, [&](int p, int j, int r) { z[p][j][r] *= o.unscale[column_of(tiles, j, r)]; });
+        each_logit(tiles, [&](int p, int j, int r) { z[p][j][r] *= __ldg(o.unscale + column_of(tiles, j, r)); });
     }
 }
 
 // One dim at a time, as on the CPU.
-__device__ __forceinline__ void float_products(const PagePair& pages, const Operands& o, const TileGroup& tiles, int dim,
-                                      Logits& z) {
+__device__ __forceinline__ void float_products(const PagePair& pages, const Operands& o, const TileGroup& tiles,
+                                               int dim, Logits& z) {
     const auto* const words = reinterpret_cast<const float2*>(o.words[kF32]) + query_lane();
     const int64_t tile_words = static_cast<int64_t>(dim) * (kColumns / 2);
 #pragma unroll 4
@@ -142,7 +141,7 @@ __device__ __forceinline__ void float_products(const PagePair& pages, const Oper
 #pragma unroll
         for (int j = 0; j < kGroupTiles; ++j) {
             if (j >= tiles.count) break;
-            const float2 q = words[(tiles.row + tiles.tile[j]) * tile_words + d * (kColumns / 2)];
+            const float2 q = __ldg(words + (tiles.row + tiles.tile[j]) * tile_words + d * (kColumns / 2));
 #pragma unroll
             for (int p = 0; p < kPair; ++p) {
 #pragma unroll
@@ -173,9 +172,9 @@ __device__ inline uint2 two_units(const unsigned char* page, int unit) {
 
 // The whole-number products of one group of dims, as on the CPU: exact.
 template <Format F>
-__device__ __forceinline__ void group_products(const PagePair& pages, const Operands& o, const TileGroup& tiles, int dim,
-                                      int first, int end, int (&high)[kPair][kGroupTiles][4],
-                                      int (&low)[kPair][kGroupTiles][4]) {
+__device__ __forceinline__ void group_products(const PagePair& pages, const Operands& o, const TileGroup& tiles,
+                                               int dim, int first, int end, int (&high)[kPair][kGroupTiles][4],
+                                               int (&low)[kPair][kGroupTiles][4]) {
     const int64_t tile_words = static_cast<int64_t>(step_pairs(dim)) * kWarp;
     const auto* const words = reinterpret_cast<const uint4*>(o.words[kCodes]) + lane();
     for (int unit = first; unit < end;) {
@@ -189,7 +188,7 @@ __device__ __forceinline__ void group_products(const PagePair& pages, const Oper
 #pragma unroll
         for (int j = 0; j < kGroupTiles; ++j) {
             if (j >= tiles.count) break;
-            uint4 b = words[(tiles.row + tiles.tile[j]) * tile_words + unit / 2 * kWarp];
+            uint4 b = __ldg(words + (tiles.row + tiles.tile[j]) * tile_words + unit / 2 * kWarp);
             if (unit % 2) b.x = b.z, b.y = b.w;
 #pragma unroll
             for (int p = 0; p < kPair; ++p) {
@@ -204,7 +203,7 @@ __device__ __forceinline__ void group_products(const PagePair& pages, const Oper
 
 template <Format F>
 __device__ __forceinline__ void code_products(const PagePair& pages, const Operands& o, const TileGroup& tiles, int dim,
-                                     Logits& z) {
+                                              Logits& z) {
     for (int first = 0, g = 0; first < dim; first += pages.group, ++g) {
         int high[kPair][kGroupTiles][4] = {}, low[kPair][kGroupTiles][4] = {};
         group_products<F>(pages, o, tiles, dim, first / 16, (first + pages.group) / 16, high, low);
@@ -212,7 +211,7 @@ __device__ __forceinline__ void code_products(const PagePair& pages, const Opera
 #pragma unroll
         for (int p = 0; p < kPair; ++p) {
             const auto* const scales = reinterpret_cast<const uint32_t*>(key_scales(pages.page[p], F, dim));
-            const uint32_t two = scales[g * (kSlots / 2) + slot_lane()];
+            const uint32_t two = __ldg(scales + g * (kSlots / 2) + slot_lane());
             scale[p][0] = __uint_as_float(two << 16), scale[p][1] = __uint_as_float(two & 0xFFFF0000u);
         }
         each_logit(tiles, [&](int p, int j, int r) {
@@ -222,7 +221,7 @@ __device__ __forceinline__ void code_products(const PagePair& pages, const Opera
         });
     }
     each_logit(tiles, [&](int p, int j, int r) {
-        const float2 f = o.factors[column_of(tiles, j, r)];
+        const float2 f = __ldg(o.factors + column_of(tiles, j, r));
         z[p][j][r] = z[p][j][r] * f.x + f.y;
     });
 }
@@ -265,7 +264,9 @@ __device__ __forceinline__ void hide_unread(const PagePair& pages, const ops::Wi
         if (pages.slots[p] == kAllSlots && pages.positions[p] == nullptr) continue;
         const int mine = pages.slots[p] >> 2 * slot_lane() & 3;
         int2 at = {0, 0};
-        if (pages.positions[p] != nullptr) at = reinterpret_cast<const int2*>(pages.positions[p])[slot_lane()];
+        if (pages.positions[p] != nullptr) {
+            at = __ldg(reinterpret_cast<const int2*>(pages.positions[p]) + slot_lane());
+        }
 #pragma unroll
         for (int j = 0; j < kGroupTiles; ++j) {
             if (j >= tiles.count) break;

@@ -1,9 +1,12 @@
 // The pages of a unit of window queries: those of its entries with slots that some query may read, in pairs of one format.
 #pragma once
 
+#include "cuda/device/copy.cuh"
 #include "cuda/window.cuh"
 
 namespace kvstrata::cuda {
+
+inline constexpr int kLine = 128;  // bytes that are fetched together
 
 // Two pages, in shared memory. Where a format has an odd number of them, its last page stands for both, without slots.
 struct PagePair {
@@ -50,7 +53,7 @@ __device__ inline EntrySlots look_at(const int32_t* positions, uint32_t visible,
     uint32_t slots = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; i += 4) {
-        const int4 four = *reinterpret_cast<const int4*>(positions + i);
+        const int4 four = __ldg(reinterpret_cast<const int4*>(positions + i));
         const int at[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -106,6 +109,17 @@ __device__ inline void find_pages(UnitPages& pages, const Pools& pools, const op
     }
     pages.count = count;
     __syncwarp();
+}
+
+// Brings the keys of a pair to L2, so that its warp does not wait for memory when it comes to it. All lanes of a warp.
+__device__ inline void fetch_ahead(const UnitPages& pages, int pair, int head_dim) {
+    if (pair >= pages.count) return;
+    const PagePair& next = pages.pairs[pair];
+    const int64_t keys = half_bytes(next.format, head_dim), scales = scale_bytes(next.format, head_dim);
+    for (const unsigned char* page : next.page) {
+        for (int64_t at = lane() * kLine; at < keys; at += kWarp * kLine) prefetch_to_l2(page + at);
+        if (lane() * kLine < scales) prefetch_to_l2(page + 2 * keys + lane() * kLine);
+    }
 }
 
 // Zeros for the entries of a chunk that have no pair, `count` of them, of some heads: out [G, count, 16] from the chunk's first

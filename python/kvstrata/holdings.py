@@ -36,7 +36,7 @@ def report(cache: Cache) -> Report:
         "positions": slabs.held - used - free,
         "tables": store.metadata_bytes,
         "workspace": store.workspace_bytes,
-    } | ({"loans": slabs.loans.nbytes} if slabs.loans.nbytes else {})
+    }
     assert cache.policy.window is not None
     return Report(
         policy=cache.policy.name,
@@ -56,6 +56,7 @@ def report(cache: Cache) -> Report:
         lost_slots=sum(entries for _, entries, _ in tallies) * SLOTS - slots,
         counts=cache._plans.counts | cache._counts,
         far_bytes=slabs.far_bytes,
+        loan_bytes=slabs.loans.nbytes,
         far_tokens=sum(n for _, _, n in tallies),
         recall=_recall(cache),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 
@@ -15,24 +14,17 @@ from kvstrata.memory import taken
 TABLES = 0
 """Page lists of rows, which only grow; of other kinds of loans a new one takes the place of the one before."""
 
-ROOM = 1 << 20
-ROOM_PER_PAGE = 16
-"""Bytes that a limit keeps free for what a store on a device asks for."""
-
 _POSITION_BYTES = SLOTS * 4
 
 
 class Loans:
-    """What a store asks for by itself, and the positions of slots that its books keep on the CPU. On the CPU neither.
+    """What a store on a device asks for by itself: lists of pages, workspace of kernels; and the positions of slots that its
+    books keep on the CPU. Limits do not count it. On the CPU there is none of it."""
 
-    admit: called with the bytes of a loan before it is made, raises where a limit forbids it.
-    """
-
-    def __init__(self, store: Store, device: torch.device, admit: Callable[[int], None]) -> None:
+    def __init__(self, store: Store, device: torch.device) -> None:
         self._store = store
         self._device = device
         self._on_device = pools.device_code("Loans: device", device) > 0
-        self._admit = admit
         self._tables: list[torch.Tensor] = []
         self._others: dict[int, torch.Tensor] = {}
         self._positions: dict[tuple[int, int], torch.Tensor] = {}  # by slab: i32 [pages, 16]
@@ -50,12 +42,6 @@ class Loans:
         """As the allocator says."""
         held = (*self._tables, *self._others.values(), *self._positions.values())
         return sum(t.untyped_storage().nbytes() for t in held)
-
-    def room(self, pages: int) -> int:
-        """Bytes that loans of a cache of so many pages have, or may yet need."""
-        if not self._on_device:
-            return 0
-        return max(self.nbytes, ROOM + (ROOM_PER_PAGE + _POSITION_BYTES) * pages)
 
     def join_stream(self) -> None:
         """The store's ops join the caller's stream from now on."""
@@ -78,8 +64,6 @@ class Loans:
         self._positions.pop((pool, slab), None)
 
     def _lend(self, kind: int, nbytes: int) -> int:
-        before = self._others.get(kind)
-        self._admit(nbytes - (0 if before is None else before.untyped_storage().nbytes()))
         memory = taken(nbytes, self._device)
         if kind == TABLES:
             self._tables.append(memory)

@@ -171,12 +171,6 @@ def on_host(op: str, name: str, t: Tensor) -> Tensor:
     return t.cpu()
 
 
-def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
-    """The view of such a tensor."""
-    data, shape, strides, dtype, _, _ = view(op, name, t)
-    return data, shape, strides, dtype, 0, 0
-
-
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:
     return None if t is None else view(op, name, t)
 

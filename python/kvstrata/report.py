@@ -39,7 +39,8 @@ class Report:
     seen, per sequence; stored_tokens: slots held, summed over rows, full-attention and windowed alike; stored: tokens per
     layer and head, the most over sequences; dense_bytes: what a dense cache of the logical tokens would hold; lost_slots:
     free slots in part-filled pages; far_bytes: of the Far tier's files, on top of nbytes; far_tokens: slots there, of those
-    that are stored; recall: None without a selector.
+    that are stored; recall: None without a selector; loan_bytes: on a device, page lists and workspace of kernels, on top of
+    nbytes and of the limit.
     """
 
     policy: str
@@ -61,6 +62,7 @@ class Report:
     far_bytes: int = 0
     far_tokens: int = 0
     recall: Recall | None = None
+    loan_bytes: int = 0
 
     @property
     def headroom(self) -> int | None:
@@ -84,6 +86,8 @@ class Report:
         } | {f"  {kind}": f"{n:,}" for kind, n in self.bytes_by_kind.items()}
         if self.far_bytes:
             rows["bytes, Far tier"] = f"{self.far_bytes:,} ({self.far_tokens:,} slots)"
+        if self.loan_bytes:
+            rows["bytes, device's lists and workspace"] = f"{self.loan_bytes:,}"
         if self.recall is not None:
             seen = self.recall
             rows["captured mass, estimated"] = f"{seen.captured:.3f}, least {seen.least_captured:.3f}"

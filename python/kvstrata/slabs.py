@@ -59,7 +59,7 @@ class Slabs:
         weakref.finalize(self, close, self._files)
         self.limit = limit
         self.books = Books()
-        self.loans = Loans(store, device, self._admit_loan)
+        self.loans = Loans(store, device)
         self._queries = 0  # of one sequence in a step that read Far pages, at the most
         self._bound_by: tuple[int, Policy, Shape, int] | None = None
         self.held = 0
@@ -171,7 +171,7 @@ class Slabs:
         tables, workspace = self._store.metadata_bytes, self._store.workspace_bytes
         beside = _QUERY_BYTES * max(self._queries, queries)
         most = self.books.most(self._pages(), len(self._tensors), tables, max(0, workspace - beside))
-        return bound - self.held - self.loans.room(self._pages()) - most - beside - _SLAB_BYTES
+        return bound - self.held - most - beside - _SLAB_BYTES
 
     def _pages(self) -> int:
         return sum(self._store.pool(p)["total"] for p in range(self._store.n_pools))
@@ -190,7 +190,7 @@ class Slabs:
 
     def allocator_bytes(self) -> int:
         """What the allocator says: bytes of the storages behind all slabs."""
-        return self.loans.nbytes + sum(t.untyped_storage().nbytes() for t in self._tensors.values())
+        return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
 
     def _empty_sparsest(self, pool: int, keep: int) -> bool:
         slabs = self._store.slabs(pool)
@@ -229,10 +229,6 @@ class Slabs:
         self.held += tensor.untyped_storage().nbytes()
         self.note_peak()
         log.debug("lent slab %d of pool %d: %d pages, %d bytes held", index, pool, pages, self.held)
-
-    def _admit_loan(self, more: int) -> None:
-        if (bound := self.bound()) is not None and self.nbytes() + more > bound:
-            raise self._exceeded(bound, more)
 
     def _fit(self, pool: int, wanted: int, short: int, needed: list[int]) -> int:
         """Pages of a pool's next slab: as wanted, or fewer where the limit is near; raises where even ``short`` is too many
@@ -340,7 +336,7 @@ class Slabs:
 
     def nbytes(self) -> int:
         """Slabs as lent, page tables and refcounts, kernel workspace."""
-        return self.held + self.loans.nbytes + self._store.metadata_bytes + self._store.workspace_bytes
+        return self.held + self._store.metadata_bytes + self._store.workspace_bytes
 
     def settle(self) -> None:
         """After books and workspace may have grown: where they did so past the limit, free pages go."""

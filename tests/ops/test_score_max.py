@@ -7,7 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import devices
 import torch
+from cases import SLOTS
 from tolerances import SHARE, SHARE_QUANTIZED, assert_close
 from torch import Tensor
 from windows import FULL, Window, make_window
@@ -285,3 +287,24 @@ def test_workspace_does_not_grow_with_the_work() -> None:
     size = _C.score_max_workspace_bytes(128, 4)
     assert _C.score_max_workspace_bytes(128, 1) * 4 == size < 1 << 19
     assert _C.score_max_workspace_bytes(127, 4) <= size <= _C.score_max_workspace_bytes(129, 4)
+
+
+@pytest.mark.parametrize("dim", [32, 80, 128, 144, 512])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int2"])
+def test_logits_over_quantized_pages_have_the_same_bits_everywhere(
+    isa: str, monkeypatch: pytest.MonkeyPatch, fmt: str, dim: int
+) -> None:
+    """Those of the scalar level as log-sum-exps: a share is one where the bits are the same, a last bit of 2 or more shows."""
+    case = make_window([9, 4], formats=(fmt,), dim=dim, group=1, width=13, spread=8.0, seed=dim)
+    z = torch.empty(2, 1, 13, 9, SLOTS)
+    monkeypatch.undo()
+    _C.set_isa("scalar")
+    out = torch.empty(case.q.shape)
+    ops.attend(case.q, case.pages, case.pools, visible=case.visible, centre=case.centre, out=out, want_logits=z)
+    _C.set_isa("" if isa in devices.NAMES else isa)
+    if isa in devices.NAMES:
+        devices.use(isa, monkeypatch)
+    for entry, slot in [(0, 0), (1, 5), (2, 10), (3, 15), (3, 1), (2, 6), (0, 11)]:
+        got = shares(case, offsets(*[1] * 13), z[..., entry, slot].contiguous())
+        assert torch.all(got[..., entry, slot] == 1)
+    assert (z[:, :, :, :4].abs() > 2).float().mean() > 0.5

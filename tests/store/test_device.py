@@ -62,7 +62,7 @@ class Pair:
         with self.device.entered():
             found = self._fed(self.there, [s[1] for s in self.seqs], counts, moved)
         for a, b in zip(expected, found, strict=True):
-            torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=5e-5)
 
     def _fed(self, cache: Cache, seqs: list, counts: list[int], tensors: list[list[Tensor]]) -> list[Tensor]:
         with cache.step(seqs, counts) as step:
@@ -93,16 +93,16 @@ class Pair:
     [
         ("full", None),
         ("streaming", "64tok"),
-        ("keydiff", "96tok"),
-        ("keynorm", "96tok"),
-        ("snapkv", "96tok"),
+        ("keydiff", "256tok"),
+        ("keynorm", "256tok"),
+        ("snapkv", "256tok"),
         ("kivi", None),
-        ("arkv", "25%"),
+        ("arkv", "256tok"),
     ],
 )
 def test_says_what_the_cpu_says(device: Device, policy: str, budget: str | None) -> None:
     pair = Pair(device, policy, budget)
-    pair.feed([130])
+    pair.feed([330])
     pair.same_books()
     for _ in range(20):
         pair.feed([1])
@@ -154,7 +154,9 @@ def test_bytes_are_those_of_the_allocator(device: Device) -> None:
     for _ in range(8):
         pair.feed([200])
         assert pair.there.nbytes() <= 2 << 20
-        assert pair.there.report().allocator_bytes <= pair.there.nbytes()
+        report = pair.there.report()
+        assert report.allocator_bytes <= report.nbytes <= report.limit_bytes and report.loan_bytes > 0
+    assert pair.here.report().loan_bytes == 0
 
 
 @pytest.mark.parametrize("policy", ["icecache", "strata", "h2o", "epicache"])

@@ -35,4 +35,13 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
+// Asks for the line of 128 bytes around an address to be brought to L2; a hint.
+__device__ inline void prefetch_to_l2(const void* global) {
+#if defined(KVSTRATA_EMULATE)
+    static_cast<void>(global);
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 }  // namespace kvstrata::cuda

@@ -8,7 +8,8 @@ namespace kvstrata::cuda {
 // Relative error about 1e-7 (required: 2^-20); 1 at 0 exactly; 0 below -87; inf above 88.3; NaN stays NaN.
 __device__ inline float exp_(float x) {
     const float low = x < -88.0f ? -88.0f : x, bound = low > 89.0f ? 89.0f : low;  // a NaN passes through
-    const float n = rintf(bound * 1.44269504088896341f);
+    // Added to 1.5 * 2^23, a number is rounded to the nearest whole one, which its low bits then hold.
+    const float shifted = bound * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
     float r = fmaf(n, -0.693359375f, bound);  // ln 2 in two parts, the first exact in n's few bits
     r = fmaf(n, 2.12194440e-4f, r);
     float y = 1.9875691500e-4f;
@@ -18,8 +19,8 @@ __device__ inline float exp_(float x) {
     y = fmaf(y, r, 1.6666665459e-1f);
     y = fmaf(y, r, 5.0000001201e-1f);
     y = fmaf(r * r, y, r) + 1.0f;
-    const int power = isnan(n) ? 0 : static_cast<int>(n);  // -127..128
-    return x < -87.0f ? 0.0f : y * __uint_as_float(static_cast<uint32_t>(power + 127) << 23);
+    const float power = __uint_as_float((__float_as_uint(shifted) + 127u) << 23);  // 2^n, n from -127 to 128
+    return x < -87.0f ? 0.0f : y * power;
 }
 
 // Absolute error about 1e-7 (required: 2^-20); a polynomial near 0, where 1 - exp would cancel.
