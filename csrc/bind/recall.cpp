@@ -38,7 +38,7 @@ void run_cluster(const char* name, ClusterOp run, ClusterBytes bytes, py::handle
     check(T.size <= ops::kMaxClusterTokens, op, ": keys has T ", T.size, ", expected at most ", ops::kMaxClusterTokens);
     std::vector<ops::ClusterRow> rows(static_cast<size_t>(R.size));
     for (int64_t r = 0; r < R.size; ++r) {
-        rows[r] = {keys.row<float>(r), live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0,
+        rows[r] = {keys.row<float>(r),       live.row<uint8_t>(r), page_of.row<int32_t>(r), int_of(T.size), 0,
                    pages.data<int32_t>() + r};
     }
     ops::ClusterParams p{rows.data(), int_of(R.size), int_of(D.size), iters, nullptr, threads};
@@ -184,10 +184,9 @@ void score_pages(py::handle q, py::handle blocks, py::handle starts, py::handle 
     ops::score_pages(p, a.op.where);
 }
 
-void select(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle k_,
-            py::handle lse_base_, py::handle entries_, py::handle found_, py::handle lse_rest_, py::handle zone_,
-            py::handle workspace_, float scale, float weight, float softcap, int kind, int aggregate, float mass,
-            int least, int threads) {
+void select(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle k_, py::handle lse_base_,
+            py::handle entries_, py::handle found_, py::handle lse_rest_, py::handle zone_, py::handle workspace_,
+            float scale, float weight, float softcap, int kind, int aggregate, float mass, int least, int threads) {
     SelectArguments a("select", kind, q, blocks, starts, visible);
     const Call numbers(a.op.op);
     const Argument k(numbers, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
@@ -225,9 +224,9 @@ void select(py::handle q, py::handle blocks, py::handle starts, py::handle visib
     }
 }
 
-void estimate(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle zone_,
-              py::handle out_, py::handle lse_, py::handle unranked_, py::handle workspace_, float scale, float weight,
-              float softcap, int threads) {
+void estimate(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle zone_, py::handle out_,
+              py::handle lse_, py::handle unranked_, py::handle workspace_, float scale, float weight, float softcap,
+              int threads) {
     const SelectArguments a("estimate", static_cast<int>(SummaryKind::mean_value), q, blocks, starts, visible);
     const Argument zone(a.op, "zone", zone_), out(a.op, "out", out_), lse(a.op, "lse", lse_),
         unranked(a.op, "unranked", unranked_), space(a.op, "workspace", workspace_);
@@ -274,20 +273,20 @@ void bind_recall(py::module_& m) {
         py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("entries"), py::arg("threads"),
         py::arg("device"));
     m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"),
-          py::arg("x"), py::arg("found"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
-          py::arg("threads"));
+          py::arg("x"), py::arg("found"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"),
+          py::arg("softcap"), py::arg("kind"), py::arg("threads"));
     m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"), py::arg("k"),
-          py::arg("lse_base"), py::arg("entries"), py::arg("found"), py::arg("lse_rest"), py::arg("zone"), py::arg("workspace"),
-          py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"), py::arg("aggregate"),
-          py::arg("mass"), py::arg("least"), py::arg("threads"));
+          py::arg("lse_base"), py::arg("entries"), py::arg("found"), py::arg("lse_rest"), py::arg("zone"),
+          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
+          py::arg("aggregate"), py::arg("mass"), py::arg("least"), py::arg("threads"));
     m.def("estimate_workspace_bytes",
           &scan_workspace_bytes<ops::EstimateParams, ops::EstimateRow, &ops::EstimateRow::zone_count,
                                 ops::estimate_workspace_bytes>,
           py::arg("rows"), py::arg("group"), py::arg("head_dim"), py::arg("zone"), py::arg("threads"),
           py::arg("device"));
     m.def("estimate", &estimate, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"),
-          py::arg("zone"), py::arg("out"), py::arg("lse"), py::arg("unranked"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
-          py::arg("threads"));
+          py::arg("zone"), py::arg("out"), py::arg("lse"), py::arg("unranked"), py::arg("workspace"), py::arg("scale"),
+          py::arg("spread_weight"), py::arg("softcap"), py::arg("threads"));
 }
 
 }  // namespace kvstrata::bind

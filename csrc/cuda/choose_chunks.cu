@@ -31,9 +31,9 @@ struct Rise {
 
 struct ChunkArgs {
     ops::ChooseChunksParams p;
-    Rise* rises;                  // [F, J - 1]
+    Rise* rises;                   // [F, J - 1]
     uint8_t *low, *high, *middle;  // [n] steps at the ends of the bisection, high: of lambda, and between
-    Keyed *first, *second;        // [n (J - 1)]
+    Keyed *first, *second;         // [n (J - 1)]
 };
 
 struct ChunkRoom {
@@ -44,7 +44,8 @@ struct ChunkRoom {
 
 class Chunks {
   public:
-    __device__ Chunks(const ChunkArgs& args, ChunkRoom& room) : a_(args), p_(args.p), up_(args.p.steps - 1), room_(room) {}
+    __device__ Chunks(const ChunkArgs& args, ChunkRoom& room)
+        : a_(args), p_(args.p), up_(args.p.steps - 1), room_(room) {}
 
     __device__ void run() {
         list_rises();

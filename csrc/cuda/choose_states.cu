@@ -102,8 +102,8 @@ class Choice {
         if (room <= 0) {
             least.key = ~uint64_t{0};
         } else if (room < all) {
-            least = nth_largest(n_, static_cast<int>(room), room_.rank,
-                                [&](int i) { return kind_[i] == k ? key(i) : 0; });
+            least =
+                nth_largest(n_, static_cast<int>(room), room_.rank, [&](int i) { return kind_[i] == k ? key(i) : 0; });
         }
         const bool whole = least.ties == kAllTies;
         each([&](int i) {

@@ -60,7 +60,8 @@ struct Launches {
     // A grid of (as many blocks as hold n, rows), or of rows alone.
     template <class... P, class... A>
     void over(int64_t n, int each, void (*kernel)(const ClusterWork*, P...), int threads, A... args) {
-        if (code == 0) code = launch(op, kernel, dim3(blocks_for(n, each), rows), dim3(threads), 0, stream, works, args...);
+        if (code == 0)
+            code = launch(op, kernel, dim3(blocks_for(n, each), rows), dim3(threads), 0, stream, works, args...);
     }
     template <class... P, class... A>
     void over_rows(void (*kernel)(const ClusterWork*, P...), int threads, A... args) {

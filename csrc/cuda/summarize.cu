@@ -105,20 +105,12 @@ class Page {
         }
     }
 
-    // The key of a slot as the model has it, dims as rotate.cuh has them.
-    __device__ void model_key(int slot, const Rotation& rotation, float (&x)[kRegisters]) const {
-#pragma unroll
-        for (int s = 0; s < kRegisters; ++s) {
-            const int d = s * kWarp + lane();
-            x[s] = d < dim_ ? key<F>(page_, dim_, slot, d) : 0.0f;
-        }
+    // x [D]: the key of a slot as the model has it. Lane l writes dims l, 32 + l, ...
+    __device__ void model_key(int slot, const Rotation& rotation, float* x) const {
+        for (int d = lane(); d < dim_; d += kWarp) x[d] = key<F>(page_, dim_, slot, d);
         if constexpr (is_full(F)) return;
-        rotate(x, rotation, true);
-#pragma unroll
-        for (int s = 0; s < kRegisters; ++s) {
-            const int d = s * kWarp + lane();
-            if (centre_ && d < dim_) x[s] += centre_[d];
-        }
+        turn(x, rotation, true);
+        for (int d = lane(); centre_ && d < dim_; d += kWarp) x[d] += centre_[d];
     }
 
   private:
@@ -266,16 +258,18 @@ class Summary {
 
     template <Format F>
     __device__ void write_bounds(const Page<F>& page) const {
-        float x[kRegisters], lo[kRegisters], hi[kRegisters];
+        float lo[kRegisters], hi[kRegisters];
         bool finite = true;
 #pragma unroll
         for (int s = 0; s < kRegisters; ++s) lo[s] = INFINITY, hi[s] = -INFINITY;
         for (uint32_t m = item_.visible; m; m &= m - 1) {
-            page.model_key(__ffs(static_cast<int>(m)) - 1, a_.rotation, x);
+            page.model_key(__ffs(static_cast<int>(m)) - 1, a_.rotation, mean_);
 #pragma unroll
             for (int s = 0; s < kRegisters; ++s) {
-                lo[s] = fminf(x[s], lo[s]), hi[s] = fmaxf(x[s], hi[s]);
-                finite &= isfinite(x[s]);
+                const int d = s * kWarp + lane();
+                const float x = d < dim_ ? mean_[d] : 0.0f;
+                lo[s] = fminf(x, lo[s]), hi[s] = fmaxf(x, hi[s]);
+                finite &= isfinite(x);
             }
         }
         finite = __all_sync(kAllLanes, finite);

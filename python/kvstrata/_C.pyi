@@ -167,13 +167,7 @@ def score_keys(
 def summary_bytes(head_dim: int, kind: int) -> int: ...
 def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster(
-    keys: Tensor,
-    live: Tensor | None,
-    page_of: Tensor,
-    pages: Tensor,
-    workspace: Tensor,
-    iters: int,
-    threads: int,
+    keys: Tensor, live: Tensor | None, page_of: Tensor, pages: Tensor, workspace: Tensor, iters: int, threads: int
 ) -> None: ...
 def cluster_greedy_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
 def cluster_greedy(

@@ -323,7 +323,7 @@ class Cache:
         layers, policy = len(self.shape.layers), self.policy
         needed = self._store.needed(0, layers, 0, self._store.longest)
         near = self._slabs.growth(policy, self.shape, len(self._live), needed)
-        self._charges.begin(near, self._slabs.piece(), list(counts.values()), self._plans.timetable.coming(counts, cut))
+        self._charges.begin(near, self._slabs.piece(), list(counts.values()), self._plans.coming(counts, cut))
 
     def _after_commit(self, before: dict[int, int], longest: int, cut: list[int]) -> None:
         """before: lengths of the step's sequences before it; longest: the most tokens it fed one; cut: those cut inside it."""

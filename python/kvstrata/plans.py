@@ -134,13 +134,28 @@ class Plans:
 
         counts: the step's tokens by sequence; cut: those of them that are cut inside the step.
         """
-        if self._cache.policy.allocator is None:
-            return
-        if crowded := self._crowded():
+        crowded, due = self._first(counts, cut)
+        if crowded:
             self.run(crowded)
-        due = [i for i, n in counts.items() if i not in crowded and self.timetable.too_many(i, n, i in cut)]
         if due:
             self.run(due, always=False)
+
+    def coming(self, counts: dict[int, int], cut: list[int]) -> int:
+        """Plans of a layer that a step makes, at the most: before it, inside it and after it. As :meth:`before`."""
+        crowded, due = self._first(counts, cut)
+        before = len(self.layers) * bool(crowded)
+        if self._cache.policy.archives:
+            before += sum(any(self.timetable.is_waiting(layer, i) for i in due) for layer in self.layers)
+        else:
+            before += len(self.layers) * bool(due)
+        return before + self.timetable.coming(counts, cut)
+
+    def _first(self, counts: dict[int, int], cut: list[int]) -> tuple[list[int], list[int]]:
+        """Sequences that are planned before a step: those that hold too much, and those that it finds unplanned."""
+        if self._cache.policy.allocator is None:
+            return [], []
+        crowded = self._crowded()
+        return crowded, [i for i, n in counts.items() if i not in crowded and self.timetable.too_many(i, n, i in cut)]
 
     def after(self, before: dict[int, int]) -> None:
         """Plans what is due since a step, by the lengths of its sequences before it.

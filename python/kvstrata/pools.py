@@ -171,6 +171,25 @@ def on_host(op: str, name: str, t: Tensor) -> Tensor:
     return t.cpu()
 
 
+def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
+    """Of a tensor on the CPU that the native core reads itself, wherever the op runs."""
+    pointer, shape, strides, dtype, *_ = view(op, name, t)
+    if t.device.type != "cpu":
+        raise ValueError(f"{op}: {name} is on {t.device}, expected cpu")
+    return pointer, shape, strides, dtype, 0, 0
+
+
+def on_host(op: str, name: str, t: Tensor) -> Tensor:
+    """A tensor for `host_view`: itself, or its copy on the CPU, which is waited for."""
+    view(op, name, t)  # refuses what is no tensor
+    return t.cpu()
+
+
+def device_number(op: str, name: str, t: Tensor) -> int:
+    """Where an op with this tensor runs, as the native core knows it (`device_code`)."""
+    return view(op, name, t)[4]
+
+
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:
     return None if t is None else view(op, name, t)
 

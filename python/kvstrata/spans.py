@@ -16,7 +16,7 @@ from torch import Tensor
 from kvstrata import dense, ops
 from kvstrata.config import DTYPES
 from kvstrata.rows import Spans
-from kvstrata.step import arithmetic
+from kvstrata.step import arithmetic, check_tensor
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache, Sequence
@@ -142,12 +142,9 @@ class SpanStep:
         return out, lse
 
     def _check(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        layers, dtype = self._cache.shape.layers, self._cache.shape.dtype
+        layers = self._cache.shape.layers
         if not 0 <= layer < len(layers) or layer in self._attended:
             raise ValueError(f"attend: layer is {layer}, expected each of 0..{len(layers) - 1} once")
         spec, n = layers[layer], self._tokens + self._offsets[-1]
         for name, x, heads in (("q", q, spec.q_heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads)):
-            if x.shape != (n, heads, spec.head_dim) or x.dtype is not dtype or x.stride(-1) != 1:
-                raise ValueError(
-                    f"attend: {name} is {x.dtype} {list(x.shape)}, expected {dtype} {[n, heads, spec.head_dim]}"
-                )
+            check_tensor("attend", name, x, (n, heads, spec.head_dim), self._cache.shape)

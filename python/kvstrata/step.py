@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvstrata import dense, ops
-from kvstrata.config import DTYPES, LayerSpec
+from kvstrata.config import DTYPES, LayerSpec, Shape
 from kvstrata.limit import TURN_ABOVE
 
 if TYPE_CHECKING:
@@ -343,22 +343,10 @@ class Step:
                 continue
             good = x.shape == (*self._lead, heads, spec.head_dim) and x.dtype is self._cache.shape.dtype
             if not (good and x.stride(-1) == 1 and x.device == self._cache.shape.device):
-                self._refuse(verb, name, x, heads, spec.head_dim)
+                check_tensor(verb, name, x, (*self._lead, heads, spec.head_dim), self._cache.shape)
         if sinks is not None and sinks.shape != (spec.q_heads,):
             raise ValueError(f"attend: sinks is {list(sinks.shape)}, expected [{spec.q_heads}]")
         return spec
-
-    def _refuse(self, verb: str, name: str, x: torch.Tensor, heads: int, head_dim: int) -> None:
-        """Says what is wrong with a tensor."""
-        shape = self._cache.shape
-        if x.shape != (*self._lead, heads, head_dim):
-            raise ValueError(f"{verb}: {name} is {list(x.shape)}, expected {[*self._lead, heads, head_dim]}")
-        if x.dtype != shape.dtype:
-            raise ValueError(f"{verb}: {name} is {x.dtype}, expected {shape.dtype}")
-        if x.device != shape.device:
-            raise ValueError(f"{verb}: {name} is on {x.device}, expected {shape.device}")
-        if head_dim > 1:
-            raise ValueError(f"{verb}: {name} has stride {x.stride(-1)} in its last dimension, expected 1")
 
 
 def _nothing(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -398,3 +386,15 @@ def arithmetic(verb: str, spec: LayerSpec, scale: float | None, softcap: float |
     if not 0.0 <= cap < inf:
         raise ValueError(f"{verb}: softcap is {cap}, expected None or a finite number >= 0")
     return scale, cap
+
+
+def check_tensor(verb: str, name: str, x: torch.Tensor, size: tuple[int, ...], shape: Shape) -> None:
+    """ValueError for another size, for a dtype or device that is not the shape's, and for gaps in the last dimension."""
+    if x.shape != size:
+        raise ValueError(f"{verb}: {name} is {list(x.shape)}, expected {list(size)}")
+    if x.dtype != shape.dtype:
+        raise ValueError(f"{verb}: {name} is {x.dtype}, expected {shape.dtype}")
+    if x.device != shape.device:
+        raise ValueError(f"{verb}: {name} is on {x.device}, expected {shape.device}")
+    if x.stride(-1) != 1 and size[-1] > 1:
+        raise ValueError(f"{verb}: {name} has stride {x.stride(-1)} in its last dimension, expected 1")

@@ -170,7 +170,7 @@ def score_pages(
     """
     op = "score_pages"
     number = _kind(op, kind)
-    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads, _C.select_workspace_bytes)
+    rows, group, dim, entries, count, workspace = _scan(op, q, "visible", visible, threads, _C.select_workspace_bytes)
     x = torch.empty(rows, group, entries, device=q.device)
     starts, found = _starts(op, blocks), torch.empty(rows, 3, dtype=torch.int32, device=q.device)
     _C.score_pages(
@@ -226,7 +226,7 @@ def select(
     if aggregate not in _AGGREGATE:
         raise ValueError(f"{op}: aggregate is {aggregate!r}, expected one of {', '.join(_AGGREGATE)}")
     number = _kind(op, kind)
-    rows, group, dim, entries, count, workspace = _scan(op, q, visible, threads, _C.select_workspace_bytes)
+    rows, group, dim, entries, count, workspace = _scan(op, q, "visible", visible, threads, _C.select_workspace_bytes)
     most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else on_host(op, "k", k)
     widest = int(most.max()) if most.numel() else 0
     chosen = torch.full((rows, max(widest, 0)), -1, dtype=torch.int32, device=q.device)
@@ -279,7 +279,7 @@ def estimate(
     zeros and -inf. Source: RetroInfer (arXiv 2505.02922), which takes every key for the mean (spread_weight 0).
     """
     op = "estimate"
-    rows, group, dim, _, count, workspace = _scan(op, q, zone, threads, _C.estimate_workspace_bytes)
+    rows, group, dim, _, count, workspace = _scan(op, q, "zone", zone, threads, _C.estimate_workspace_bytes)
     out, lse = torch.empty(rows, group, dim, device=q.device), torch.empty(rows, group, device=q.device)
     starts, unranked = _starts(op, blocks), torch.empty(rows, dtype=torch.int32, device=q.device)
     _C.estimate(
@@ -308,11 +308,11 @@ def _kind(op: str, kind: str) -> int:
 
 
 def _scan(
-    op: str, q: Tensor, entries: Tensor, threads: int | None, workspace_bytes: Callable[..., int]
+    op: str, q: Tensor, name: str, entries: Tensor, threads: int | None, workspace_bytes: Callable[..., int]
 ) -> tuple[int, int, int, int, int, Tensor]:
     """R, G, D, width, threads and workspace of a scan of summaries of entries [R, width]; any for tensors of another rank,
     which the op refuses."""
-    view(op, "q", q), view(op, "entries", entries)
+    view(op, "q", q), view(op, name, entries)
     count = thread_count(op, threads)
     width = entries.shape[-1] if entries.dim() else 0
     rows, group, dim = q.shape if q.dim() == 3 else (0, 1, 32)

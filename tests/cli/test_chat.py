@@ -8,21 +8,20 @@ import json
 import os
 import random
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import Run, runner
 from talk import CHATML, MARKS, tokenizer
 from topics import TOPICS, CountedWords
 from topics import talk as said_of_topics
 
 from kvstrata import Conversation
 from kvstrata.cli import chat as command
-from kvstrata.cli import main
 from kvstrata.cli.output import Output
 from kvstrata.cli.talk import Watched
 
@@ -31,30 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--budget", "256tok", "--chunk", "128", "--embedder", "input", "--max-new-tokens", "6")
 
 
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Chat = Callable[..., Done]
-
-
 @pytest.fixture
-def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Chat:
-    """The command, in this process, over lines that are no terminal's."""
-
-    def run(*arguments: str | Path, lines: str = "") -> Done:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        try:
-            code = main(["chat", *map(str, arguments)])
-        except SystemExit as usage:  # argparse's way
-            code = int(usage.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return run
+def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command `kvstrata chat`."""
+    return partial(runner(capsys, monkeypatch), "chat")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +70,7 @@ def questions(count: int) -> str:
 
 
 def test_twenty_questions_under_a_budget_that_makes_them_switch(
-    chat: Chat, talker: Path, history: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Run, talker: Path, history: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_embedder", lambda *_: CountedWords())  # a random model's own tell little apart
     done = chat(talker, *SMALL, "--history", history, "--json", lines=questions(20))
@@ -105,7 +84,7 @@ def test_twenty_questions_under_a_budget_that_makes_them_switch(
     assert report["near"] <= report["peak"] <= report["limit"] < report["full"]
 
 
-def test_what_is_printed_can_be_read(chat: Chat, talker: Path, history: Path, tmp_path: Path) -> None:
+def test_what_is_printed_can_be_read(chat: Run, talker: Path, history: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "episodes.png"
     lines = f"{questions(2)}/report\n/episodes\n/episodes {file}\n/help\n/quit\nnever asked\n"
@@ -122,14 +101,14 @@ def test_what_is_printed_can_be_read(chat: Chat, talker: Path, history: Path, tm
     assert "\x1b" not in done.stdout + done.stderr and not set("─│━┃┌┏╭╮") & set(done.stdout)
 
 
-def test_while_all_is_kept_there_are_no_episodes(chat: Chat, talker: Path, tmp_path: Path) -> None:
+def test_while_all_is_kept_there_are_no_episodes(chat: Run, talker: Path, tmp_path: Path) -> None:
     done = chat(talker, *SMALL, lines=f"/episodes {tmp_path / 'e.png'}\nHello there.\n/report\n")
     assert done.returncode == 0, done.stderr
     assert "No episodes yet: all is seen, up to 384 tokens; there are 0." in done.stdout
     assert "saw all that was said" in done.stdout
 
 
-def test_another_budget_reads_all_again(chat: Chat, talker: Path, history: Path) -> None:
+def test_another_budget_reads_all_again(chat: Run, talker: Path, history: Path) -> None:
     lines = f"{questions(2)}/budget 384tok\n{questions(1)}/refresh\n/refresh rebuild\n{questions(1)}"
     done = chat(talker, *SMALL, "--history", history, lines=lines)
     assert done.returncode == 0, done.stderr
@@ -138,7 +117,7 @@ def test_another_budget_reads_all_again(chat: Chat, talker: Path, history: Path)
     assert len(said["answers"]) == 4 and said["report"]["budget"] == 384 and said["report"]["turns"] == 48
 
 
-def test_a_saved_talk_goes_on(chat: Chat, talker: Path, history: Path, tmp_path: Path) -> None:
+def test_a_saved_talk_goes_on(chat: Run, talker: Path, history: Path, tmp_path: Path) -> None:
     """Answers are those of one that was never saved."""
     first, second = questions(2).splitlines(keepends=True)
     whole = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=first + second).stdout)
@@ -155,7 +134,7 @@ def test_a_saved_talk_goes_on(chat: Chat, talker: Path, history: Path, tmp_path:
     assert done.returncode == 1 and str(tmp_path / "none") in done.stderr
 
 
-def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: Path) -> None:
+def test_the_talk_goes_on_after_what_fails(chat: Run, talker: Path, tmp_path: Path) -> None:
     lines = f"/nope\n/budget\n/budget 25%\n/budget 16tok\n/refresh all\n{'x' * 300}\nHello there.\n"
     done = chat(talker, *SMALL, "--style", "transcript", lines=lines)
     assert done.returncode == 1
@@ -185,7 +164,7 @@ def test_the_talk_goes_on_after_what_fails(chat: Chat, talker: Path, tmp_path: P
         (("m", "--history", "none.jsonl"), "none.jsonl"),
     ],
 )
-def test_bad_usage_exits_2(chat: Chat, arguments: tuple[str, ...], reason: str) -> None:
+def test_bad_usage_exits_2(chat: Run, arguments: tuple[str, ...], reason: str) -> None:
     done = chat(*arguments)
     assert done.returncode == 2 and reason in done.stderr
 
@@ -199,7 +178,7 @@ def test_bad_usage_exits_2(chat: Chat, arguments: tuple[str, ...], reason: str) 
         ("7", "line 2: 7, expected a Turn"),
     ],
 )
-def test_a_bad_line_of_a_history_is_named(chat: Chat, tmp_path: Path, second: str, reason: str) -> None:
+def test_a_bad_line_of_a_history_is_named(chat: Run, tmp_path: Path, second: str, reason: str) -> None:
     file = tmp_path / "talk.jsonl"
     file.write_text('{"speaker": "Ada", "text": "Hello."}\n' + second + "\n")
     done = chat("m", "--history", file)
@@ -207,7 +186,7 @@ def test_a_bad_line_of_a_history_is_named(chat: Chat, tmp_path: Path, second: st
 
 
 def test_what_is_found_only_later_exits_1(
-    chat: Chat, talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Run, talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "expected" in chat(talker, "--budget", "16tok", "--embedder", "input").stderr
     assert chat(tmp_path / "none").returncode == 1
@@ -216,14 +195,14 @@ def test_what_is_found_only_later_exits_1(
     assert done.returncode == 1 and "run it from the root of one" in done.stderr
 
 
-def test_a_model_without_a_chat_template_writes_lines(chat: Chat, model_folder: Path) -> None:
+def test_a_model_without_a_chat_template_writes_lines(chat: Run, model_folder: Path) -> None:
     done = chat(model_folder, *SMALL, lines="Hello there.\n")
     assert done.returncode == 0 and "style transcript" in done.stdout, done.stderr
     done = chat(model_folder, *SMALL, "--style", "chat")
     assert done.returncode == 1 and "style='transcript' works with it" in done.stderr
 
 
-def test_the_bundled_model_answers(chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_model_answers(chat: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "talk.jsonl"
     codes = {"amber ticket": "4711", "rusty soup": "0815", "noble violin": "3141"}
@@ -239,7 +218,7 @@ def test_the_bundled_model_answers(chat: Chat, tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_interrupt_stops_an_answer_and_keeps_its_words(
-    chat: Chat, talker: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Run, talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     piece = Output.piece
@@ -260,7 +239,7 @@ def test_an_interrupt_stops_an_answer_and_keeps_its_words(
 
 
 def test_an_interrupt_stops_reading_which_goes_on_later(
-    chat: Chat, talker: Path, history: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Run, talker: Path, history: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = 0
     forward = Watched.forward
@@ -286,7 +265,7 @@ def test_an_interrupt_stops_reading_which_goes_on_later(
 
 
 def test_an_interrupt_in_the_last_pass_of_reading_asks_nothing(
-    chat: Chat, talker: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Run, talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What closed the first answer is one pass: the second question is stopped, the third goes on."""
     feeds = 0
@@ -306,7 +285,7 @@ def test_an_interrupt_in_the_last_pass_of_reading_asks_nothing(
     assert [a["question"] for a in said["answers"]] == ["One.", "Three."] and said["report"]["turns"] == 4
 
 
-def test_a_terminal_asks_until_it_ends(chat: Chat, talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_asks_until_it_ends(chat: Run, talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command import Run, runner
 
-from kvstrata.cli import demo, main
+from kvstrata.cli import demo
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,29 +30,9 @@ SHAPE = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def kvstrata(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line, run in this process: importing torch once is enough."""
-
-    def run(*arguments: str | Path) -> Done:
-        capsys.readouterr()
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as usage:  # argparse's way
-            code = int(usage.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return run
+def kvstrata(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

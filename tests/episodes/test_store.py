@@ -10,6 +10,7 @@ from feeding import check_pages
 from plain import KV_HEADS, PlainChat, words
 
 from kvstrata import Budget, BudgetExceeded, Cache, LayerSpec, Shape
+from kvstrata.config import SLOTS
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.store import EpisodeStore
 
@@ -197,6 +198,29 @@ def test_too_few_bytes_are_told_how_many_work() -> None:
     sizes_of(Budget.bytes(least), shape)
     with pytest.raises(ValueError, match=f"expected at least {least}"):
         sizes_of(Budget.bytes(least - 1), shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 128, "prompt": 32}, {"system": 200}, {"recent": 128}])
+def test_tokens_that_do_not_work_are_told_how_many_do(options: dict[str, int]) -> None:
+    """No inner part is named; the least works, a page less does not, nor what is no whole page."""
+    shape = PlainChat().shape
+    with pytest.raises(ValueError, match=r"^budget: 16 tokens, expected a multiple of 16, at least \d+$") as error:
+        sizes_of(Budget.tokens(16), shape, **options)
+    least = int(str(error.value).split()[-1])
+    assert sizes_of(Budget.tokens(least), shape, **options).budget == least
+    for wrong in (least - SLOTS, least + 1, 600):
+        with pytest.raises(ValueError, match=f"^budget: {wrong} tokens, expected a multiple of 16, at least {least}$"):
+            sizes_of(Budget.tokens(wrong), shape, **options)
+
+
+def test_what_no_budget_mends_is_named_itself() -> None:
+    for options, text in (
+        ({"chunk": 100}, "^chunk is 100"),
+        ({"chunk": 64}, "^recent is 64"),
+        ({"share": 1.5}, "share is"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sizes_of(Budget.tokens(600), PlainChat().shape, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every op's tests run at every instruction-set level of this machine.
 
-Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated.
+Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated,
+but for those with TOO_LONG, if it says so, in their name.
 """
 
 from __future__ import annotations
@@ -76,6 +77,9 @@ def _left_out(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
     if call is None or "emulated" not in (call.params.get("isa"), call.params.get("device")):
         return False
+    too_long = getattr(item.module, "TOO_LONG", None)
+    if too_long is not None and too_long in item.name:
+        return True
     return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
 
 

@@ -12,7 +12,7 @@ from kvstrata import ops, reference
 
 SIZES = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 1000]
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED = 0.6
 COST = [[0, 0, 5, 0], [6, 3, 9, 1], [11, 10, 9, 2], [20, 10, 9, 3]]  # the second and third are shorter
 FIDELITY = [[0.0, 0.0, 0.1, 0.0], [0.905, 0.5, 1.0, 0.3333], [0.9935, 1.0, 1.0, 0.6667], [1.0, 1.0, 1.0, 1.0]]
 
@@ -49,7 +49,7 @@ def test_is_the_reference(device: str, which: str) -> None:
         w = weights(g, which, n)
         ladder = torch.randint(0, 4, (n,), generator=g).to(torch.uint8)
         low, high = (int(cost[j][ladder.long()].sum()) for j in (0, -1))
-        for part in range(12):
+        for part in range(12) if device == "cpu" else (0, 3, 7, 11):  # 64 rounds each take their time emulated
             seen |= set(same(w, ladder, cost, fidelity, low + (high - low) * part // 10).tolist())
     assert seen == {0, 1, 2, 3}
 

@@ -12,7 +12,7 @@ from kvstrata import ops, reference
 
 EVICTED, FULL, INT8, INT4, INT2 = range(5)
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED = 0.6
 SIZES = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 1000, 4099]
 Rows = dict[str, Any]
 

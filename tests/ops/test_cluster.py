@@ -13,7 +13,7 @@ from kvstrata import ops, reference
 SIZES = [1, 15, 16, 17, 256, 1040]
 DIMS = [8, 64, 96, 128]
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED, TOO_LONG = 0.35, "1040"
 
 
 def keys_of(kind: str, tokens: int, dim: int, rows: int = 2) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
+EMULATED = 0.6
 
 
 def some_zone(index: Index, share: float, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from vectors import full_pages
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED = 0.6
 SIZES = [0, 1, 15, 16, 17, 31, 33, 2304]
 GROUPS = [1, 3, 4, 8]
 

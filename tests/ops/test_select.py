@@ -13,7 +13,7 @@ from torch import Tensor
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED = 0.6
 
 
 def page_logits(index: Index, softcap: float) -> Tensor:

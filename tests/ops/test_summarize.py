@@ -14,7 +14,7 @@ from windows import FULL, Window, make_window
 from kvstrata import ops, reference
 
 NAN, INF = float("nan"), float("inf")
-EMULATED = 1.0
+EMULATED = 0.4
 ALL = (*FULL, *ops.QUANTIZED)
 SIZES = [0, 1, 15, 16, 17, 33]
 
@@ -270,6 +270,19 @@ def test_bounds_are_rounded_outwards(isa: str) -> None:
     lo, hi = reference.summary_bounds(ops.summarize(page.view(1, 1), [pool], kind="bounds"), 32)
     assert lo[0, 0, :5].tolist() == [1.0, -up, 0.0, 1.5, 0.0]
     assert hi[0, 0, :5].tolist() == [up, -1.0, 2.0**-133, 1.5, 0.0]
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu() -> list[tuple[Case, dict[str, Tensor]]]:
+    """Pages of every format and their blocks of every kind, made before a test goes to another device."""
+    made = [make_case([18, 7], formats=(fmt,), dim=dim, masks="ragged") for fmt in ALL for dim in (48, 128, 256)]
+    return [(case, {kind: of_kind(case, kind) for kind in ("mean", "bounds", "mean_value")}) for case in made]
+
+
+def test_bits_are_the_cpus(on_the_cpu: list[tuple[Case, dict[str, Tensor]]], device: str) -> None:
+    for case, blocks in on_the_cpu:
+        for kind, want in blocks.items():
+            assert torch.equal(of_kind(case, kind), want), (case.formats, case.q.shape[-1], kind)
 
 
 def masks(*shape: int) -> Tensor:

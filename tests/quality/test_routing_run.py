@@ -126,6 +126,30 @@ def test_json(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said["counts"]["dialogues"] == 2 and any(c["rule"] == "shipped" for c in said["cells"])
 
 
+def test_input_embeddings_of_the_bundled_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """They send questions where their evidence is, though its words are pieces of two letters."""
+    pytest.importorskip("transformers")
+    model = Path(__file__).parents[2] / "bench" / "quality" / "model"
+    base = [
+        "eval",
+        "episodes",
+        "--embedder",
+        "input",
+        "--model",
+        str(model),
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main([*base, "--json"]) == 0
+    cells = {(c["rule"], c["query"], c["category"]): c for c in json.loads(capsys.readouterr().out)["cells"]}
+    recall = {rule: cells[rule, query, "all"]["recall"] for rule, query in (("nearest_window", "raw"), ("random", "-"))}
+    assert recall["nearest_window"] > recall["random"] + 0.4
+    config = json.loads((tmp_path / "r" / "manifest.json").read_text())["config"]
+    assert len(config["model"]) == 64 and str(tmp_path.anchor) not in config["model"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -196,6 +220,6 @@ def test_the_command_offers_what_there_is() -> None:
     """Its help must not import torch, so the names stand there once more."""
     from kvstrata.cli import routing
     from kvstrata.quality.dialogues import FORMATS
-    from kvstrata.quality.routing_run import EMBEDDERS, GENERATED
+    from kvstrata.quality.routing_run import EMBEDDERS, GENERATED, INPUT
 
-    assert (*FORMATS, GENERATED) == routing.FORMATS and tuple(EMBEDDERS) == routing.EMBEDDERS
+    assert (*FORMATS, GENERATED) == routing.FORMATS and (*EMBEDDERS, INPUT) == routing.EMBEDDERS

@@ -181,6 +181,26 @@ def test_consumed_resources_are_limited_before_the_step() -> None:
     assert ledger.report().prefill_tokens.used == 90
 
 
+@pytest.mark.parametrize("policy", ["keydiff", "arkv", "snapkv"])
+def test_plans_before_a_step_are_reserved_beside_its_own(policy: str) -> None:
+    """A prompt that finds tokens unplanned: a ledger that lacks a plan for them, for its pieces or for the interval that it
+    ends refuses it before a layer is planned; one with just as many takes it, and puts none off."""
+    ledger = Ledger()
+    cache = Cache(SHAPE, "900KiB", policy, ledger=ledger)
+    (seq,), generator = cache.new(), torch.Generator().manual_seed(0)
+    feed(cache, [seq], [400], generator)
+    feed(cache, [seq], [5], generator)
+    used, needed = ledger.report().plans.used, len(SHAPE.layers) * (1 + -(-300 // cache.policy.chunk) + 1)
+    ledger.set_limit(ledger.root, plans=used + needed - 1)
+    with pytest.raises(BudgetExceeded, match=f"plans: limit is {used + needed - 1}, used {used}, reserved 0"):
+        feed(cache, [seq], [300], generator)
+    assert cache.report().counts["plans"] == used and cache.logical_length(seq) == 405
+    ledger.set_limit(ledger.root, plans=used + needed)
+    feed(cache, [seq], [300], generator)
+    report = ledger.report().plans
+    assert (report.used, report.reserved, cache.report().counts["plans put off"]) == (used + needed, 0, 0)
+
+
 def test_regimes_of_a_live_cache() -> None:
     """Decoding fills a limit; each cut is told once, and again as the memory returns."""
     ledger = Ledger(near="400KiB")

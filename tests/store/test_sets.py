@@ -277,10 +277,14 @@ def test_bad_tensors_are_named() -> None:
     k = torch.zeros(5, 2, 32)
     with cache.read(seq, 2, [3]) as step:
         for layer in range(2):
-            with pytest.raises(
-                ValueError, match=r"k is torch.float32 \[4, 2, 32\], expected torch.float32 \[5, 2, 32\]"
+            for wrong, text in (
+                (k[:4], r"k is \[4, 2, 32\], expected \[5, 2, 32\]"),
+                (k.double(), "k is torch.float64, expected torch.float32"),
+                (k.to("meta"), "k is on meta, expected cpu"),
+                (torch.zeros(5, 2, 64)[..., ::2], "k has stride 2 in its last dimension, expected 1"),
             ):
-                step.attend(layer, q, k[:4], k)
+                with pytest.raises(ValueError, match=f"attend: {text}"):
+                    step.attend(layer, q, wrong, k)
             step.attend(layer, q, k, k)
         with pytest.raises(ValueError, match="layer is 1, expected each of 0..1 once"):
             step.attend(1, q, k, k)

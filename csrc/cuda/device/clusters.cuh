@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kListThreads)
     const ClusterWork& work = batch.rows[blockIdx.x];
     const ops::ClusterRow& row = work.row;
     const int n = place_in_order(
-        row.tokens, counts, [&](int i) { return !row.live || row.live[i]; }, [&](int at, int i) { work.tokens[at] = i; });
+        row.tokens, counts, [&](int i) { return !row.live || row.live[i]; },
+        [&](int at, int i) { work.tokens[at] = i; });
     for (int i = static_cast<int>(threadIdx.x); i < row.tokens; i += kListThreads) row.page_of[i] = -1;
     for (int j = static_cast<int>(threadIdx.x); j < pages_of(n); j += kListThreads) work.room[j] = kSlots;
     if (threadIdx.x != 0) return;

@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kGreedyThreads) fill_pages(const ClusterWork* 
     };
     for (int page = 0, left = n; left > 0; ++page, left -= min(left, kSlots)) {
         const uint64_t first = nth_largest(n, 1, room, [&](int i) { return key(norms[i], i); }).key;
-        place_in_order(n, room.warps, [&](int i) { return key(norms[i], i) >= first; },
-                       [&](int, int i) { room.digit = i; });
+        place_in_order(
+            n, room.warps, [&](int i) { return key(norms[i], i) >= first; }, [&](int, int i) { room.digit = i; });
         const int seed = room.digit;
         for (int i = warp(); i < n; i += warps()) {
             if (norms[i] < 0.0f) continue;

@@ -6,10 +6,10 @@
 namespace kvstrata::cuda {
 namespace {
 
-constexpr int kTile = 64;                   // keys, and centroids, of a block at a time
-constexpr int kTileDims = 16;               // of them at a time
-constexpr int kTileStride = kTile + 4;      // floats: rows of shared memory, 16-byte aligned
-constexpr int kEach = 4;                    // keys, and centroids, of a thread
+constexpr int kTile = 64;               // keys, and centroids, of a block at a time
+constexpr int kTileDims = 16;           // of them at a time
+constexpr int kTileStride = kTile + 4;  // floats: rows of shared memory, 16-byte aligned
+constexpr int kEach = 4;                // keys, and centroids, of a thread
 constexpr int kTileThreads = kTile / kEach * (kTile / kEach);
 
 // kTileDims dims, from `d` on, of kTile rows from `first` on of [count, dim], 0 beyond; a thread has four dims of one row.

@@ -27,7 +27,7 @@ constexpr int code_words(int head_dim) { return (head_dim + 31) / 32 * 8 + 4; }
 constexpr int code_heads(int group) { return (group + 7) / 8 * 8; }
 
 // Bytes of dynamic shared memory that a PageScan takes, a multiple of 16.
-inline size_t scan_bytes(const ScanSettings& s) {
+__host__ __device__ inline size_t scan_bytes(const ScanSettings& s) {
     const int codes = s.kind == SummaryKind::bounds ? 0 : code_heads(s.group) * code_words(s.head_dim);
     return 4 * static_cast<size_t>(3 * ops::kMaxGroup + s.group * s.head_dim + codes);
 }

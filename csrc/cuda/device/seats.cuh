@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kSeatThreads) rank_pages(const ClusterWork* wo
             mine[kRanks] = {};
         }
         if (lane() == 0 && c < kRanks) work.wanted[static_cast<int64_t>(c) * stride + i] = now.at;
-        if (lane() == 0 && c < kRanks) work.priority[static_cast<int64_t>(c) * stride + i] = 0.0f;  // if there is no next
+        if (lane() == 0 && c < kRanks)
+            work.priority[static_cast<int64_t>(c) * stride + i] = 0.0f;  // if there is no next
         if (lane() == 0 && c > 0) work.priority[static_cast<int64_t>(c - 1) * stride + i] = number(last.x - now.x);
         last = now;
     }

@@ -39,9 +39,8 @@ __device__ bool sort_pass(const Keyed* from, Keyed* to, int n, SortRoom& room, D
     if (thread == 0) room.one = n == 0;
     __syncthreads();
     const Segment segment(n);
-    each_of_warp(segment, [&](int i, bool inside) {
-        tally(room.count[warp()], inside ? digit_of(from[i]) : 0, inside);
-    });
+    each_of_warp(segment,
+                 [&](int i, bool inside) { tally(room.count[warp()], inside ? digit_of(from[i]) : 0, inside); });
     __syncthreads();
     int total = 0;
     for (int w = 0; thread < kDigits && w < warps(); ++w) total += room.count[w][thread];

@@ -17,8 +17,9 @@ __device__ void turn_registers(float* x, const Rotation& r, bool inverse) {
     }
 }
 
-// x [D] = R x, or back. Lane l reads and writes dims l, 32 + l, ...; what other lanes wrote needs a barrier before.
-__device__ inline void turn(float* x, const Rotation& r, bool inverse) {
+// x [D] = R x, or back. Lane l reads and writes dims l, 32 + l, ...; what other lanes wrote needs a barrier before. A function
+// of its own: unrolled as it is, it would be most of the code wherever it is called.
+__device__ __attribute__((noinline)) inline void turn(float* x, const Rotation& r, bool inverse) {
     if (r.dim <= 4 * kWarp) return turn_registers<4>(x, r, inverse);
     turn_registers<kMaxHeadDim / kWarp>(x, r, inverse);
 }

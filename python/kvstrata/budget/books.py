@@ -146,8 +146,10 @@ def _scanning(s: LayerSpec, batch: int, entries: int, reads: Reading) -> tuple[i
     """Bytes in which pages are selected among so many entries of each row of a layer, and in which so many stand in."""
     rows, threads = batch * s.kv_heads, torch.get_num_threads()
     room = min(threads, rows) * 6 * _LINE
-    select: int = _C.select_workspace_bytes(rows, _group(s), s.head_dim, entries, threads)
-    estimate: int = _C.estimate_workspace_bytes(rows, _group(s), s.head_dim, entries, threads) if reads.estimate else 0
+    select: int = _C.select_workspace_bytes(rows, _group(s), s.head_dim, entries, threads, 0)
+    if not reads.estimate:
+        return select + room, room
+    estimate: int = _C.estimate_workspace_bytes(rows, _group(s), s.head_dim, entries, threads, 0)
     return select + room, estimate + room
 
 

@@ -10,7 +10,8 @@ from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 
 FORMATS = ("locomo", "realtalk", "generated")
-EMBEDDERS = ("minilm", "hashed", "tfidf")
+EMBEDDERS = ("minilm", "hashed", "tfidf", "input")
+"""The last one: the input embeddings of ``--model``."""
 CLAIMED = ("nearest_window", "nearest_window, default")
 """Rules that are held against the shipped one in a line of their own, by the raw query."""
 
@@ -20,7 +21,9 @@ def arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, default="generated", help="default: %(default)s, which needs no data"
     )
-    parser.add_argument("--embedder", choices=EMBEDDERS, help="default: minilm; hashed for the generated set")
+    parser.add_argument(
+        "--embedder", choices=EMBEDDERS, help="input: of --model; default: minilm; hashed for the generated set"
+    )
     parser.add_argument("--seeds", metavar="N", type=positive, default=5, help="clusterings; default: %(default)s")
     parser.add_argument("--episodes", metavar="N", type=positive, default=4, help="default: %(default)s")
     parser.add_argument("--window", metavar="N", type=positive, default=4, help="utterances; default: %(default)s")
@@ -62,6 +65,7 @@ def _config(args: argparse.Namespace) -> Any:
         seeds=tuple(range(args.seed, args.seed + args.seeds)),
         cut=Cut(args.window, args.bounded, args.captions, args.episodes, args.representatives, args.pick),
         tokenizer=args.tokenizer,
+        model=args.model if args.embedder == "input" else "",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
@@ -18,6 +19,34 @@ Sampler = Callable[[Tensor], int]
 def greedy(logits: Tensor) -> int:
     """The most likely token of logits f32 [V]."""
     return int(logits.argmax())
+
+
+class Words:
+    """The text of tokens as they come, in pieces of whole characters. text: of ids i64 [n].
+
+    Decoded are the tokens since the last piece, behind those of that piece: a token's text may depend on the one before it.
+    """
+
+    def __init__(self, text: Callable[[Tensor], str]) -> None:
+        self._text = text
+        self._said = ""
+        self._first = 0
+        self._given = 0  # tokens, that made the pieces so far; the last piece begins with the first one
+
+    def more(self, ids: list[int], last: bool = False) -> str:
+        """What ids, those given before and more, add; "" while a character lacks bytes. last: all that is left of the text."""
+        if last:
+            whole = self._decoded(ids)
+            return whole[len(self._said) :] if whole.startswith(self._said) else ""
+        known, tail = self._decoded(ids[self._first : self._given]), self._decoded(ids[self._first :])
+        if tail == known or not tail.startswith(known) or tail.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._first, self._given = self._given, len(ids)
+        self._said += tail[len(known) :]
+        return tail[len(known) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._text(torch.tensor(ids, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,8 @@ class ConversationReport:
     keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
     pending: tokens that no compaction has seen; unread: tokens that were added and are not read yet; switches: questions that
     read other episodes than the one before; uncertain: of the last 50 questions, the share that no window was like; advice: a
-    refresh that would pay, and why, or None; file: bytes on disk, as last saved or loaded."""
+    refresh that would pay, and why, or None; file: bytes on disk, as last saved or loaded; forks: other conversations in this
+    memory, of all of which near, far, moved, peak and limit are."""
 
     near: int
     far: int
@@ -77,6 +107,7 @@ class ConversationReport:
     zeros: int
     advice: str | None
     file: int = 0
+    forks: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +128,8 @@ class ConversationReport:
         }
         if self.file:
             rows["bytes on disk"] = f"{self.file:,}"
+        if self.forks:
+            rows["near and far shared"] = f"with {self.forks:,} other conversations"
         if self.strays or self.zeros:
             rows["windows"] = f"{self.strays:,} strays, {self.zeros:,} that say nothing"
         for name, value in (rows | ({"advice": self.advice} if self.advice else {})).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -12,19 +13,17 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget import Budget
-from kvstrata.episodes.answer import Answer, ConversationReport, Episode, Sampler, greedy
+from kvstrata.episodes.answer import Answer, ConversationReport, Episode, Sampler, Words, greedy
 from kvstrata.episodes.embed import Embedder, auto
 from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
-from kvstrata.episodes.route import LATELY, Route, Router, Turned
+from kvstrata.episodes.route import Route, Router, Turned
 from kvstrata.episodes.segment import Turn, turns_of
 from kvstrata.episodes.store import EpisodeStore, Mark
 
 ASSISTANT, USER = "assistant", "user"
-UNCERTAIN = 0.2
-"""Of the last questions, the share that no window was like from which new topics are advised."""
 _SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
 _SEGMENTS = {f.name for f in fields(Segments)}
 
@@ -147,7 +146,8 @@ class Conversation:
     ) -> Answer:
         """Answers a question under the episodes that it is routed to.
 
-        remember: question and answer become turns; without, they leave no trace but a compaction that made room for them.
+        remember: question and answer become turns, of no window unless they are most of the talk (:meth:`History.answered`);
+        without, they leave no trace but a compaction that made room for them.
         sampler: the next token's id from logits f32 [V]. ValueError for a blank question, where it and max_new_tokens are
         more than the model has positions for, and, if they are to be taken back or the style is "transcript", than a chunk. An
         error takes back what was asked, unless a compaction came while it was answered.
@@ -225,17 +225,16 @@ class Conversation:
         self, logits: Tensor | None, out: list[int], most: int, sampler: Sampler
     ) -> Generator[str, None, bool]:
         """Appends ids to ``out``, yields text, all of it in the end; whether the model ended it."""
-        said = ""
+        words = Words(self._model.text)
         while True:
             assert logits is not None
             token = sampler(logits)
             done = token in self._model.stop_ids
             if not done:
                 out.append(token)
-            text, last = self._model.text(torch.tensor(out, dtype=torch.int64)), done or len(out) == most
-            if text.startswith(said) and (last or not text.endswith("\N{REPLACEMENT CHARACTER}")) and text != said:
-                yield text[len(said) :]
-                said = text
+            last = done or len(out) == most
+            if piece := words.more(out, last):
+                yield piece
             if last:
                 return done
             logits = self._store.read(torch.tensor([token]), logits=True)
@@ -247,7 +246,7 @@ class Conversation:
             self._store.back(mark)
             return text
         turns = [asked, Turn(ASSISTANT, text)] if text.strip() else [asked]
-        history = self._history.said(turns, self._how)
+        history = self._history.answered(turns, self._how)
         if self._model.style == "transcript":
             told, _ = self._model.tokens(turns, first=not self._begun, answer=False)
             self._store.back(mark)
@@ -293,11 +292,11 @@ class Conversation:
             moved=store.moved_bytes,
             peak=held.peak_bytes,
             limit=held.limit_bytes,
-            full=held.dense_bytes,
+            full=store.length * self._model.shape.token_bytes(),
             separate=store.episodes * self._sizes.budget * self._model.shape.token_bytes(),
             turns=len(self._history.turns),
             tokens=store.length,
-            stored=held.stored_tokens,
+            stored=store.stored,
             pending=store.pending,
             unread=len(self._queue),
             budget=self._sizes.budget,
@@ -310,21 +309,10 @@ class Conversation:
             episodes=self.episodes,
             strays=len(topics.strays) if topics else 0,
             zeros=topics.zeros if topics else 0,
-            advice=self._advice(),
+            advice=self._history.advice(self._turned),
             file=self._kept.nbytes,
+            forks=len(held.logical_tokens) - 1,
         )
-
-    def _advice(self) -> str | None:
-        history = self._history
-        if history.topics is None or not history.whole:
-            return None
-        if len(history.windows) >= 2 * history.clustered:
-            return "refresh: there are twice as many windows as when topics were told apart"
-        if history.topics.refused:
-            return "refresh: a new topic found no place, max_episodes are there"
-        if len(self._turned.lately) == LATELY and self._turned.uncertain > UNCERTAIN:
-            return f"refresh: of the last {LATELY} questions, {sum(self._turned.lately)} were like no window"
-        return None
 
     # --- anew -------------------------------------------------------------------------------------------------------------
 
@@ -357,6 +345,21 @@ class Conversation:
         self._queue = ids
         self._turned = replace(self._turned, route=None)
         self._read()
+
+    def fork(self) -> Conversation:
+        """Another conversation that goes on from here, in the same memory: what was read is held once until either of them
+        compacts, and of each row no more than the open page is copied. Neither sees what becomes of the other.
+
+        Each has a limit of its own: together they hold at most as many limits as there are conversations, which a report shows
+        (near, peak, limit, far, moved). It is saved apart from this one; an embedder with a ``fit`` is copied (copy.copy).
+        BudgetExceeded where there is no room for its tables.
+        """
+        self._check()
+        twin = copy(self)
+        twin._embedder = copy(self._embedder) if hasattr(self._embedder, "fit") else self._embedder
+        twin._store = self._store.fork(twin._prompts)
+        twin._kept = Kept()
+        return twin
 
     # --- on disk ----------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,10 +21,13 @@ KINDS = ("window", "query")
 BATCH = 64
 SAMPLED = 4096
 """Values of a weight that a fingerprint reads."""
-RARE = 1e-3
-"""The share of a history's tokens at which a token counts half."""
+UNSEEN = 0.1
+"""What a question's token that no window holds counts, beside one that a single window holds."""
 NOTHING = 1e-6
-"""Of its own length: what is left of a text after the mean is taken away, and less, is rounding."""
+"""Of its own length: what is left of a text after the common direction is taken away, and less, is rounding."""
+
+STEPS = 200
+"""Of power iteration, at the most."""
 
 
 class Embedder(Protocol):
@@ -116,21 +119,25 @@ class MiniLM(SentenceModel):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What :class:`InputEmbedding` knows of the windows. tokens i64 [k], rising; counts i64 [k] of each; mean f32 [d]."""
+    """What :class:`InputEmbedding` knows of the windows. tokens i64 [k], rising; windows i64 [k] that hold each; total i64 [1],
+    windows in all; common f32 [d], the direction that most of them share, a unit vector, or zero."""
 
     tokens: Tensor
-    counts: Tensor
-    mean: Tensor
+    windows: Tensor
+    total: Tensor
+    common: Tensor
 
 
 class InputEmbedding:
-    """The mean of the model's own input embeddings of a text's tokens, less the mean of the windows. Needs nothing else.
+    """The mean of the model's own input embeddings of a text's tokens, without what all windows share. Needs nothing else.
 
     weight: [V, d], any float dtype and device, not copied; encode: ids [T] of a text, without special tokens; special: ids
-    left out wherever they stand. A token weighs 1e-3 / (1e-3 + its share of the windows' tokens). Shares and mean are those
-    of the last ``fit``, so that vectors stay comparable until the next. A text without a token, or that is the mean: zero.
-    Source: smooth inverse frequency (Arora et al., ICLR 2017); ours: the weights sum to 1, and the mean is taken away in place
-    of the first principal component.
+    left out wherever they stand. A token weighs ln((1 + windows) / (1 + windows that hold it)), 0 where all do; one that none
+    holds as if one did, in a question a tenth of that: it says what the question is about, but not where that is. Taken away is
+    the first principal component of the windows, not centred. Weights and component are those of the last ``fit``, so that
+    vectors stay comparable until the next. A text without a token that weighs, or of nothing but what is common: zero.
+    Source: smooth inverse frequency (Arora et al., ICLR 2017), whose component it is; ours: the weights sum to 1, and come from
+    the windows of one history, in which every frequency is large.
     """
 
     def __init__(self, weight: Tensor, encode: Callable[[str], Tensor], special: Iterable[int] = ()) -> None:
@@ -148,25 +155,24 @@ class InputEmbedding:
         return _hash(self._special.tolist(), [self._weight])
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Shares and mean from the windows' texts. ValueError: none; ids of another shape or beyond V."""
+        """Weights and component from the windows' texts. ValueError: none; ids of another shape or beyond V."""
         _check(texts, "window")
         if not texts:
             raise ValueError("InputEmbedding: fit to no text, expected the windows'")
         ids = [self._ids(text) for text in texts]
-        tokens, counts = torch.unique(torch.cat(ids), return_counts=True)
-        raw = self._raw(ids, tokens, counts)
-        spoken = raw.any(dim=1)
-        mean = raw[spoken].mean(0) if spoken.any() else torch.zeros(raw.shape[1], dtype=torch.float64)
-        self.fitted = Fitted(tokens, counts, mean.float())
+        held = [torch.unique(mine) for mine in ids]
+        tokens, windows = torch.unique(torch.cat(held), return_counts=True)
+        known = Fitted(tokens, windows, torch.tensor([len(texts)]), torch.zeros(self._weight.shape[1]))
+        self.fitted = replace(known, common=_common(self._raw(ids, known, 1.0)).float())
 
     def embed(self, texts: Sequence[str], kind: Kind) -> Tensor:
         """As :meth:`Embedder.embed`. ValueError: before ``fit``; another kind; ids of another shape or beyond V."""
         _check(texts, kind)
         if self.fitted is None:
             raise ValueError("InputEmbedding: embed before fit, expected fit(texts) with the windows' texts first")
-        fitted = self.fitted
-        raw = self._raw([self._ids(text) for text in texts], fitted.tokens, fitted.counts)
-        left = raw - fitted.mean.double()
+        common = self.fitted.common.double()
+        raw = self._raw([self._ids(text) for text in texts], self.fitted, UNSEEN if kind == "query" else 1.0)
+        left = raw - (raw @ common).unsqueeze(1) * common
         says = raw.any(dim=1) & (left.norm(dim=1) > NOTHING * raw.norm(dim=1))
         return torch.where(says.unsqueeze(1), torch.nn.functional.normalize(left, dim=1), 0.0).float()
 
@@ -181,21 +187,33 @@ class InputEmbedding:
             )
         return ids[~torch.isin(ids, self._special)]
 
-    def _raw(self, ids: list[Tensor], tokens: Tensor, counts: Tensor) -> Tensor:
+    def _raw(self, ids: list[Tensor], known: Fitted, unseen: float) -> Tensor:
         """Weighted means f64 [n, d], one text at a time: a text's vector does not depend on its company."""
-        total = max(int(counts.sum()), 1)
+        total = int(known.total)
         raw = torch.zeros(len(ids), self._weight.shape[1], dtype=torch.float64)
         for i, mine in enumerate(ids):
-            if not len(mine):
-                continue
             own, times = torch.unique(mine, return_counts=True)
-            rows = self._weight[own.to(self._weight.device)].double().cpu()
-            known = torch.isin(own, tokens)
-            share = torch.zeros(len(own), dtype=torch.float64)
-            share[known] = counts[torch.searchsorted(tokens, own[known])].double() / total
-            weight = times * RARE / (RARE + share)
-            raw[i] = (weight.unsqueeze(1) * rows).sum(0) / weight.sum()
+            seen = torch.isin(own, known.tokens)
+            windows = torch.ones(len(own), dtype=torch.float64)
+            windows[seen] = known.windows[torch.searchsorted(known.tokens, own[seen])].double()
+            weight = times * ((1 + total) / (1 + windows)).log() * torch.where(seen, 1.0, unseen)
+            if weight.any():
+                rows = self._weight[own.to(self._weight.device)].double().cpu()
+                raw[i] = (weight.unsqueeze(1) * rows).sum(0) / weight.sum()
         return checked("InputEmbedding: vectors", raw, (len(ids), "d"))
+
+
+def _common(raw: Tensor) -> Tensor:
+    """The first right singular vector of f64 [n, d], [d], by steps from the mean; zero where that is zero."""
+    found = torch.zeros(raw.shape[1], dtype=torch.float64)
+    ahead = raw.mean(0)
+    for _ in range(STEPS):
+        length = ahead.norm()
+        if length <= NOTHING * raw.norm() or float((ahead / length - found).norm()) < NOTHING:
+            break
+        found = ahead / length
+        ahead = raw.T @ (raw @ found)
+    return found
 
 
 def auto(weight: Tensor, encode: Callable[[str], Tensor], special: Iterable[int] = ()) -> Embedder:

@@ -15,12 +15,14 @@ from torch import Tensor
 from kvstrata.episodes.cluster import cluster
 from kvstrata.episodes.embed import Embedder
 from kvstrata.episodes.represent import fit, represent
-from kvstrata.episodes.route import Route, Router
+from kvstrata.episodes.route import LATELY, Route, Router, Turned
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, utterances
 from kvstrata.episodes.topics import Topics
 
 LABEL = 3
 """Words of an episode's label."""
+UNCERTAIN = 0.2
+"""Of the last questions, the share that no window was like from which new topics are advised."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class History:
     """What was said. Never changed: each step gives a new one, and a failed one leaves the old.
 
     windows: closed ones; left: utterances that are in none yet; vectors: f32 [windows embedded, d], from the first on; topics:
-    None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering.
+    None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering; added, asked:
+    characters of turns that were added, and of questions and answers.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -68,6 +71,8 @@ class History:
     topics: Topics | None = None
     prompts: tuple[Tensor, ...] = ()
     clustered: int = 0
+    added: int = 0
+    asked: int = 0
 
     @property
     def whole(self) -> bool:
@@ -82,6 +87,20 @@ class History:
 
     def said(self, turns: Sequence[Turn], how: Segments) -> History:
         """With more turns, and the windows that they fill."""
+        return replace(self, added=self.added + _length(turns))._told(turns, how)
+
+    def answered(self, turns: Sequence[Turn], how: Segments) -> History:
+        """With a question and its answer.
+
+        Questions are more like each other than like what they are about: their windows would be a topic of their own, found
+        episodes, move centroids, and draw later questions away from what holds the answer. So they are in no window; they
+        belong to the episode that they were routed to. Not so where they are most of the talk, by characters, as in a chat
+        to which nothing was added: there they are told as any turn is.
+        """
+        grown = replace(self, asked=self.asked + _length(turns))
+        return grown._told(turns, how) if grown.asked > grown.added else replace(grown, turns=(*self.turns, *turns))
+
+    def _told(self, turns: Sequence[Turn], how: Segments) -> History:
         known = len(self.turns)
         fresh = [replace(u, turn=u.turn + known) for u in utterances(turns)]
         grown = replace(self, turns=(*self.turns, *turns))
@@ -162,6 +181,18 @@ class History:
         query = embedder.embed([question], "query")[0]
         return router.route(query, vectors, labels, self.topics.centroids, last)
 
+    def advice(self, turned: Turned) -> str | None:
+        """A refresh that would pay, and why; None: none would, or the text is gone."""
+        if self.topics is None or not self.whole:
+            return None
+        if len(self.windows) >= 2 * self.clustered:
+            return "refresh: there are twice as many windows as when topics were told apart"
+        if self.topics.refused:
+            return "refresh: a new topic found no place, max_episodes are there"
+        if len(turned.lately) == LATELY and turned.uncertain > UNCERTAIN:
+            return f"refresh: of the last {LATELY} questions, {sum(turned.lately)} were like no window"
+        return None
+
     def labels(self) -> tuple[str, ...]:
         """Of each episode the words that tell it from the others: by times said, weighed by how much more often than in all."""
         if self.topics is None:
@@ -178,3 +209,8 @@ class History:
             return ", ".join(sorted(words, key=lambda w: (-weight[w], -words[w], w))[:LABEL])
 
         return tuple(best(words) for words in said)
+
+
+def _length(turns: Sequence[Turn]) -> int:
+    """Characters."""
+    return sum(len(turn.text) for turn in turns)

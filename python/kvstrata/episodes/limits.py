@@ -170,7 +170,7 @@ def sizes_of(
         return Sizes(b, c, min(512, c // 4) if prompt is None else prompt, **options)
 
     if budget.unit == "tokens":
-        return sized(int(budget.value))
+        return _sized(sized, int(budget.value))
     if options.get("layers") is not None:
         raise ValueError(f"layers with a budget of bytes, expected one of tokens: {budget} are not told apart by layer")
     low = _least(sized) // SLOTS
@@ -178,6 +178,17 @@ def sizes_of(
         raise ValueError(f"budget: {int(budget.value)} bytes, expected at least {least}")
     too_large = least_limit(lambda n: sized(n * SLOTS).limit_bytes(shape) > budget.value, low)
     return sized((too_large - 1) * SLOTS)
+
+
+def _sized(sized: Callable[[int], Sizes], b: int) -> Sizes:
+    """ValueError names the budget, unless no budget works with all else that is given."""
+    try:
+        return sized(b)
+    except ValueError as error:
+        least = _least(sized)
+        if b % SLOTS == 0 and b >= least:
+            raise
+        raise ValueError(f"budget: {b} tokens, expected a multiple of {SLOTS}, at least {least}") from error
 
 
 def _least(sized: Callable[[int], Sizes]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,7 @@ LANE = 0.8
 
 def picture(conversation: Conversation, path: str | os.PathLike[str]) -> None:
     """Draws the windows in the order in which they were said, one lane and colour for each episode; strays hatched, windows in
-    which a question was asked marked above, those that are in no episode yet grey, below.
+    or before which a question was asked marked above, those that are in no episode yet grey, below.
 
     path: its suffix says the format (.png, .pdf, .svg). ValueError before the first compaction, when there are no episodes;
     Unsupported: matplotlib is not installed.
@@ -30,9 +31,9 @@ def picture(conversation: Conversation, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise Unsupported("picture: matplotlib is not installed; pip install kvstrata[plot]") from error
     labels, strays = history.topics.labels.tolist(), set(history.topics.strays)
-    asked = [
-        k for k, w in enumerate(history.windows) if any(history.turns[t].speaker == USER for t in w.turns)
-    ]  # fmt: skip
+    ends = [max(w.turns, default=-1) for w in history.windows]
+    questions = [t for t, turn in enumerate(history.turns) if turn.speaker == USER]
+    asked = sorted({min(bisect_left(ends, t), len(ends) - 1) for t in questions})
     names = [f"{e}: {episode.label}" for e, episode in enumerate(conversation.episodes)]
     figure = figures.Figure(figsize=(10, 1.6 + 0.42 * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()

@@ -129,6 +129,7 @@ def _described(chat: Conversation, history: History) -> dict[str, Any]:
             "turned": asdict(turned) | {"route": None if turned.route is None else _route_data(turned.route)},
             "windows": len(history.windows),
             "clustered": history.clustered,
+            "characters": [history.added, history.asked],
             "tau": None if topics is None else topics.tau,
             "refused": 0 if topics is None else topics.refused,
         },
@@ -290,7 +291,7 @@ class Saved:
             chat._queue = file.tensor("queue", None)
             chat._begun = counters["begun"]
             chat._turned = _turned(counters["turned"])
-            if "fitted.mean" in file.names:
+            if "fitted.common" in file.names:
                 known = {f.name: file.tensor(f"fitted.{f.name}", None) for f in fields(Fitted)}
                 chat._embedder.fitted = Fitted(**known)  # type: ignore[attr-defined]
 
@@ -300,14 +301,16 @@ class Saved:
         opened = [self._open(name) for name in self._manifest["pages"]]
         shelf = Shelf(cache, opened, self._manifest["kinds"], entries, rows, file.tensor("means", None))
         length, floor, (every, sets, halves) = counters["length"], counters["floor"], counters["shown"]
-        cache.view(chat._store._seq, None if every else sets, halves=halves)
+        cache.view(chat._store._seq, [])  # sets are put where they stay: what then comes Near has a clean copy
         stored.restore(cache, chat._store._seq.id, shelf.rows, shelf.pages, length, floor)
+        cache.view(chat._store._seq, None if every else sets, halves=halves)
 
     def _history(self, file: TensorFile, chat: Conversation, turns: list[Turn] | None) -> History:
         counters, how = self._manifest["counters"], chat._how
         table = [tuple(row) for row in file.tensor("utterances", None, 4).tolist()]
         by_window = {k: tuple(Utterance(*row[1:]) for row in some) for k, some in groupby(table, lambda row: row[0])}
-        plain = History(turns=tuple(turns or ()))
+        added, asked = counters["characters"]
+        plain = History(turns=tuple(turns or ()), added=added, asked=asked)
         windows = [
             plain._window(by_window[k], how) if turns is not None else Window((), "")
             for k in range(counters["windows"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvstrata.budget import Budget
 from kvstrata.cache import Cache
 from kvstrata.config import SLOTS
 from kvstrata.episodes.limits import Sizes
@@ -25,7 +27,7 @@ class Mark:
 
 
 class EpisodeStore:
-    """Keys and values of one conversation, in a cache whose Near bytes never pass ``sizes.limit_bytes``.
+    """Keys and values of one conversation, in a cache whose Near bytes never pass ``sizes.limit_bytes`` for it and each fork.
 
     model: reads the tokens; sizes: what may be held; prompts: gives those of the episodes, ids i64 [at most W] each, asked for
     at every compaction.
@@ -40,8 +42,9 @@ class EpisodeStore:
         self._prompts = prompts
         limit = sizes.limit_bytes(model.shape)
         far = "auto" if sizes.far else None
-        # An answer of up to a chunk can be taken back from sliding windows, too.
-        self.cache = Cache(model.shape, f"{limit}B", sizes.policy(), far=far, hold=sizes.chunk)
+        # Each fork has as much. An answer of up to a chunk can be taken back from sliding windows, too.
+        budget = Budget.bytes(limit, per="sequence")
+        self.cache = Cache(model.shape, budget, sizes.policy(), far=far, hold=sizes.chunk)
         (self._seq,) = self.cache.new()
         self._begin()
 
@@ -55,6 +58,12 @@ class EpisodeStore:
     def length(self) -> int:
         """Tokens seen."""
         return self.cache.logical_length(self._seq)
+
+    @property
+    def stored(self) -> int:
+        """Slots of all rows."""
+        layers = enumerate(self.cache.shape.layers)
+        return sum(self.cache.stored_length(i, self._seq, h) for i, spec in layers for h in range(spec.kv_heads))
 
     @property
     def pending(self) -> int:
@@ -153,6 +162,14 @@ class EpisodeStore:
         if mark.compactions != self.compactions:
             raise ValueError("back: a compaction came since, which nothing takes back")
         self.cache.crop([self._seq], [mark.length])
+
+    def fork(self, prompts: Callable[[], Sequence[Tensor]]) -> EpisodeStore:
+        """Another one that goes on from here in the same cache, with prompts of its own; BudgetExceeded without room for its
+        tables. The cache's limit is ``sizes.limit_bytes`` for each of them."""
+        twin = copy(self)
+        twin._prompts = prompts
+        (twin._seq,) = self.cache.fork(self._seq)
+        return twin
 
     def clear(self) -> None:
         """Forgets every token."""

