@@ -83,7 +83,7 @@ demo: $(STAMPS)/wheel
 bench: $(STAMPS)/wheel
 	$(BIN)/python bench/performance.py --out bench/results/cpu --into README.md
 
-BENCHES := $(filter-out bench/ops/compare.py bench/performance.py,$(wildcard bench/ops/*.py bench/*.py))
+BENCHES := $(filter-out bench/ops/compare.py bench/performance.py bench/session.py,$(wildcard bench/ops/*.py bench/*.py))
 bench-ops: $(STAMPS)/wheel
 	@for file in $(BENCHES); do echo "== $$file"; $(BIN)/python $$file; done
 

@@ -2,6 +2,7 @@
 
 Times, at 16 stored tokens (so that the kernels have next to nothing to do): the native append + attend call alone, a whole
 ``Step.attend``, and opening and committing a step per layer. Prints microseconds; ``--json`` for one object.
+On CUDA a call's time is the host's, until it returns.
 
 With ``--ledger``: what a ledger whose limit is near adds to opening and committing a step, and a report, beside a step's
 attention over ``--tokens``, all layers.
@@ -18,15 +19,16 @@ import torch
 
 from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.budget import Ledger
+from kvstrata.cli.bench.clock import DEVICES, Clock, clock_of
 from kvstrata.config import DTYPES
 
 
-def measure(kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:
+def measure(clock: Clock, kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     spec = LayerSpec(kv_heads, kv_heads * group, dim)
-    shape = Shape([spec] * layers, torch.bfloat16)
-    q = torch.randn(1, 1, spec.q_heads, dim).bfloat16()
-    k, v = (torch.randn(1, 1, kv_heads, dim).bfloat16() for _ in range(2))
+    shape = Shape([spec] * layers, torch.bfloat16, clock.device)
+    q = torch.randn(1, 1, spec.q_heads, dim, device=clock.device).bfloat16()
+    k, v = (torch.randn(1, 1, kv_heads, dim, device=clock.device).bfloat16() for _ in range(2))
     out = torch.empty_like(q)
 
     def filled() -> tuple[Cache, list]:  # type: ignore[type-arg]
@@ -42,11 +44,13 @@ def measure(kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict
         cache, seqs = filled()
         step = cache.step(seqs, columns=1).open()
         args = [(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v, out)]
+        clock.wait()
         start = time.perf_counter_ns()
         for layer in range(layers):
             cache._store.append_attend(layer, *args, (0, 0, 0, 0), 0, DTYPES[q.dtype], dim**-0.5, 0.0, 1)
         native.append((time.perf_counter_ns() - start) / layers / 1e3)
         step.rollback()
+        clock.wait()
         start = time.perf_counter_ns()
         step = cache.step(seqs, columns=1).open()
         opened = time.perf_counter_ns() - start
@@ -113,12 +117,15 @@ def main() -> None:
     parser.add_argument("--ledger", action="store_true")
     parser.add_argument("--tokens", type=int, default=8192, help="with --ledger")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     args = parser.parse_args()
+    if args.ledger and args.device != "cpu":
+        parser.error("--ledger measures on the CPU only")
     if args.ledger:
         spec = LayerSpec(args.kv_heads, args.kv_heads * args.group, args.dim)
         result = accounts(spec, args.layers, args.tokens, args.reps)
     else:
-        result = measure(args.kv_heads, args.group, args.dim, args.layers, args.reps)
+        result = measure(clock_of(args.device), args.kv_heads, args.group, args.dim, args.layers, args.reps)
     if args.json:
         print(json.dumps({"schema": 1, "bench": "step", "case": vars(args), **result}))
         return

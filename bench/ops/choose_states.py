@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import Clock
+from kvstrata.cli.bench.common import begin, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 FULL, INT8, INT4, INT2 = 1, 2, 3, 4
@@ -72,7 +73,7 @@ def layer(args: argparse.Namespace, states: list[int], full: float, quant: float
     return score, now, positions, protect, pages[0], pages[1]
 
 
-def case(args: argparse.Namespace, name: str, state: int, *what: Any) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, name: str, state: int, *what: Any) -> dict[str, Any]:
     layers = [layer(args, *what) for _ in range(args.layers)]
     out = [torch.empty(args.kv_rows, args.tokens, dtype=torch.uint8) for _ in layers]
 
@@ -81,7 +82,7 @@ def case(args: argparse.Namespace, name: str, state: int, *what: Any) -> dict[st
             ops.choose_states(*rows, state, out=states)
 
     theirs: Callable[[int], object] = lambda _: [torch_states(rows, state) for rows in layers]  # noqa: E731
-    times, base = measure([ours, theirs], args.reps)
+    times, base = clock.measure([ours, theirs], args.reps)
     return {
         "kind": "choose_states",
         "case": name,
@@ -101,15 +102,15 @@ def main() -> None:
     p = parser(__doc__ or "", tokens=25_000)
     p.add_argument("--layers", type=int, default=4)
     args = p.parse_args()
-    begin(args)
-    run = run_facts(args)
+    clock = begin(args)
+    run = run_facts(args, clock)
     rows = [
-        case(args, "everything fits", INT4, [FULL], 1.0, 0.0, False),
-        case(args, "keep an eighth", INT2, [FULL], 0.125, 0.0, False),
-        case(args, "keep an eighth, equal", INT2, [FULL], 0.125, 0.0, True),
-        case(args, "three states", INT4, [FULL], 0.125, 0.375, False),
-        case(args, "few too many", INT4, [FULL, INT4, INT4, INT4], 0.24, 0.75, False),
-        case(args, "two formats", INT8, [INT8, INT4], 0.0, 0.5, False),
+        case(args, clock, "everything fits", INT4, [FULL], 1.0, 0.0, False),
+        case(args, clock, "keep an eighth", INT2, [FULL], 0.125, 0.0, False),
+        case(args, clock, "keep an eighth, equal", INT2, [FULL], 0.125, 0.0, True),
+        case(args, clock, "three states", INT4, [FULL], 0.125, 0.375, False),
+        case(args, clock, "few too many", INT4, [FULL, INT4, INT4, INT4], 0.24, 0.75, False),
+        case(args, clock, "two formats", INT8, [INT8, INT4], 0.0, 0.5, False),
     ]
     show("choose_states", run, rows, Output(args.json))
 

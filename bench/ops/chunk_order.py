@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from kvstrata import ops, reference
-from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import Clock
+from kvstrata.cli.bench.common import begin, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def case(args: argparse.Namespace, order: str, kinds: int) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, order: str, kinds: int) -> dict[str, Any]:
     shape = args.layers * args.kv_rows, args.tokens
     value = torch.rand(shape) ** 8
     kind = torch.randint(1, kinds + 1, shape).to(torch.uint8)
     pos = torch.arange(args.tokens, dtype=torch.int32).repeat(shape[0], 1)
     if order == "shuffled":
         pos = torch.rand(shape).argsort(1).int()
-    times, base = measure(
+    times, base = clock.measure(
         [lambda _: ops.chunk_order(value, kind, pos), lambda _: reference.chunk_order(value, kind, pos)], args.reps
     )
     return {
@@ -41,9 +42,9 @@ def main() -> None:
     p = parser(__doc__ or "", tokens=25_000)
     p.add_argument("--layers", type=int, default=4)
     args = p.parse_args()
-    begin(args)
-    run = run_facts(args)
-    rows = [case(args, order, kinds) for order in ("in order", "shuffled") for kinds in (1, 3)]
+    clock = begin(args)
+    run = run_facts(args, clock)
+    rows = [case(args, clock, order, kinds) for order in ("in order", "shuffled") for kinds in (1, 3)]
     show("chunk_order", run, rows, Output(args.json))
 
 

@@ -16,32 +16,33 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 TOPICS_OF = 16  # tokens to a topic, on average
 
 
-def keys_of(args: argparse.Namespace, topics: bool) -> Tensor:
+def keys_of(args: argparse.Namespace, clock: Clock, topics: bool) -> Tensor:
     shape = args.kv_rows, args.tokens, args.dim
     if not topics:
-        return torch.randn(shape)
-    centres = torch.randn(args.kv_rows, args.tokens // TOPICS_OF, args.dim)
-    label = torch.randint(centres.shape[1], shape[:2])
-    return centres.gather(1, label.unsqueeze(-1).expand(shape)) + torch.randn(shape)
+        return torch.randn(shape, device=clock.device)
+    centres = torch.randn(args.kv_rows, args.tokens // TOPICS_OF, args.dim, device=clock.device)
+    label = torch.randint(centres.shape[1], shape[:2], device=clock.device)
+    return centres.gather(1, label.unsqueeze(-1).expand(shape)) + torch.randn(shape, device=clock.device)
 
 
-def attention(args: argparse.Namespace, dtype: torch.dtype) -> Callable[[int], object]:
-    q = torch.randn(1, args.kv_rows * args.group, args.tokens, args.dim, dtype=dtype)
-    k, v = (torch.randn(1, args.kv_rows, args.tokens, args.dim, dtype=dtype) for _ in range(2))
+def attention(args: argparse.Namespace, clock: Clock, dtype: torch.dtype) -> Callable[[int], object]:
+    q = torch.randn(1, args.kv_rows * args.group, args.tokens, args.dim, dtype=dtype, device=clock.device)
+    k, v = (torch.randn(1, args.kv_rows, args.tokens, args.dim, dtype=dtype, device=clock.device) for _ in range(2))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return lambda _: sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def case(args: argparse.Namespace, topics: bool, iters: int | None, summaries: bool) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, topics: bool, iters: int | None, summaries: bool) -> dict[str, Any]:
     """iters None: cluster_greedy."""
-    keys = [keys_of(args, topics) for _ in range(2)]
-    stored = filled("bf16", args.kv_rows, args.tokens, args.dim)
+    keys = [keys_of(args, clock, topics) for _ in range(2)]
+    stored = filled("bf16", args.kv_rows, args.tokens, args.dim, device=clock.device)
 
     def made(i: int) -> tuple[Tensor, Tensor]:
         return ops.cluster_greedy(keys[i]) if iters is None else ops.cluster(keys[i], iters=iters)
@@ -51,8 +52,8 @@ def case(args: argparse.Namespace, topics: bool, iters: int | None, summaries: b
         if summaries:
             ops.summarize(stored.pages, [stored.pool])
 
-    times, wide, narrow = measure(
-        [ours, attention(args, torch.float32), attention(args, torch.bfloat16)],
+    times, wide, narrow = clock.measure(
+        [ours, attention(args, clock, torch.float32), attention(args, clock, torch.bfloat16)],
         args.reps,
     )
     pages = args.tokens // SLOTS
@@ -78,15 +79,15 @@ def case(args: argparse.Namespace, topics: bool, iters: int | None, summaries: b
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=4096, reps=5).parse_args()
-    begin(args)
-    run = run_facts(args)
+    args = parser(__doc__ or "", devices=DEVICES, tokens=4096, reps=5).parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
     rows = [
-        case(args, True, 4, False),
-        case(args, True, 10, False),
-        case(args, False, 4, False),
-        case(args, True, 4, True),
-        case(args, True, None, False),
+        case(args, clock, True, 4, False),
+        case(args, clock, True, 10, False),
+        case(args, clock, False, 4, False),
+        case(args, clock, True, 4, True),
+        case(args, clock, True, None, False),
     ]
     show("cluster", run, rows, Output(args.json))
 

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, beside_copy, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import SLOTS, begin, beside_copy, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, order: str, copy_gbps: float) -> dict[str, Any]:
     pages = args.kv_rows * (args.tokens // SLOTS)
     size = 2 * pages * ops.page_bytes(fmt, args.dim)  # read and written
-    count = buffers(size)
-    source = [ops.Pool.allocate(fmt, args.dim, pages) for _ in range(count)]
+    count = clock.buffers(size)
+    source = [ops.Pool.allocate(fmt, args.dim, pages, device=clock.device) for _ in range(count)]
     for pool in source:
         pool.slabs[0].random_(0, 255)
-    target = ops.Pool.allocate(fmt, args.dim, pages)
+    target = ops.Pool.allocate(fmt, args.dim, pages, device=clock.device)
     target.slabs[0].zero_()
     copies = torch.zeros_like(target.payload())
-    at = torch.arange(pages * SLOTS)
-    token = torch.randperm(pages * SLOTS) if order == "scattered" else at
+    at = torch.arange(pages * SLOTS, device=clock.device)
+    token = torch.randperm(pages * SLOTS, device=clock.device) if order == "scattered" else at
     columns = (token // SLOTS, token % SLOTS, at // SLOTS + ops.make_page(1, 0, 0), at % SLOTS)
     moves = torch.stack(columns, 1).to(torch.int32)
 
@@ -33,7 +34,7 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> di
     def copy(i: int) -> object:
         return copies.copy_(source[i % count].payload())
 
-    times, base = measure([ours, copy], args.reps)
+    times, base = clock.measure([ours, copy], args.reps)
     ours(0)
     return {
         "kind": "compact",
@@ -48,11 +49,13 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> di
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=4096, format="bf16,int8,int4,int2").parse_args()
-    begin(args)
-    run = run_facts(args)
+    args = parser(__doc__ or "", devices=DEVICES, tokens=4096, format="bf16,int8,int4,int2").parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
     rows = [
-        case(args, fmt, order, run["copy_gbps"]) for fmt in args.format.split(",") for order in ("pages", "scattered")
+        case(args, clock, fmt, order, run["copy_gbps"])
+        for fmt in args.format.split(",")
+        for order in ("pages", "scattered")
     ]
     show("compact", run, rows, Output(args.json))
 

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import SLOTS, begin, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def random_blocks(args: argparse.Namespace, pages: int) -> Tensor:
+def random_blocks(args: argparse.Namespace, clock: Clock, pages: int) -> Tensor:
     """Blocks u8 [R, B, bytes] of kind mean_value: random codes, scales and spreads as Gaussian keys have them, whole pages."""
     size, mean = ops.summary_bytes(args.dim, "mean_value"), SLOTS * args.dim
-    made = torch.randint(1, 256, (args.kv_rows, pages // SLOTS, size)).to(torch.uint8)
-    made[..., mean : mean + 192] = (torch.rand(*made.shape[:2], 48) * 0.01).view(torch.uint8)
-    made[..., -128:-64] = (torch.rand(*made.shape[:2], 16) * 0.01).view(torch.uint8)
-    made[..., -64:] = torch.full((*made.shape[:2], 16), 0xFFFF, dtype=torch.int32).view(torch.uint8)
+    made = torch.randint(1, 256, (args.kv_rows, pages // SLOTS, size), device=clock.device).to(torch.uint8)
+    made[..., mean : mean + 192] = (torch.rand(*made.shape[:2], 48, device=clock.device) * 0.01).view(torch.uint8)
+    made[..., -128:-64] = (torch.rand(*made.shape[:2], 16, device=clock.device) * 0.01).view(torch.uint8)
+    made[..., -64:] = torch.full((*made.shape[:2], 16), 0xFFFF, dtype=torch.int32, device=clock.device).view(
+        torch.uint8
+    )
     return made
 
 
@@ -32,18 +35,18 @@ def torch_estimate(q: Tensor, mean: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return torch.softmax(x, -1) @ value, torch.logsumexp(x, -1)
 
 
-def case(args: argparse.Namespace, share: float, read_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, share: float, read_gbps: float) -> dict[str, Any]:
     pages = args.tokens // SLOTS
-    kept = torch.rand(pages) < share
+    kept = torch.rand(pages, device=clock.device) < share
     zone = kept.nonzero().flatten().to(torch.int32).expand(args.kv_rows, -1).contiguous()
     blocks_read = int(kept.view(-1, SLOTS).any(1).sum())
     size = args.kv_rows * blocks_read * ops.summary_bytes(args.dim, "mean_value")
-    count, theirs_count = buffers(size), buffers(args.kv_rows * zone.shape[1] * args.dim * 8)
-    blocks = [random_blocks(args, pages) for _ in range(count)]
-    dense = [torch.randn(2, args.kv_rows, zone.shape[1], args.dim) for _ in range(theirs_count)]
-    visible = torch.full((args.kv_rows, pages), 0xFFFF).to(torch.uint16)
-    q = torch.randn(args.kv_rows, args.group, args.dim)
-    times, base = measure(
+    count, theirs_count = clock.buffers(size), clock.buffers(args.kv_rows * zone.shape[1] * args.dim * 8)
+    blocks = [random_blocks(args, clock, pages) for _ in range(count)]
+    dense = [torch.randn(2, args.kv_rows, zone.shape[1], args.dim, device=clock.device) for _ in range(theirs_count)]
+    visible = torch.full((args.kv_rows, pages), -1, dtype=torch.int16, device=clock.device).view(torch.uint16)
+    q = torch.randn(args.kv_rows, args.group, args.dim, device=clock.device)
+    times, base = clock.measure(
         [
             lambda i: ops.estimate(q, blocks[i % count], visible, zone),
             lambda i: torch_estimate(q, *dense[i % theirs_count]),
@@ -70,10 +73,10 @@ def case(args: argparse.Namespace, share: float, read_gbps: float) -> dict[str, 
 
 
 def main() -> None:
-    args = parser(__doc__ or "", reps=31).parse_args()
-    begin(args)
-    run = run_facts(args)
-    show("estimate", run, [case(args, share, run["read_gbps"]) for share in (1.0, 0.25)], Output(args.json))
+    args = parser(__doc__ or "", devices=DEVICES, reps=31).parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
+    show("estimate", run, [case(args, clock, share, run["read_gbps"]) for share in (1.0, 0.25)], Output(args.json))
 
 
 if __name__ == "__main__":

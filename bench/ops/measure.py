@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, buffers, digest, element, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import begin, digest, element, filled, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
@@ -26,15 +27,18 @@ def dense(heads: Tensor, k: Tensor, stats: ops.Stats) -> Tensor:
     return torch.stack([entropy, m2.sum(2) / (a**2).mean(2).sum(2), (m4 / m2).sum(2) / m2.sum(2)])
 
 
-def case(args: argparse.Namespace, fmt: str, stats: ops.Stats) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, stats: ops.Stats) -> dict[str, Any]:
     size = args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim) // 2
-    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(element(fmt))
-    q_pos = torch.full((args.kv_rows, args.queries), args.tokens, dtype=torch.int32)
+    data = [
+        filled(fmt, args.kv_rows, args.tokens, args.dim, device=clock.device)
+        for _ in range(min(clock.buffers(size), 4))
+    ]
+    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim, device=clock.device).to(element(fmt))
+    q_pos = torch.full((args.kv_rows, args.queries), args.tokens, dtype=torch.int32, device=clock.device)
     for d in data:
         d.pool.positions()[: d.pages.numel()] = 0
     heads = q.permute(0, 2, 1, 3).contiguous()
-    times, base = measure(
+    times, base = clock.measure(
         [
             lambda i: ops.measure(q, data[i % len(data)].pages, [data[i % len(data)].pool], q_pos, stats=stats),
             lambda i: dense(heads, data[i % len(data)].k, stats),
@@ -61,13 +65,13 @@ def case(args: argparse.Namespace, fmt: str, stats: ops.Stats) -> dict[str, Any]
 
 
 def main() -> None:
-    p = parser(__doc__ or "", tokens=4096, format="f32,bf16,int8,int4,int2")
+    p = parser(__doc__ or "", devices=DEVICES, tokens=4096, format="f32,bf16,int8,int4,int2")
     p.add_argument("--queries", type=int, default=32)
     args = p.parse_args()
-    begin(args)
-    run = run_facts(args)
+    clock = begin(args)
+    run = run_facts(args, clock)
     kinds: list[ops.Stats] = ["sound", "code"]
-    rows = [case(args, fmt, stats) for fmt in args.format.split(",") for stats in kinds]
+    rows = [case(args, clock, fmt, stats) for fmt in args.format.split(",") for stats in kinds]
     show("measure", run, rows, Output(args.json))
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, beside_copy, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import begin, beside_copy, digest, filled, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str, Any]]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, copy_gbps: float) -> list[dict[str, Any]]:
     size = 2 * args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim)  # read and written
-    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(buffers(size))]
+    data = [filled(fmt, args.kv_rows, args.tokens, args.dim, device=clock.device) for _ in range(clock.buffers(size))]
     shape = (-1, 16, args.dim)
     k, v = (torch.empty_like(t).view(shape) for t in (data[0].k, data[0].v))
     k.zero_(), v.zero_()
@@ -31,7 +32,7 @@ def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str,
         d = data[i % len(data)]
         return k.copy_(d.k.view(shape)), v.copy_(d.v.view(shape))
 
-    *ours, base = measure([pack, unpack, copy], args.reps)
+    *ours, base = clock.measure([pack, unpack, copy], args.reps)
     unpack(0)
     rows = []
     for kind, times in zip(("pack", "unpack"), ours, strict=True):
@@ -49,10 +50,10 @@ def case(args: argparse.Namespace, fmt: str, copy_gbps: float) -> list[dict[str,
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=8192).parse_args()
-    begin(args)
-    run = run_facts(args)
-    rows = [row for fmt in args.format.split(",") for row in case(args, fmt, run["copy_gbps"])]
+    args = parser(__doc__ or "", devices=DEVICES, tokens=8192).parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
+    rows = [row for fmt in args.format.split(",") for row in case(args, clock, fmt, run["copy_gbps"])]
     show("pack", run, rows, Output(args.json))
 
 

@@ -8,21 +8,26 @@ from typing import Any, Literal
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import begin, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def case(args: argparse.Namespace, kind: Literal["avg", "max"], order: str, kernel: int) -> dict[str, Any]:
+def case(
+    args: argparse.Namespace, clock: Clock, kind: Literal["avg", "max"], order: str, kernel: int
+) -> dict[str, Any]:
     entries = args.tokens // 16
-    pool = ops.Pool.allocate("f32", 1, args.kv_rows * entries)
-    pages = torch.arange(args.kv_rows * entries, dtype=torch.int32).view(args.kv_rows, entries)
-    at = torch.arange(args.tokens, dtype=torch.int32)
-    rows = [at if order == "in order" else at[torch.randperm(args.tokens)] for _ in range(args.kv_rows)]
+    pool = ops.Pool.allocate("f32", 1, args.kv_rows * entries, device=clock.device)
+    pages = torch.arange(args.kv_rows * entries, dtype=torch.int32, device=clock.device).view(args.kv_rows, entries)
+    at = torch.arange(args.tokens, dtype=torch.int32, device=clock.device)
+    rows = [
+        at if order == "in order" else at[torch.randperm(args.tokens, device=clock.device)] for _ in range(args.kv_rows)
+    ]
     pool.positions()[:] = torch.cat(rows).view(-1, 16)
-    score = torch.rand(args.kv_rows, args.group, entries, 16)
-    out = torch.empty(args.kv_rows, entries, 16)
+    score = torch.rand(args.kv_rows, args.group, entries, 16, device=clock.device)
+    out = torch.empty(args.kv_rows, entries, 16, device=clock.device)
     torch_pool = torch.nn.functional.avg_pool1d if kind == "avg" else torch.nn.functional.max_pool1d
-    times, base = measure(
+    times, base = clock.measure(
         [
             lambda _: ops.pool(score, pages, [pool], kernel=kernel, kind=kind, out=out),
             lambda _: torch_pool(score.flatten(2), kernel, stride=1, padding=kernel // 2).mean(1),
@@ -47,13 +52,13 @@ def case(args: argparse.Namespace, kind: Literal["avg", "max"], order: str, kern
 
 
 def main() -> None:
-    p = parser(__doc__ or "")
+    p = parser(__doc__ or "", devices=DEVICES)
     p.add_argument("--kernel", type=int, default=5)
     args = p.parse_args()
-    begin(args)
-    run = run_facts(args)
-    rows = [case(args, "avg", order, args.kernel) for order in ("in order", "shuffled")]
-    show("pool", run, [*rows, case(args, "max", "in order", args.kernel)], Output(args.json))
+    clock = begin(args)
+    run = run_facts(args, clock)
+    rows = [case(args, clock, "avg", order, args.kernel) for order in ("in order", "shuffled")]
+    show("pool", run, [*rows, case(args, clock, "max", "in order", args.kernel)], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import begin, buffers, digest, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import begin, digest, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 
-def case(args: argparse.Namespace, inverse: bool, copy_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, inverse: bool, copy_gbps: float) -> dict[str, Any]:
     vectors = args.kv_rows * args.tokens
     size = 2 * vectors * args.dim * 4  # read and written
-    data = [torch.randn(vectors, args.dim) for _ in range(buffers(size))]
+    data = [torch.randn(vectors, args.dim, device=clock.device) for _ in range(clock.buffers(size))]
     out = torch.zeros_like(data[0])
-    matrix = ops.rotate(torch.eye(args.dim), not inverse)
+    matrix = ops.rotate(torch.eye(args.dim, device=clock.device), not inverse)
 
     def ours(i: int) -> object:
         return ops.rotate(data[i % len(data)], inverse, out=out)
@@ -28,7 +29,7 @@ def case(args: argparse.Namespace, inverse: bool, copy_gbps: float) -> dict[str,
     def copy(i: int) -> object:
         return out.copy_(data[i % len(data)])
 
-    times, base, copied = measure([ours, product, copy], args.reps)
+    times, base, copied = clock.measure([ours, product, copy], args.reps)
     ours(0)
     gbps = size / times.p50 / 1e6
     return {
@@ -50,10 +51,10 @@ def case(args: argparse.Namespace, inverse: bool, copy_gbps: float) -> dict[str,
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=4096).parse_args()
-    begin(args)
-    run = run_facts(args)
-    show("rotate", run, [case(args, inverse, run["copy_gbps"]) for inverse in (False, True)], Output(args.json))
+    args = parser(__doc__ or "", devices=DEVICES, tokens=4096).parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
+    show("rotate", run, [case(args, clock, inverse, run["copy_gbps"]) for inverse in (False, True)], Output(args.json))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, parser, run_facts, show
 from kvstrata.cli.output import Output
 
 Kind = Literal["norm", "diversity"]
@@ -23,14 +24,17 @@ def dense(k: Tensor, kind: Kind) -> Tensor:
     return -torch.nn.functional.cosine_similarity(x, anchor, dim=-1)
 
 
-def case(args: argparse.Namespace, fmt: str, kind: Kind, read_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, kind: Kind, read_gbps: float) -> dict[str, Any]:
     count = args.kv_rows * (args.tokens // SLOTS)
     size = (
         count * ops.page_bytes(fmt, args.dim) // 2 * (1 if kind == "norm" else 2)
     )  # keys, and how often they are read
-    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    out = torch.empty(args.kv_rows, args.tokens // SLOTS, SLOTS)
-    times, base = measure(
+    data = [
+        filled(fmt, args.kv_rows, args.tokens, args.dim, device=clock.device)
+        for _ in range(min(clock.buffers(size), 4))
+    ]
+    out = torch.empty(args.kv_rows, args.tokens // SLOTS, SLOTS, device=clock.device)
+    times, base = clock.measure(
         [
             lambda i: ops.score_keys(data[i % len(data)].pages, [data[i % len(data)].pool], kind, out=out),
             lambda i: dense(data[i % len(data)].k, kind),
@@ -58,11 +62,11 @@ def case(args: argparse.Namespace, fmt: str, kind: Kind, read_gbps: float) -> di
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
-    begin(args)
-    run = run_facts(args)
+    args = parser(__doc__ or "", devices=DEVICES, tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
     kinds: list[Kind] = ["norm", "diversity"]
-    rows = [case(args, fmt, kind, run["read_gbps"]) for fmt in args.format.split(",") for kind in kinds]
+    rows = [case(args, clock, fmt, kind, run["read_gbps"]) for fmt in args.format.split(",") for kind in kinds]
     show("score_keys", run, rows, Output(args.json))
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import SLOTS, begin, buffers, digest, filled, measure, parser, run_facts, show
+from kvstrata.cli.bench.clock import DEVICES, Clock
+from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, parser, run_facts, show
 from kvstrata.cli.output import Output
 from kvstrata.summaries import SummaryKind
 
@@ -27,12 +28,15 @@ def dense(k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (codes + 128).to(torch.uint8), scale, square.mean(-1) / k.shape[2], square.amax(-1).sqrt()
 
 
-def case(args: argparse.Namespace, fmt: str, kind: SummaryKind, read_gbps: float) -> dict[str, Any]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, kind: SummaryKind, read_gbps: float) -> dict[str, Any]:
     count = args.kv_rows * (args.tokens // SLOTS)
     size = count * ops.page_bytes(fmt, args.dim) // (1 if kind == "mean_value" else 2)  # keys
     written = count // SLOTS * ops.summary_bytes(args.dim, kind)
-    data = [filled(fmt, args.kv_rows, args.tokens, args.dim) for _ in range(min(buffers(size), 4))]
-    times, base = measure(
+    data = [
+        filled(fmt, args.kv_rows, args.tokens, args.dim, device=clock.device)
+        for _ in range(min(clock.buffers(size), 4))
+    ]
+    times, base = clock.measure(
         [
             lambda i: ops.summarize(data[i % len(data)].pages, [data[i % len(data)].pool], kind=kind),
             lambda i: dense(data[i % len(data)].k),
@@ -60,11 +64,11 @@ def case(args: argparse.Namespace, fmt: str, kind: SummaryKind, read_gbps: float
 
 
 def main() -> None:
-    args = parser(__doc__ or "", tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
-    begin(args)
-    run = run_facts(args)
+    args = parser(__doc__ or "", devices=DEVICES, tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
+    clock = begin(args)
+    run = run_facts(args, clock)
     kinds: tuple[SummaryKind, ...] = ("mean", "bounds", "mean_value")
-    rows = [case(args, fmt, kind, run["read_gbps"]) for kind in kinds for fmt in args.format.split(",")]
+    rows = [case(args, clock, fmt, kind, run["read_gbps"]) for kind in kinds for fmt in args.format.split(",")]
     show("summarize", run, rows, Output(args.json))
 
 

@@ -75,6 +75,7 @@ def prefer_own_pool(own: bool) -> None: ...
 def settings() -> Settings: ...
 
 # --- ops
+# fmt: off
 def append(
     k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, pools: Pools, position: Tensor, threads: int
 ) -> None: ...
@@ -93,76 +94,35 @@ def dequantize(
 ) -> None: ...
 def compact(moves: Tensor, pools: Pools, threads: int) -> None: ...
 def score_window_workspace_bytes(
-    rows: int,
-    queries: int,
-    group: int,
-    head_dim: int,
-    entries: int,
-    threads: int,
-    device: int,
-    dtype: int,
-    pools: Pools | None,
+    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int, device: int, dtype: int, pools:
+    Pools | None
 ) -> int: ...
 def score_window(
-    tensors: ScoreTensors,
-    pools: Pools,
-    scale: float,
-    softcap: float,
-    window: int,
-    spread: int,
-    weight: float,
-    threads: int,
+    tensors: ScoreTensors, pools: Pools, scale: float, softcap: float, window: int, spread: int, weight: float,
+    threads: int
 ) -> None: ...
 def score_max_workspace_bytes(
     head_dim: int, threads: int, rows: int = 0, group: int = 1, queries: int = 0, device: int = 0
 ) -> int: ...
 def score_max(tensors: MaxTensors, pools: Pools, scale: float, softcap: float, threads: int) -> None: ...
 def measure_workspace_bytes(
-    rows: int,
-    queries: int,
-    group: int,
-    head_dim: int,
-    entries: int,
-    threads: int,
-    device: int,
-    dtype: int,
-    pools: Pools | None,
+    rows: int, queries: int, group: int, head_dim: int, entries: int, threads: int, device: int, dtype: int, pools:
+    Pools | None
 ) -> int: ...
 def measure(
-    tensors: MeasureTensors,
-    pools: Pools,
-    scale: float,
-    softcap: float,
-    window: int,
-    which: int,
-    skip: int,
-    threads: int,
+    tensors: MeasureTensors, pools: Pools, scale: float, softcap: float, window: int, which: int, skip: int, threads:
+    int
 ) -> None: ...
 def pool_workspace_bytes(rows: int, entries: int, threads: int, device: int) -> int: ...
 def pool(
-    score: Tensor,
-    pages: Tensor,
-    visible: Tensor | None,
-    out: Tensor,
-    workspace: Tensor,
-    pools: Pools,
-    kernel: int,
-    kind: int,
-    divide: int,
-    threads: int,
+    score: Tensor, pages: Tensor, visible: Tensor | None, out: Tensor, workspace: Tensor, pools: Pools, kernel: int,
+    kind: int, divide: int, threads: int
 ) -> None: ...
 def accumulate(score: Tensor, mass: Tensor, decay: float, combine: int, threads: int) -> None: ...
 def score_keys_workspace_bytes(rows: int, head_dim: int, entries: int, kind: int, threads: int, device: int) -> int: ...
 def score_keys(
-    pages: Tensor,
-    visible: Tensor | None,
-    centre: Tensor | None,
-    out: Tensor,
-    workspace: Tensor,
-    pools: Pools,
-    head_dim: int,
-    kind: int,
-    threads: int,
+    pages: Tensor, visible: Tensor | None, centre: Tensor | None, out: Tensor, workspace: Tensor, pools: Pools,
+    head_dim: int, kind: int, threads: int
 ) -> None: ...
 def summary_bytes(head_dim: int, kind: int) -> int: ...
 def cluster_workspace_bytes(rows: int, tokens: int, head_dim: int, threads: int, device: int) -> int: ...
@@ -174,79 +134,28 @@ def cluster_greedy(
     keys: Tensor, live: Tensor | None, page_of: Tensor, pages: Tensor, workspace: Tensor, threads: int
 ) -> None: ...
 def summarize(
-    pages: Tensor,
-    visible: Tensor | None,
-    centre: Tensor | None,
-    blocks: Tensor,
-    pools: Pools,
-    head_dim: int,
-    kind: int,
-    threads: int,
+    pages: Tensor, visible: Tensor | None, centre: Tensor | None, blocks: Tensor, pools: Pools, head_dim: int, kind:
+    int, threads: int
 ) -> None: ...
 def select_workspace_bytes(rows: int, group: int, head_dim: int, entries: int, threads: int, device: int) -> int: ...
 def score_pages(
-    q: Tensor,
-    blocks: Tensor,
-    starts: Tensor | None,
-    visible: Tensor,
-    x: Tensor,
-    found: Tensor,
-    workspace: Tensor,
-    scale: float,
-    spread_weight: float,
-    softcap: float,
-    kind: int,
-    threads: int,
+    q: Tensor, blocks: Tensor, starts: Tensor | None, visible: Tensor, x: Tensor, found: Tensor, workspace: Tensor,
+    scale: float, spread_weight: float, softcap: float, kind: int, threads: int
 ) -> None: ...
 def select(
-    q: Tensor,
-    blocks: Tensor,
-    starts: Tensor | None,
-    visible: Tensor,
-    k: Tensor,
-    lse_base: Tensor | None,
-    entries: Tensor,
-    found: Tensor,
-    lse_rest: Tensor,
-    zone: Tensor | None,
-    workspace: Tensor,
-    scale: float,
-    spread_weight: float,
-    softcap: float,
-    kind: int,
-    aggregate: int,
-    mass: float,
-    least: int,
-    threads: int,
+    q: Tensor, blocks: Tensor, starts: Tensor | None, visible: Tensor, k: Tensor, lse_base: Tensor | None, entries:
+    Tensor, found: Tensor, lse_rest: Tensor, zone: Tensor | None, workspace: Tensor, scale: float, spread_weight:
+    float, softcap: float, kind: int, aggregate: int, mass: float, least: int, threads: int
 ) -> None: ...
 def estimate_workspace_bytes(rows: int, group: int, head_dim: int, zone: int, threads: int, device: int) -> int: ...
 def estimate(
-    q: Tensor,
-    blocks: Tensor,
-    starts: Tensor | None,
-    visible: Tensor,
-    zone: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    unranked: Tensor,
-    workspace: Tensor,
-    scale: float,
-    spread_weight: float,
-    softcap: float,
-    threads: int,
+    q: Tensor, blocks: Tensor, starts: Tensor | None, visible: Tensor, zone: Tensor, out: Tensor, lse: Tensor,
+    unranked: Tensor, workspace: Tensor, scale: float, spread_weight: float, softcap: float, threads: int
 ) -> None: ...
 def choose_states_workspace_bytes(rows: int, tokens: int, threads: int, device: int) -> int: ...
 def choose_states(
-    score: Tensor,
-    now: Tensor,
-    positions: Tensor,
-    protect: Tensor,
-    full_pages: Tensor,
-    quant_pages: Tensor,
-    out: Tensor,
-    workspace: Tensor,
-    quantized_state: int,
-    threads: int,
+    score: Tensor, now: Tensor, positions: Tensor, protect: Tensor, full_pages: Tensor, quant_pages: Tensor, out:
+    Tensor, workspace: Tensor, quantized_state: int, threads: int
 ) -> None: ...
 def most_chunks(tokens: int) -> int: ...
 def chunk_order_workspace_bytes(rows: int, tokens: int, threads: int, device: int) -> int: ...
@@ -255,14 +164,8 @@ def chunk_order(
 ) -> None: ...
 def choose_chunks_workspace_bytes(items: int, steps: int, ladders: int, device: int) -> int: ...
 def choose_chunks(
-    w: Tensor,
-    ladder: Tensor,
-    cost: Tensor,
-    fidelity: Tensor,
-    budget: int,
-    step: Tensor,
-    found: Tensor,
-    workspace: Tensor,
+    w: Tensor, ladder: Tensor, cost: Tensor, fidelity: Tensor, budget: int, step: Tensor, found: Tensor, workspace:
+    Tensor
 ) -> None: ...
 def page_bytes(format: int, head_dim: int) -> int: ...
 def hint_huge_pages(data: int, bytes: int) -> None: ...
@@ -273,6 +176,7 @@ def supported() -> Supported: ...
 _Recall = tuple[int, int, float, int, int, int, float, int, float, int, int]
 _Strides = tuple[int, int, int, int]  # address, elements per sequence, per token, per head
 _Spans = tuple[_Strides, int, int, int, list[int]]  # q by row, head and token, its dtype, lse, W, offsets
+# fmt: on
 
 class Store:
     def __init__(

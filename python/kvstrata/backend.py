@@ -33,9 +33,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class Cuda:
-    """The CUDA backend."""
+    """The CUDA backend. Versions of CUDA: of the runtime in the library, and the newest one that the driver takes."""
 
     devices: int
+    runtime: str
+    driver: str
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,19 @@ def backends() -> dict[str, Backend | Cuda | Absent]:
     Raises ValueError if KVSTRATA_ISA names an instruction-set level that is unknown or not available on this machine.
     """
     levels = [Level(*level) for level in _C.isa_levels()]
-    return {"cpu": Backend(_C.isa(), levels, _C.threads_source()), "cuda": _cuda(Path(__file__).parent / _CUDA_LIBRARY)}
+    return {"cpu": Backend(_C.isa(), levels, _C.threads_source()), "cuda": _cuda(cuda_library())}
+
+
+def cuda_library() -> Path:
+    """Where the CUDA library is, or would be."""
+    return Path(__file__).parent / _CUDA_LIBRARY
 
 
 def open_cuda() -> None:
     """Opens the CUDA library for the ops, once. RuntimeError with the reason where that cannot be."""
     if _C.cuda_is_open():
         return
-    path = Path(__file__).parent / _CUDA_LIBRARY
+    path = cuda_library()
     found = _cuda(path)
     if isinstance(found, Absent):
         raise RuntimeError(f"CUDA: {found.reason}")
@@ -85,7 +92,16 @@ def _cuda(path: Path) -> Cuda | Absent:
     if code != 0:
         library.kvstrata_cuda_error_string.restype = ctypes.c_char_p
         return Absent(f"error {code}: {library.kvstrata_cuda_error_string(ctypes.c_int(code)).decode()}")
-    return Cuda(count.value) if count.value > 0 else Absent("no device")
+    if count.value <= 0:
+        return Absent("no device")
+    return Cuda(count.value, _version(library, "runtime"), _version(library, "driver"))
+
+
+def _version(library: ctypes.CDLL, of: str) -> str:
+    """13000 -> "13.0"."""
+    number = ctypes.c_int(0)
+    library[f"kvstrata_cuda_{of}_version"](ctypes.byref(number))
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def processor() -> str:

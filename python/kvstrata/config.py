@@ -61,7 +61,7 @@ class Shape:
     def __init__(self, layers: Iterable[LayerSpec], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "device", torch.device(device))
+        object.__setattr__(self, "device", _numbered(torch.device(device)))
         if not self.layers:
             raise ValueError("Shape: layers is empty, expected at least one LayerSpec")
         for i, layer in enumerate(self.layers):
@@ -86,3 +86,11 @@ class Shape:
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in a dense cache."""
         return 2 * self.dtype.itemsize * sum(layer.kv_heads * layer.head_dim for layer in self.layers)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """As tensors that lie there say it: "cuda" is the current device."""
+    index: int | None = device.index
+    if device.type != "cuda" or index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)

@@ -236,12 +236,7 @@ def merge(
 
 
 def mass(
-    logits: Tensor,
-    lse: Tensor,
-    reduce: Reduce = "sum",
-    *,
-    out: Tensor | None = None,
-    threads: int | None = None,
+    logits: Tensor, lse: Tensor, reduce: Reduce = "sum", *, out: Tensor | None = None, threads: int | None = None
 ) -> Tensor:
     """Attention mass per slot: exp(z - lse) reduced over G and T (g outer, t inner). Returns f32 [R, K, 16].
 

@@ -160,15 +160,15 @@ def host_view(op: str, name: str, t: Tensor) -> _C.Tensor:
     return pointer, shape, strides, dtype, 0, 0
 
 
-def on_host(op: str, name: str, t: Tensor) -> Tensor:
-    """A tensor for `host_view`: itself, or its copy on the CPU, which is waited for."""
-    view(op, name, t)  # refuses what is no tensor
-    return t.cpu()
-
-
 def device_number(op: str, name: str, t: Tensor) -> int:
     """Where an op with this tensor runs, as the native core knows it (`device_code`)."""
     return view(op, name, t)[4]
+
+
+def on_host(op: str, name: str, t: Tensor) -> Tensor:
+    """A tensor whose numbers travel by value, wherever the op runs: itself or its copy on the CPU, which is waited for."""
+    view(op, name, t)  # refuses what is no tensor
+    return t.cpu()
 
 
 def maybe_view(op: str, name: str, t: Tensor | None) -> _C.Tensor | None:

@@ -173,7 +173,7 @@ class Step:
         scale, cap = arithmetic("attend", spec, scale, softcap)
         self._attended.add(layer)
         self._cache._plans.arithmetic[layer] = (scale, cap)
-        sink = None if sinks is None else sinks.detach().to(torch.float32).contiguous()
+        sink = None if sinks is None else sinks.detach().to(q.device, torch.float32).contiguous()
         if self._cut or self._store.longest > DENSE_ABOVE:
             return self._attend_chunk(layer, spec, q, k, v, scale, cap, sink)
         out = torch.zeros_like(q, memory_format=_ROWS) if self._padding else torch.empty_like(q, memory_format=_ROWS)

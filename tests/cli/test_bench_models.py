@@ -11,6 +11,7 @@ import torch
 
 from kvstrata.cli import main
 from kvstrata.cli.bench import decode
+from kvstrata.cli.bench.clock import Clock
 from kvstrata.hf import KVCache, patch, shapes
 
 TINY = shapes.ModelShape("qwen3", 64, 96, 2, 4, 2, 64, 128, True)
@@ -62,7 +63,7 @@ def test_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_where_memory_is_short_caches_run_one_after_another(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_free_bytes", lambda: 0)
+    monkeypatch.setattr(Clock, "free_bytes", lambda self: 0)
     rows = said(capsys, "decode", *ARGUMENTS, "--context", "200", "--policies", "full", "--steps", "1")["rows"]
     assert [r["turns"] for r in rows] == [False, False]
 

@@ -214,3 +214,17 @@ def test_eval_refuses_what_it_does_not_know(kvstrata: Run, tmp_path: Path) -> No
     ):
         done = kvstrata("eval", *arguments, "--out", tmp_path / "out")
         assert done.returncode == 1 and reason in done.stderr, done.stderr
+
+
+def test_doctor_says_what_cuda_lacks(kvstrata: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvstrata.backend import Absent
+    from kvstrata.cli import cuda_facts
+
+    monkeypatch.setattr(cuda_facts, "backends", lambda: {"cuda": Absent("error 35: no driver")})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    said = json.loads(kvstrata("doctor", "--json").stdout)["cuda"]
+    library, of_torch = said["missing"]
+    assert library.startswith("CUDA library: error 35: no driver; install the NVIDIA driver")
+    assert "is built without CUDA" in of_torch
+    assert said["devices"] == [] and said["runtime"] is None and "bandwidth" not in said
+    assert "install the NVIDIA driver" in kvstrata("doctor").stdout

@@ -42,10 +42,15 @@ def padded(length=13):
     return ids, mask
 
 
+def there(model, x):
+    """A tensor where the model is; anything else as it is."""
+    return x.to(model.device) if isinstance(x, torch.Tensor) else x
+
+
 def run(model, cache, ids=None, new=NEW, **kwargs):
     """model.generate, greedy unless told otherwise; ids as nested lists."""
-    kwargs = {"do_sample": False, **kwargs}
-    out = model.generate(ids, max_new_tokens=new, past_key_values=cache, **kwargs)
+    kwargs = {"do_sample": False, **{name: there(model, x) for name, x in kwargs.items()}}
+    out = model.generate(there(model, ids), max_new_tokens=new, past_key_values=cache, **kwargs)
     return out.tolist()
 
 
@@ -97,7 +102,7 @@ def noisy(model):
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in other.parameters():
-            weight += 0.02 * weight.std(unbiased=False) * torch.randn(weight.shape, generator=generator)
+            weight += 0.02 * weight.std(unbiased=False) * there(model, torch.randn(weight.shape, generator=generator))
     other.generation_config.update(
         num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
     )
@@ -132,7 +137,7 @@ def two_turns_chunked(model, make):
 
 def embeddings(model, make):
     with torch.no_grad():
-        embeds = model.get_input_embeddings()(prompt())
+        embeds = model.get_input_embeddings()(there(model, prompt()))
     return run(model, make(model), inputs_embeds=embeds)
 
 
@@ -157,7 +162,7 @@ def streamer(model, make):
 def deepcopied(model, make):
     ids, cache = prompt(length=20), make(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(there(model, ids), past_key_values=cache, use_cache=True)
     out = []
     for seed in (21, 22):
         again = torch.cat([ids, prompt(length=4, seed=seed)], dim=1)
@@ -168,7 +173,7 @@ def deepcopied(model, make):
 def repeated(model, make):
     ids, cache = prompt(length=17), make(model)
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        model(there(model, ids[:, :-1]), past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(3)
     again = ids.repeat(3, 1)
     return run(model, cache, again, attention_mask=torch.ones_like(again), do_sample=True, top_k=0)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import pytest
 import devices
+import pytest
 import torch
 from cases import SLOTS
 from tolerances import SHARE, SHARE_QUANTIZED, assert_close

@@ -159,7 +159,7 @@ def test_bytes_are_those_of_the_allocator(device: Device) -> None:
     assert pair.here.report().loan_bytes == 0
 
 
-@pytest.mark.parametrize("policy", ["icecache", "strata", "h2o", "epicache"])
+@pytest.mark.parametrize("policy", ["icecache", "strata", "h2o"])
 def test_what_a_device_does_not_do_is_refused(device: Device, policy: str) -> None:
     assert resolve(policy)
     with device.entered(), pytest.raises(Unsupported, match="on a CUDA device, expected none"):

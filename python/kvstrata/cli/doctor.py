@@ -27,7 +27,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     result: dict[str, Any] = {"schema": 1, "versions": versions(), "machine": machine(), "backends": backends()}
     with out.busy("measuring memory bandwidth"):
+        from kvstrata.cli import cuda_facts
+
         result["bandwidth"] = bandwidth()
+        result["cuda"] = cuda_facts.examine()
     result["advice"] = advice(result["machine"])
     _show(result, out)
     code = 0
@@ -125,7 +128,10 @@ def _show(result: dict[str, Any], out: Output) -> None:
     rows = [(k, seen[k]) for k in ("system", "processor", "cores", "torch_threads")] + [("load", f"{seen['load']:.2f}")]
     rows += list(seen["environment"].items())
     out.table("Machine", ["what", "value"], rows)
-    out.table("Backends", ["backend", "what", "value"], _backend_rows(result["backends"]))
+    from kvstrata.cli import cuda_facts
+
+    backend_rows = [*_backend_rows(result["backends"]), *cuda_facts.rows(result["cuda"])]
+    out.table("Backends", ["backend", "what", "value"], backend_rows)
     speed = result["bandwidth"]
     out.line(f"\nMemory: copy {speed['copy_gbps']} GB/s, read {speed['read_gbps']} GB/s ({speed['note']})")
     for sentence in result["advice"]:

@@ -26,8 +26,8 @@ class ModelShape:
     vocabulary: int
     tied: bool  # input and output embeddings are one
 
-    def build(self, layers: int | None = None, seed: int = 0) -> Any:
-        """A transformers model in bfloat16 and eval mode. layers: fewer of them, for a look."""
+    def build(self, layers: int | None = None, seed: int = 0, device: torch.device | str = "cpu") -> Any:
+        """A transformers model in bfloat16 and eval mode. layers: fewer of them, for a look. Weights depend on the device."""
         config_class, model_class = {
             "llama": (LlamaConfig, LlamaForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -46,9 +46,10 @@ class ModelShape:
         config.dtype = torch.bfloat16
         with torch.device("meta"):
             model: Any = model_class(config)
-        model = model.to(torch.bfloat16).to_empty(device="cpu")
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
-        generator = torch.Generator().manual_seed(seed)
+        model = model.to(torch.bfloat16).to_empty(device=device)
+        rotary = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
+        model.model.rotary_emb = rotary.to(device)
+        generator = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.fill_(1.0) if weight.dim() < 2 else weight.normal_(0.0, SPREAD, generator=generator)

@@ -1,5 +1,6 @@
 """Time attention over stored pages beside torch SDPA on the same keys and values, the group packed as query rows.
 
+On CUDA also beside flash-attn and FlashInfer, where they are installed and take the format of the queries.
 Every format is also timed beside bf16 pages of as many tokens, call by call: `time_to_bf16` is the ratio of the medians.
 `err_rel` is to f64 attention over what the pages hold. The seed alone decides a row's digest: neither the other formats of
 the run nor the number of buffers do.
@@ -13,18 +14,9 @@ from typing import Any
 import torch
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import (
-    Filled,
-    begin,
-    buffers,
-    digest,
-    element,
-    filled,
-    measure,
-    op_arguments,
-    run_facts,
-    show,
-)
+from kvstrata.cli.bench.clock import Clock
+from kvstrata.cli.bench.common import Filled, begin, digest, element, filled, op_arguments, run_facts, show
+from kvstrata.cli.bench.peers import NAMES, peers
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 
@@ -33,9 +25,11 @@ COMPARED = 16  # queries of the first row, in f64
 HOST_REPS = 200
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    op_arguments(parser, format=FORMATS)
-    parser.add_argument("--queries", metavar="N", type=positive, default=1, help="of the call; default: %(default)s")
+def arguments(parser: argparse.ArgumentParser, queries: int = 1, reps: int = 15) -> None:
+    op_arguments(parser, format=FORMATS, reps=reps)
+    parser.add_argument(
+        "--queries", metavar="N", type=positive, default=queries, help="of the call; default: %(default)s"
+    )
     parser.add_argument("--order", choices=("random", "linear"), default="random", help="of pages in the slab")
     parser.add_argument("--mass", action="store_true", help="also the attention mass of each slot")
 
@@ -46,13 +40,23 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def timed(args: argparse.Namespace, out: Output, kind: str) -> int:
     """One row for each format."""
-    begin(args)
-    facts = run_facts(args)
-    size = args.kv_rows * (args.tokens // 16) * ops.page_bytes("bf16", args.dim)
-    full = [filled("bf16", args.kv_rows, args.tokens, args.dim, args.order) for _ in range(buffers(size))]
-    rows = [case(args, kind, fmt, full, facts["read_gbps"]) for fmt in args.format.split(",")]
+    clock = begin(args)
+    facts = run_facts(args, clock)
+    full = stored(args, clock, "bf16")
+    rows = [case(args, clock, kind, fmt, full, facts["read_gbps"]) for fmt in args.format.split(",")]
     show(kind, facts, rows, out)
     return 0
+
+
+def bytes_read(args: argparse.Namespace, fmt: str) -> int:
+    """By a call: every page once."""
+    return int(args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim))
+
+
+def stored(args: argparse.Namespace, clock: Clock, fmt: str) -> list[Filled]:
+    """Buffers of pages to rotate over."""
+    count = clock.buffers(bytes_read(args, fmt))
+    return [filled(fmt, args.kv_rows, args.tokens, args.dim, args.order, clock.device) for _ in range(count)]
 
 
 def held(data: Filled) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,22 +75,25 @@ def error(q: torch.Tensor, data: Filled, out: torch.Tensor) -> float:
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
-def host_us(args: argparse.Namespace, fmt: str) -> float:
+def host_us(args: argparse.Namespace, clock: Clock, fmt: str) -> float:
     """Of one call at 16 tokens, where the kernel has nothing to do."""
-    data = filled(fmt, args.kv_rows, 16, args.dim)
-    q = torch.randn(args.kv_rows, args.group, args.dim).to(element(fmt))
-    return measure([lambda _: ops.attend(q, data.pages, [data.pool])], HOST_REPS)[0].p50 * 1e3
+    data = filled(fmt, args.kv_rows, 16, args.dim, device=clock.device)
+    q = torch.randn(args.kv_rows, args.group, args.dim, device=clock.device).to(element(fmt))
+    return clock.host(lambda: ops.attend(q, data.pages, [data.pool]), HOST_REPS).p50 * 1e3
 
 
-def case(args: argparse.Namespace, kind: str, fmt: str, full: list[Filled], read_gbps: float) -> dict[str, Any]:
+def case(
+    args: argparse.Namespace, clock: Clock, kind: str, fmt: str, full: list[Filled], read_gbps: float
+) -> dict[str, Any]:
     """One format's row; `full` are bf16 pages of as many tokens."""
-    size = args.kv_rows * (args.tokens // 16) * ops.page_bytes(fmt, args.dim)
+    size, device = bytes_read(args, fmt), clock.device
     torch.manual_seed(args.seed)
-    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim).to(element(fmt))
-    data = [filled(fmt, args.kv_rows, args.tokens, args.dim, args.order) for _ in range(buffers(size))]
+    q = torch.randn(args.kv_rows, args.queries, args.group, args.dim, device=device).to(element(fmt))
+    data = stored(args, clock, fmt)
     out = torch.empty_like(q)
-    work = torch.empty(ops.attend_workspace_bytes(q, args.tokens // 16), dtype=torch.uint8)
-    logits = torch.empty(args.kv_rows, args.group, args.queries, args.tokens // 16, 16) if args.mass else None
+    work = torch.empty(ops.attend_workspace_bytes(q, args.tokens // 16), dtype=torch.uint8, device=device)
+    slots = (args.kv_rows, args.group, args.queries, args.tokens // 16, 16)
+    logits = torch.empty(slots, device=device) if args.mass else None
     packed = q.transpose(1, 2).reshape(1, args.kv_rows, -1, args.dim).contiguous()
 
     def ours(i: int) -> object:
@@ -101,7 +108,9 @@ def case(args: argparse.Namespace, kind: str, fmt: str, full: list[Filled], read
         d = full[i % len(full)]
         return ops.attend(q, d.pages, [d.pool], out=out, workspace=work, want_logits=logits, want_mass=args.mass)
 
-    times, on_bf16, base = measure([ours, bf16, sdpa], args.reps)
+    others = peers(clock, q, data)
+    times, on_bf16, base, *rest = clock.measure([ours, bf16, sdpa, *others.values()], args.reps)
+    speedups = {name: theirs.p50 / times.p50 for name, theirs in zip(others, rest, strict=True)}
     ours(0)
     gbps = size / times.p50 / 1e6
     return {
@@ -121,7 +130,7 @@ def case(args: argparse.Namespace, kind: str, fmt: str, full: list[Filled], read
         **times.row(),
         "gbps": gbps,
         "share_read": gbps / read_gbps,
-        "host_us": host_us(args, fmt),
+        "host_us": host_us(args, clock, fmt),
         "err_rel": error(q, data[0], out),
         "digest": digest(out),
         "baseline": {
@@ -133,6 +142,5 @@ def case(args: argparse.Namespace, kind: str, fmt: str, full: list[Filled], read
         },
         "time_to_bf16": times.p50 / on_bf16.p50,
         "speedup_vs_sdpa": base.p50 / times.p50,
-        "speedup_vs_flashinfer": None,
-        "speedup_vs_flash_attn": None,
+        **{f"speedup_vs_{name}": speedups.get(name) for name in NAMES},
     }

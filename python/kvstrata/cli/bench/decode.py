@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvstrata.cli.bench.clock import DEVICES, Clock, clock_of
 from kvstrata.cli.bench.filled import RandomTokens, fill
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output, bytes_text
@@ -46,6 +47,7 @@ class Row:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of the model and its caches; %(default)s")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--context", type=_numbers, default="4096,16384,32768", metavar="N,..", help="%(default)s")
     parser.add_argument(
@@ -63,12 +65,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    contenders, model = begin(args, out)
+    clock, contenders, model = begin(args, out)
     random, rows = RandomTokens(model, args.seed), []
     with out.progress("caches", len(contenders) * len(args.context)) as advance:
         for context in args.context:
-            rows += at_context(model, random, contenders, context, args.steps, advance)
-    made = {"schema": 1, "run": run_facts(args, model), "rows": [asdict(r) for r in rows]}
+            rows += at_context(clock, model, random, contenders, context, args.steps, advance)
+    made = {"schema": 1, "run": run_facts(args, clock, model), "rows": [asdict(r) for r in rows]}
     show(args, rows, out)
     out.result(made)
     if args.out is not None:
@@ -79,14 +81,15 @@ def run(args: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def begin(args: argparse.Namespace, out: Output) -> tuple[list[Any], Any]:
-    """The contenders that were asked for, and the patched model."""
+def begin(args: argparse.Namespace, out: Output) -> tuple[Clock, list[Any], Any]:
+    """The device's clock, the contenders that were asked for, and the patched model on the device."""
     from kvstrata.hf import patch
 
+    clock = clock_of(args.device)
     torch.set_num_threads(args.threads)
     contenders = line_of(args)
     with out.busy(f"building {args.shape}"):
-        return contenders, patch(SHAPES[args.shape].build(args.layers, args.seed))
+        return clock, contenders, patch(SHAPES[args.shape].build(args.layers, args.seed, clock.device))
 
 
 def peak_of(cache: Any) -> int:
@@ -107,11 +110,11 @@ def line_of(args: argparse.Namespace) -> list[Any]:
 
 
 def at_context(
-    model: Any, random: RandomTokens, contenders: list[Any], context: int, steps: int, advance: Any
+    clock: Clock, model: Any, random: RandomTokens, contenders: list[Any], context: int, steps: int, advance: Any
 ) -> list[Row]:
     """Rows of all contenders at one context."""
     dense = random.dense_bytes(context + WARM + steps)
-    turns = len(contenders) * dense < MEMORY_SHARE * _free_bytes()
+    turns = len(contenders) * dense < MEMORY_SHARE * clock.free_bytes()
     found: list[Row] = []
     for group in [contenders] if turns else [[c] for c in contenders]:
         caches = []
@@ -120,25 +123,26 @@ def at_context(
             fill(cache, random, context)
             caches.append(cache)
             advance(f"{c.label} at {context}")
-        times = decode(model, caches, context, steps)
+        times = decode(clock, model, caches, context, steps)
         for c, cache, taken in zip(group, caches, times, strict=True):
             found.append(_row(c, cache, taken, context, dense, turns))
     base = next((r.ms_p50 for r in found if r.cache == "DynamicCache"), None)
     return [r if base is None else Row(**(asdict(r) | {"speedup": base / r.ms_p50})) for r in found]
 
 
-def decode(model: Any, caches: list[Any], context: int, steps: int) -> list[list[float]]:
-    """Sorted ms of each cache's steps; the caches take turns."""
+def decode(clock: Clock, model: Any, caches: list[Any], context: int, steps: int) -> list[list[float]]:
+    """Sorted ms of each cache's steps, until their logits are there; the caches take turns."""
     times: list[list[float]] = [[] for _ in caches]
     with torch.inference_mode():
         for step in range(-WARM, steps):
-            token = torch.full((1, 1), 17 + step + WARM)
-            at = torch.full((1, 1), context + step + WARM)
+            token = torch.full((1, 1), 17 + step + WARM, device=clock.device)
+            at = torch.full((1, 1), context + step + WARM, device=clock.device)
             for cache, taken in zip(caches, times, strict=True):
-                start = time.perf_counter()
-                model(token, position_ids=at, past_key_values=cache, use_cache=True)
+                more = {"position_ids": at, "past_key_values": cache, "use_cache": True}
+                clock.wait()
+                ms = clock.whole(partial(model, token, **more))
                 if step >= 0:
-                    taken.append(1e3 * (time.perf_counter() - start))
+                    taken.append(ms)
     return [sorted(taken) for taken in times]
 
 
@@ -153,20 +157,13 @@ def _row(contender: Any, cache: Any, taken: list[float], context: int, dense: in
     return Row(context, contender.name, contender.budget, len(taken), *numbers)
 
 
-def _free_bytes() -> int:
-    """Memory that is free now."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) << 10
-    return 8 << 30
-
-
-def run_facts(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """What was run, and with what."""
+def run_facts(args: argparse.Namespace, clock: Clock, model: Any) -> dict[str, Any]:
+    """What was run, with what and where."""
     from kvstrata.quality import manifest
 
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("verb", "json")}
-    return manifest.of(asked) | {"parameters": sum(p.numel() for p in model.parameters())}
+    parameters = sum(p.numel() for p in model.parameters())
+    return manifest.of(asked) | {"parameters": parameters, "device": clock.facts()}
 
 
 def show(args: argparse.Namespace, rows: list[Row], out: Output) -> None:
@@ -188,7 +185,7 @@ def show(args: argparse.Namespace, rows: list[Row], out: Output) -> None:
         for r in rows
     ]
     header = ["context", "cache", ">ms p50", ">ms p99", ">tokens/s", ">x DynamicCache", ">KV bytes", ">% of dense"]
-    out.table(f"Decoding, {args.shape}, batch 1", [*header, ">peak %", ">stored per row"], body)
+    out.table(f"Decoding, {args.shape}, batch 1, {args.device}", [*header, ">peak %", ">stored per row"], body)
     if not all(r.turns for r in rows):
         out.line("Not all caches of a context fitted memory together: those were measured one after another.")
 

@@ -15,7 +15,7 @@ CHUNK = 2048
 
 
 class RandomTokens:
-    """Random queries, keys and values of a model's layers, bfloat16 or what it computes in.
+    """Random queries, keys and values of a model's layers, bfloat16 or what it computes in, where it computes.
 
     One draw of CHUNK tokens serves all chunks and layers, turned by another number of tokens for each.
     """
@@ -26,7 +26,8 @@ class RandomTokens:
         generator = torch.Generator().manual_seed(seed)
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self._drawn = [
-            torch.randn(1, heads, CHUNK, config.head_dim, generator=generator).to(model.dtype) for heads in sizes
+            torch.randn(1, heads, CHUNK, config.head_dim, generator=generator).to(model.device, model.dtype)
+            for heads in sizes
         ]
 
     def dense_bytes(self, tokens: int) -> int:

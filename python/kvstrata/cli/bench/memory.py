@@ -35,14 +35,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    contenders, model = begin(args, out)
+    clock, contenders, model = begin(args, out)
     random, rows = RandomTokens(model, args.seed), []
     with out.progress("caches", len(contenders) * len(args.context)) as advance:
         for context in args.context:
             for c in contenders:
                 rows += filling(model, random, c, context)
                 advance(f"{c.label} at {context}")
-    made = {"schema": 1, "run": run_facts(args, model), "rows": [asdict(r) for r in rows]}
+    made = {"schema": 1, "run": run_facts(args, clock, model), "rows": [asdict(r) for r in rows]}
     last = [r for r in rows if r.tokens == r.context]
     header = ["context", "cache", ">KV bytes", ">% of dense", ">peak", ">peak %"]
     out.table(f"Filling chunk by chunk, {args.shape}, batch 1", header, [_line(r) for r in last])

@@ -11,12 +11,11 @@ from kvstrata.cli.bench import attend
 from kvstrata.cli.output import Output
 
 QUERIES = 512
-REPS = 5  # a call takes seconds
+REPS = 5  # a call takes seconds on the CPU
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    attend.arguments(parser)
-    parser.set_defaults(queries=QUERIES, reps=REPS)
+    attend.arguments(parser, QUERIES, REPS)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import (
-    SLOTS,
-    begin,
-    beside_copy,
-    buffers,
-    digest,
-    filled,
-    measure,
-    op_arguments,
-    run_facts,
-    show,
-)
+from kvstrata.cli.bench.clock import Clock
+from kvstrata.cli.bench.common import SLOTS, begin, beside_copy, digest, filled, op_arguments, run_facts, show
 from kvstrata.cli.output import Output
 
 SOURCE = {"int8": "bf16", "int4": "bf16", "int2": "bf16"}
@@ -31,36 +21,41 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    begin(args)
-    facts = run_facts(args)
+    clock = begin(args)
+    facts = run_facts(args, clock)
     rows = []
     for fmt in args.format.split(","):
-        rows += case(args, fmt, "pages", facts["copy_gbps"]) + case(args, fmt, "scattered", facts["copy_gbps"])[:1]
+        rows += case(args, clock, fmt, "pages", facts["copy_gbps"])
+        rows += case(args, clock, fmt, "scattered", facts["copy_gbps"])[:1]
     show("quantize", facts, rows, out)
     return 0
 
 
 def page_moves(source: Tensor, target: Tensor, order: str) -> Tensor:
     """i32 [P * 16, 4]: every slot of each source page; `scattered`: from slots all over the source pages."""
-    count = source.numel() * SLOTS
-    token = torch.randperm(count) if order == "scattered" else torch.arange(count)
-    at = torch.arange(count)
+    at = torch.arange(source.numel() * SLOTS, device=source.device)
+    token = torch.randperm(len(at), device=source.device) if order == "scattered" else at
     columns = (source[token // SLOTS], token % SLOTS, target[at // SLOTS], at % SLOTS)
     return torch.stack(columns, 1).to(torch.int32)
 
 
-def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> list[dict[str, Any]]:
+def case(args: argparse.Namespace, clock: Clock, fmt: str, order: str, copy_gbps: float) -> list[dict[str, Any]]:
     """Of quantize and of dequantize, a row each."""
     pages = args.kv_rows * (args.tokens // SLOTS)
     size = pages * (ops.page_bytes(SOURCE[fmt], args.dim) + ops.page_bytes(fmt, args.dim))  # read and written
-    count = buffers(size)
-    data = [filled(SOURCE[fmt], args.kv_rows, args.tokens, args.dim) for _ in range(count)]
-    target = ops.Pool.allocate(fmt, args.dim, pages)
+    count, device = clock.buffers(size), clock.device
+    data = [filled(SOURCE[fmt], args.kv_rows, args.tokens, args.dim, device=device) for _ in range(count)]
+    target = ops.Pool.allocate(fmt, args.dim, pages, device=device)
     target.slabs[0].zero_()
-    ids = torch.arange(pages, dtype=torch.int32) + ops.make_page(1, 0, 0)
+    ids = torch.arange(pages, dtype=torch.int32, device=device) + ops.make_page(1, 0, 0)
     moves = [page_moves(d.pages.view(-1), ids, order) for d in data]
-    centre = torch.randn(args.kv_rows, args.dim)
-    rows = torch.arange(pages * SLOTS).div(args.tokens, rounding_mode="floor").clamp(max=args.kv_rows - 1).int()
+    centre = torch.randn(args.kv_rows, args.dim, device=device)
+    rows = (
+        torch.arange(pages * SLOTS, device=device)
+        .div(args.tokens, rounding_mode="floor")
+        .clamp(max=args.kv_rows - 1)
+        .int()
+    )
     copies = torch.zeros_like(data[0].k)
 
     def quantize(i: int) -> None:
@@ -74,7 +69,7 @@ def case(args: argparse.Namespace, fmt: str, order: str, copy_gbps: float) -> li
         j = i % count
         return copies.copy_(data[j].k), copies.copy_(data[j].v)
 
-    *ours, base = measure([quantize, dequantize, copy], args.reps)
+    *ours, base = clock.measure([quantize, dequantize, copy], args.reps)
     quantize(0)
     rows_out = []
     for kind, times in zip(("quantize", "dequantize"), ours, strict=True):

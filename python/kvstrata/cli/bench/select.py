@@ -14,19 +14,8 @@ import torch
 from torch import Tensor
 
 from kvstrata import ops
-from kvstrata.cli.bench.common import (
-    SLOTS,
-    Call,
-    Times,
-    begin,
-    buffers,
-    digest,
-    filled,
-    measure,
-    op_arguments,
-    run_facts,
-    show,
-)
+from kvstrata.cli.bench.clock import Call, Clock, Times
+from kvstrata.cli.bench.common import SLOTS, begin, digest, filled, op_arguments, run_facts, show
 from kvstrata.cli.generate import positive
 from kvstrata.cli.output import Output
 
@@ -41,36 +30,44 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    begin(args)
-    facts = run_facts(args)
+    clock = begin(args)
+    facts = run_facts(args, clock)
     sizes = [args.tokens] if args.tokens else [8192, 32768, 131072]
-    rows = [scan(args, tokens, kind, facts["read_gbps"]) for tokens in sizes for kind in ("score_pages", "select")]
-    rows += [whole(args, tokens, facts["read_gbps"]) for tokens in sizes[:2]]
+    kinds = ("score_pages", "select")
+    rows = [scan(args, clock, tokens, kind, facts["read_gbps"]) for tokens in sizes for kind in kinds]
+    rows += [whole(args, clock, tokens, facts["read_gbps"]) for tokens in sizes[:2]]
     show("select", facts, rows, out)
     return 0
 
 
-def random_blocks(args: argparse.Namespace, pages: int) -> Tensor:
+def random_blocks(args: argparse.Namespace, pages: int, device: torch.device) -> Tensor:
     """Summaries u8 [R, B, bytes]: random codes, scales and spreads as Gaussian keys have them."""
-    made = torch.randint(1, 256, (args.kv_rows, -(-pages // SLOTS), ops.summary_bytes(args.dim))).to(torch.uint8)
-    facts = torch.rand(args.kv_rows, made.shape[1], 3 * SLOTS) * 0.01
+    shape = (args.kv_rows, -(-pages // SLOTS), ops.summary_bytes(args.dim))
+    made = torch.randint(1, 256, shape, device=device).to(torch.uint8)
+    facts = torch.rand(args.kv_rows, made.shape[1], 3 * SLOTS, device=device) * 0.01
     made[..., SLOTS * args.dim :] = facts.view(torch.uint8)
     return made
+
+
+def all_visible(args: argparse.Namespace, pages: int, device: torch.device) -> Tensor:
+    """Masks u16 [R, M]."""
+    return torch.full((args.kv_rows, pages), -1, dtype=torch.int16, device=device).view(torch.uint16)
 
 
 def torch_scan(q: Tensor, mean: Tensor, most: int) -> Tensor:
     return (q @ mean.mT).sum(1).topk(min(most, mean.shape[1])).indices
 
 
-def scan(args: argparse.Namespace, tokens: int, kind: str, read_gbps: float) -> dict[str, Any]:
+def scan(args: argparse.Namespace, clock: Clock, tokens: int, kind: str, read_gbps: float) -> dict[str, Any]:
     """A row of score_pages or of select, beside torch."""
-    pages = tokens // SLOTS
+    pages, device = tokens // SLOTS, clock.device
     size = args.kv_rows * -(-pages // SLOTS) * ops.summary_bytes(args.dim)
-    count, means = (1, 1) if args.cached else (buffers(size), buffers(4 * size))
-    blocks = [random_blocks(args, pages) for _ in range(count)]
-    mean = [torch.randn(args.kv_rows, pages, args.dim) for _ in range(means)]
-    visible = torch.full((args.kv_rows, pages), 0xFFFF).to(torch.uint16)
-    q, base = torch.randn(args.kv_rows, args.group, args.dim), torch.zeros(args.kv_rows, args.group)
+    count, means = (1, 1) if args.cached else (clock.buffers(size), clock.buffers(4 * size))
+    blocks = [random_blocks(args, pages, device) for _ in range(count)]
+    mean = [torch.randn(args.kv_rows, pages, args.dim, device=device) for _ in range(means)]
+    visible = all_visible(args, pages, device)
+    q = torch.randn(args.kv_rows, args.group, args.dim, device=device)
+    base = torch.zeros(args.kv_rows, args.group, device=device)
 
     def ours(i: int) -> object:
         if kind == "score_pages":
@@ -78,35 +75,35 @@ def scan(args: argparse.Namespace, tokens: int, kind: str, read_gbps: float) -> 
         return ops.select(q, blocks[i % count], visible, args.most, lse_base=base)
 
     calls: list[Call] = [ours, lambda i: torch_scan(q, mean[i % means], args.most)]
-    times, theirs = measure(calls, args.reps)
+    times, theirs = clock.measure(calls, args.reps)
     entries, _, rest = ops.select(q, blocks[0], visible, args.most, lse_base=base)
     found = digest(entries, rest)
     return _row(args, kind, tokens, size, times, read_gbps, found, ("torch f32 scan and topk", theirs))
 
 
-def whole(args: argparse.Namespace, tokens: int, read_gbps: float) -> dict[str, Any]:
+def whole(args: argparse.Namespace, clock: Clock, tokens: int, read_gbps: float) -> dict[str, Any]:
     """A row of all that a selecting step does in a layer, beside attention to all pages."""
-    page = ops.page_bytes("bf16", args.dim)
+    page, device = ops.page_bytes("bf16", args.dim), clock.device
     pages, size = tokens // SLOTS, args.kv_rows * (tokens // SLOTS) * page
-    data = [filled("bf16", args.kv_rows, tokens, args.dim) for _ in range(buffers(size))]
+    data = [filled("bf16", args.kv_rows, tokens, args.dim, device=device) for _ in range(clock.buffers(size))]
     blocks = [ops.summarize(d.pages, [d.pool]) for d in data]
-    visible = torch.full((args.kv_rows, pages), 0xFFFF).to(torch.uint16)
-    q = torch.randn(args.kv_rows, args.group, args.dim).bfloat16()
+    visible = all_visible(args, pages, device)
+    q = torch.randn(args.kv_rows, args.group, args.dim, device=device).bfloat16()
     steady = [d.pages[:, :STEADY].contiguous() for d in data]
 
     def ours(i: int) -> tuple[Tensor, Tensor]:
         d = data[i % len(data)]
-        first, base = ops.attend(q, steady[i % len(data)], [d.pool], out=torch.empty(q.shape))
+        first, base = ops.attend(q, steady[i % len(data)], [d.pool], out=torch.empty(q.shape, device=device))
         entries, _, _ = ops.select(q, blocks[i % len(data)], visible, args.most, lse_base=base)
         chosen = d.pages.gather(1, entries.clamp_min(0).long()).masked_fill(entries < 0, -1)
-        second, lse = ops.attend(q, chosen, [d.pool], out=torch.empty(q.shape))
+        second, lse = ops.attend(q, chosen, [d.pool], out=torch.empty(q.shape, device=device))
         return ops.merge([first, second], [base, lse])
 
     def everything(i: int) -> object:
         d = data[i % len(data)]
         return ops.attend(q, d.pages, [d.pool])
 
-    times, theirs = measure([ours, everything], args.reps)
+    times, theirs = clock.measure([ours, everything], args.reps)
     read = args.kv_rows * (-(-pages // SLOTS) * ops.summary_bytes(args.dim) + (args.most + STEADY) * page)
     found = digest(*ours(0))
     return _row(args, "select, attend", tokens, read, times, read_gbps, found, ("attend to all pages", theirs))
