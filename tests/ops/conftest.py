@@ -80,7 +80,8 @@ def _left_out(item: pytest.Item) -> bool:
     too_long = getattr(item.module, "TOO_LONG", None)
     if too_long is not None and too_long in item.name:
         return True
-    return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * item.module.EMULATED
+    share = getattr(item.module, "EMULATED", 1.0)  # tests of other folders have such a parameter, too
+    return zlib.crc32(_case(item).encode()) % 1000 >= 1000 * share
 
 
 def _case(item: pytest.Item) -> str:
