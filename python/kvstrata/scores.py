@@ -105,7 +105,7 @@ def score_window(
     workspace  uint8 of at least `score_window_workspace_bytes`, 64-byte aligned
 
     A = exp(z - lse) with the lse over every slot that the query may read. Two passes; memory is bounded by W and the
-    number of threads, not by the length of a row but for a float per 512 slots and query.
+    number of threads (CUDA: of queries), not by the length of a row but for a float per 512 slots and query.
     """
     op = "score_window"
     rows, width, group, dim, entries = _window_shape(op, q, pages)
