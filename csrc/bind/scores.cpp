@@ -32,9 +32,14 @@ struct PageLists {
     Dim rows() const { return {"R", pages.shape(0)}; }
     Dim entries() const { return {"K", pages.shape(1)}; }
 
-    // Where ids can be read. head_dim 0: any, as long as all pages that are read agree. Returns it.
+    // head_dim 0: any, as long as all pages that are read agree; where ids cannot be read, all pools. Returns it.
     int check_ids(const Pools& pools, int head_dim) const {
-        for (int64_t r = 0; call.on_host() && r < rows().size; ++r) {
+        if (!call.on_host()) {
+            if (!head_dim) head_dim = pools.head_dim();
+            pools.expect_head_dim(head_dim);
+            return head_dim;
+        }
+        for (int64_t r = 0; r < rows().size; ++r) {
             const PageId* ids = pages.row<PageId>(r);
             const uint16_t* masks = visible.row<uint16_t>(r);
             for (int64_t e = 0; e < entries().size; ++e) {  // what is not read may hold anything

@@ -10,7 +10,8 @@
 // A maximum knows no order: bits of a span are those of its set of queries and of the row's slots alone, and do not depend
 // on how they are cut into blocks, threads or calls.
 //
-// One pass: keys are read from memory once for all spans. Memory is 10 KiB and 576 * D bytes a thread, whatever W, E or M.
+// One pass: keys are read from memory once for all spans. Memory is 10 KiB and 576 * D bytes a thread, whatever W, E or M; on
+// CUDA it holds all rows' queries as operands, or 64 MiB of them at a time, and keys are read once for each time.
 #pragma once
 
 #include "ops/window.h"

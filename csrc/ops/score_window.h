@@ -11,7 +11,7 @@
 // Two passes, in units of 32 entries: log-sum-exps, which are merged in the order of the list, then shares. What the first
 // pass found is kept for the second as far as 4 MiB a thread go; what has no room is computed again, to the same bits.
 // Other memory is bounded by W, never by the length of a row: about 256 KiB a thread at W * D = 64 * 128, and a float per
-// unit and query. Bits depend on the row alone.
+// unit and query. On CUDA nothing is kept, and the rows' queries lie in memory as operands. Bits depend on the row alone.
 #pragma once
 
 #include "ops/window.h"

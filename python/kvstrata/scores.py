@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from kvstrata import _C
-from kvstrata.pools import SLOTS, Pool, host_view, maybe_view, native_pools, thread_count, view
+from kvstrata.pools import (
+    SLOTS,
+    Pool,
+    device_number,
+    host_view,
+    maybe_view,
+    native_pools,
+    on_host,
+    thread_count,
+    view,
+)
 
 Spread = Literal["none", "variance", "std"]
 Stats = Literal["sound", "code"]
@@ -54,10 +64,6 @@ def _window_tensors(
         "sinks": maybe_view(op, "sinks", sinks),
         "workspace": view(op, "workspace", workspace),
     }
-
-
-def _on_host(x: Tensor | None) -> Tensor | None:
-    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def _window_shape(op: str, q: Tensor, pages: Tensor) -> tuple[int, int, int, int, int]:
@@ -105,11 +111,12 @@ def score_window(
     workspace  uint8 of at least `score_window_workspace_bytes`, 64-byte aligned
 
     A = exp(z - lse) with the lse over every slot that the query may read. Two passes; memory is bounded by W and the
-    number of threads, not by the length of a row but for a float per 512 slots and query.
+    number of threads (CUDA: of queries), not by the length of a row but for a float per 512 slots and query.
     """
     op = "score_window"
     rows, width, group, dim, entries = _window_shape(op, q, pages)
-    count, native, queries = thread_count(op, threads), native_pools(op, pools), _on_host(queries)
+    count, native = thread_count(op, threads), native_pools(op, pools)
+    queries = None if queries is None else on_host(op, "queries", queries)
     score = torch.empty(rows, group, entries, SLOTS, device=q.device) if out is None else out
     lse = torch.full((rows, group, width), -math.inf, device=q.device)
     if workspace is None:
@@ -175,11 +182,10 @@ def score_max(
     count, dim = thread_count(op, threads), q.shape[3]
     rows, group, width, _ = q.shape
     result = torch.empty(len(spans) - 1, *pages.shape, SLOTS, device=q.device) if out is None else out
-    whole = view(op, "q", q)
-    size = _C.score_max_workspace_bytes(dim, count, rows, group, width, whole[4])
+    size = _C.score_max_workspace_bytes(dim, count, rows, group, width, device_number(op, "q", q))
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     tensors: _C.MaxTensors = {
-        "q": whole,
+        "q": view(op, "q", q),
         "lse": view(op, "lse", lse),
         "spans": view(op, "spans", spans),
         "pages": view(op, "pages", pages),
@@ -224,7 +230,8 @@ def measure(
     The rest as in `score_window`; `q_pos` is needed. No query or no past: zeros.
     """
     rows, width, group, dim, entries = _window_shape("measure", q, pages)
-    count, native, queries = thread_count("measure", threads), native_pools("measure", pools), _on_host(queries)
+    count, native = thread_count("measure", threads), native_pools("measure", pools)
+    queries = None if queries is None else on_host("measure", "queries", queries)
     result = torch.empty(rows, group, 3, device=q.device) if out is None else out
     *_, dtype, device, _ = view("measure", "q", q)
     size = _C.measure_workspace_bytes(rows, width, group, dim, entries, count, device, dtype, native)
@@ -267,11 +274,10 @@ def pool(
         raise ValueError(f"pool: score is {list(score.shape)}, expected [R, G, K, 16]")
     count = thread_count("pool", threads)
     result = torch.empty(score.shape[0], *score.shape[2:], device=score.device) if out is None else out
-    whole = view("pool", "score", score)
-    size = _C.pool_workspace_bytes(score.shape[0], score.shape[2], count, whole[4])
+    size = _C.pool_workspace_bytes(score.shape[0], score.shape[2], count, device_number("pool", "score", score))
     workspace = torch.empty(size, dtype=torch.uint8, device=score.device)
     _C.pool(
-        whole,
+        view("pool", "score", score),
         view("pool", "pages", pages),
         maybe_view("pool", "visible", visible),
         view("pool", "out", result),
@@ -336,11 +342,11 @@ def score_keys(
     (rows, entries), dim, count = pages.shape, pools[0].head_dim, thread_count("score_keys", threads)
     code = _code("score_keys", "kind", kind, KEYS)
     result = torch.empty(rows, entries, SLOTS, device=pages.device) if out is None else out
-    lists = view("score_keys", "pages", pages)
-    size = _C.score_keys_workspace_bytes(rows, dim, entries, code, count, lists[4])
+    device = device_number("score_keys", "pages", pages)
+    size = _C.score_keys_workspace_bytes(rows, dim, entries, code, count, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=pages.device)
     _C.score_keys(
-        lists,
+        view("score_keys", "pages", pages),
         maybe_view("score_keys", "visible", visible),
         maybe_view("score_keys", "centre", centre),
         view("score_keys", "out", result),

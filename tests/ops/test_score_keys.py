@@ -15,7 +15,7 @@ from kvstrata import ops, reference
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 NAN, INF = float("nan"), float("inf")
 MIXED = [*((f,) for f in (*FULL, *ops.QUANTIZED)), ("bf16", "int4"), ("f32", "int8", "int4", "int2")]
-EMULATED = 1.0
+EMULATED = 0.3
 
 
 def score(case: Window, kind: str, **more: Any) -> Tensor:

@@ -19,7 +19,7 @@ from kvstrata import _C, ops, reference
 SIZES = [1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 FORMATS = [(f,) for f in (*FULL, "int8", "int4", "int2")] + [("f32", "f16", "int8", "int4", "int2")]
 INF, NAN = float("inf"), float("nan")
-EMULATED = 1.0
+EMULATED = 0.6
 
 
 def offsets(*sizes: int) -> Tensor:

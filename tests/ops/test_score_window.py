@@ -16,7 +16,7 @@ LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
 SPREADS = [("none", 0.0), ("variance", 263.81), ("std", 1.0)]
 MIXED = [("int8",), ("int4",), ("int2",), ("bf16", "int4"), ("f32", "f16", "int8", "int4", "int2")]
 INF, NAN = float("inf"), float("nan")
-EMULATED = 1.0
+EMULATED = 0.3
 
 
 def check(case: Window, spread: str = "none", weight: float = 0.0, **more: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,13 @@ def test_features_of_attention(isa: str) -> None:
     case = make_window([20, 7], masks="ragged", late=30)
     check(case, "std", 1.0, softcap=3.0, scale=0.5)
     check(case, "std", 1.0, sinks=torch.tensor([[0.5, -3.0], [30.0, -INF]]))
+    near = make_window([20, 7], late=30, shuffle=True)
     for window in (1, 7, 100, 2**31 - 1):
+        age = near.q_pos[:, :, None, None] - near.positions[:, None]
+        assert window > 100 or ((age == window).any() and (age == window - 1).any()), (
+            "slots on both sides of the border"
+        )
+        check(near, window=window)
         check(case, window=window)
 
 
