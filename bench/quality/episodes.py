@@ -56,15 +56,34 @@ class Way:
     sizes: tuple[tuple[str, Any], ...] = ()
 
 
+OURS: dict[str, Any] = {
+    "prompts": "reconstruct",
+    "heads": "model",
+    "kernel": 1,
+    "private": "int8",
+    "common": "int8",
+    "share": 0.75,
+    "head_cap": 2.0,
+}
+
+
+def ours(what: str, episodes: int = 4, routing: str = "router", **other: Any) -> Way:
+    """The text again as prompt, one budget for all layers, int8, but for what is given."""
+    return Way(what, episodes, routing=routing, sizes=tuple((OURS | other).items()))
+
+
 WAYS = {
-    "epicache": Way("backbone and private sets"),
+    "epicache": ours("text again, one budget for all layers, int8"),
+    "random routing": ours("so, an episode by lot", routing="random"),
+    "one episode": ours("so, without topics", 1),
+    "heads by layer": ours("so, a budget for each layer", heads="pair"),
+    "uniform heads": ours("so, every head as many tokens", heads="uniform"),
+    "full precision": ours("so, nothing quantized", private="full", common="full"),
+    "representatives": Way("windows of a topic as its prompt (paper)"),
+    "representatives int8": Way("so, as int8", sizes=(("private", "int8"), ("common", "int8"))),
     "true question": Way("the true question is the prompt", 1, "question"),
     "question for all": Way("so, of every episode", 4, "question"),
-    "one episode": Way("one prompt of all windows", 1),
-    "random routing": Way("an episode by lot", routing="random"),
-    "uniform heads": Way("every head as many tokens", sizes=(("heads", "uniform"),)),
-    "int8 sets": Way("private sets as int8", sizes=(("private", "int8"),)),
-    "separate": Way("a cache for each episode", separate=True),
+    "separate": Way("a cache for each episode (paper)", separate=True),
 }
 POLICIES: dict[str, tuple[str, Callable[..., Policy]]] = {
     "full": ("all tokens", full),
@@ -98,6 +117,14 @@ def turns_of(context: str) -> list[Turn]:
     return [Turn(*line.split(": ", 1)) for line in context.splitlines() if ": " in line]
 
 
+def offsets_of(bench: Bench, turns: Sequence[Turn], tokens: int) -> Tensor:
+    """Where the tokens of each line begin, and end: i64 [n + 1]."""
+    lengths = [len(bench.chat.plain(f"{t.speaker}: {t.text}\n")) for t in turns]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    assert int(offsets[-1]) <= tokens
+    return offsets + tokens - offsets[-1]
+
+
 def policy_answer(bench: Bench, name: str, tokens: Tokens, seed: int) -> Found:
     """A policy of the cache, cut in blocks of C tokens."""
     del seed
@@ -124,7 +151,8 @@ def way_answer(bench: Bench, name: str, tokens: Tokens, seed: int) -> Found:
     way = WAYS[name]
     how = Segments(episodes=way.episodes, representatives=bench.representatives)
     question = tokens.example.questions[0]
-    history = History().said(turns_of(tokens.example.context), how)
+    turns = turns_of(tokens.example.context)
+    history = History().said(turns, how, offsets_of(bench, turns, len(tokens.context)))
     history = history.grouped(how, bench.embedder, bench.chat.plain, bench.prompt)
     prompts = list(history.prompts)
     if way.prompt == "question":
@@ -138,7 +166,8 @@ def way_answer(bench: Bench, name: str, tokens: Tokens, seed: int) -> Found:
     chosen = route.episodes if way.routing == "router" else (random.Random(seed).randrange(len(prompts)),)
     if way.separate:
         prompts, chosen = [prompts[chosen[0]]], (0,)  # the cache that the question goes to
-    store = EpisodeStore(bench.chat, sizes, lambda: prompts)
+    places = history.places()
+    store = EpisodeStore(bench.chat, sizes, lambda: places if sizes.prompts == "reconstruct" else prompts)
     store.read(torch.tensor(tokens.context))
     if not store.compactions:
         store.compact()
@@ -177,8 +206,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=positive, default=60, help="talks per seed")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--share", type=float, default=0.2, help="of the dense bytes")
-    parser.add_argument("--chunk", type=positive, default=64)
-    parser.add_argument("--recent", type=positive, default=32)
+    parser.add_argument("--chunk", type=positive, default=32)
+    parser.add_argument("--recent", type=positive, default=16)
     parser.add_argument("--prompt", type=positive, default=256, help="tokens of a patched prompt")
     parser.add_argument("--representatives", type=positive, default=8, help="windows of a prompt")
     parser.add_argument("--embedder", choices=("minilm", "input", "hashed"), default="minilm")

@@ -118,9 +118,9 @@ void Store::restore_row(SeqId seq, int layer, int head, const SavedRow& saved) {
     check_layer(layer, "restore_row");
     check(head >= 0 && head < layers_[layer].kv_heads, "restore_row: head is ", head, ", expected 0..",
           layers_[layer].kv_heads - 1);
-    const bool plain = !options_.scored && options_.queries == 0 && options_.recall.pages == 0;
+    const bool plain = !options_.massed && options_.queries == 0 && options_.recall.pages == 0;
     check(plain && (options_.sets || options_.far.empty()),
-          "restore_row: this store keeps scores, queries or summaries beside its rows");
+          "restore_row: this store keeps mass, queries or summaries beside its rows");
     pages::Row& row = row_of(s, layer, head);
     check(s.length == 0 && row.entries() == 0, "restore_row: layer ", layer, ", head ", head,
           " holds tokens, expected none");

@@ -224,13 +224,25 @@ class Cache:
             return Step(self, seqs, starts, list(range(columns)) * len(seqs), columns)
         return padded(self, seqs, valid)
 
-    def read(self, seq: Sequence, tokens: int, spans: Items[int], *, compact: bool = True) -> SpanStep:
+    def read(
+        self, seq: Sequence, tokens: int, spans: Items[int], *, compact: bool = True, score: int | None = None
+    ) -> SpanStep:
         """A step over one sequence under an episodic policy, to be used as a context manager.
 
         tokens: that it feeds, may be 0; spans: queries of each prompt beside them, which leave nothing behind; compact:
-        whether each layer is planned by what they see, before the next. ValueError for another policy, and a step of nothing.
+        whether each layer is planned by what they see, before the next; score: the first token whose score that joins, where
+        the policy keeps scores, for :meth:`regroup`. ValueError for another policy, and a step of nothing.
         """
-        return SpanStep(self, seq, tokens, list(spans), compact)
+        return SpanStep(self, seq, tokens, list(spans), compact, score)
+
+    def regroup(self, seq: Sequence, of: torch.Tensor, count: int) -> None:
+        """Plans every layer of a sequence by the scores that its policy keeps.
+
+        of: i32 [tokens seen], the episode of each token, 0..count-1. ValueError for another policy or column. After an error
+        layers that were planned stay so.
+        """
+        self._plans.regroup(seq.id, of, count)
+        self._slabs.settle()
 
     def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False) -> None:
         """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their

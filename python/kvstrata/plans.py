@@ -12,7 +12,7 @@ from torch import Tensor
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
 from kvstrata.config import BudgetExceeded, MachineError
-from kvstrata.policy.base import FULL, Plan, Seen
+from kvstrata.policy.base import FULL, Divides, Grouping, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows, Spans
 from kvstrata.shares import Shares
@@ -73,6 +73,46 @@ class Plans:
         seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
         if seen is not None:
             self._apply(self._scored(seen, [seq]), [seq])
+
+    def score(self, layer: int, seq: int, spans: Spans, since: int) -> None:
+        """What queries beside its own see of one layer of a sequence joins the scores of its tokens from one on; in a step,
+        after they were appended."""
+        if layer in self.layers:
+            seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
+            if seen is not None:
+                self._scored(seen, [seq], since)
+
+    def regroup(self, seq: int, of: Tensor, count: int) -> None:
+        """All layers of a sequence, by its scores: first how many tokens each row may show, then each layer's sets. of: i32
+        [tokens], the episode of each."""
+        policy, n = self._cache.policy, self._store.length(seq)
+        if not policy.episodic or not keeps_scores(policy):
+            raise ValueError(f"regroup: policy {policy.name!r}, expected one that names sets and keeps scores")
+        if of.dtype != torch.int32 or of.shape != (n,) or n and not 0 <= int(of.min()) <= int(of.max()) < count:
+            raise ValueError(
+                f"regroup: of is {of.dtype} {list(of.shape)}, expected torch.int32 [{n}] in 0..{count - 1}"
+            )
+        planner = policy.planner
+        found = [seen for layer in self.layers if (seen := self._grouped(layer, seq, of, count)) is not None]
+        rows: list[Tensor] | None = None
+        if found and isinstance(planner, Divides) and planner.heads == "model":
+            rows = planner.over_layers(found)
+        for i, layer in enumerate(seen.layer for seen in found):
+            self._cache._views.open(layer, seq)
+            try:
+                again = self._grouped(layer, seq, of, count, rows[i] if rows else None)
+                assert again is not None
+                self._apply(again, [seq])
+            finally:
+                self._cache._views.close(layer, seq)
+
+    def _grouped(self, layer: int, seq: int, of: Tensor, count: int, rows: Tensor | None = None) -> Seen | None:
+        seen = self._see(layer, [seq], [self._store.length(seq)])
+        if seen is None:
+            return None
+        assert isinstance(seen.read, Rows)
+        episodes = of[seen.positions.clamp(0).long()].masked_fill(~seen.stored, -1)
+        return replace(seen, score=seen.read.mass(), grouping=Grouping(count, episodes, rows))
 
     def run(self, ids: list[int], always: bool = True) -> None:
         """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan; of what
@@ -226,7 +266,7 @@ class Plans:
     def _see(self, layer: int, ids: list[int], ends: list[int]) -> Seen | None:
         return see(self._cache, layer, ids, ends, self.arithmetic.get(layer))
 
-    def _scored(self, seen: Seen, ids: list[int]) -> Seen:
+    def _scored(self, seen: Seen, ids: list[int], since: int = 0) -> Seen:
         policy = self._cache.policy
         if policy.scorer is None:
             return seen
@@ -241,7 +281,7 @@ class Plans:
             assert isinstance(seen.read, Rows)
             last = seen.read.mass()
             score = last + score if policy.combine == "sum" else torch.maximum(policy.decay * last, score)
-            score = score.contiguous()
+            score = torch.where(seen.positions >= since, score, last).contiguous()
             self._store.set_scores(seen.layer, ids, score.data_ptr(), score.shape[1])
         return replace(seen, score=score)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvstrata import dense, ops
+from kvstrata.budget.costs import keeps_scores
 from kvstrata.config import DTYPES
 from kvstrata.rows import Spans
 from kvstrata.step import arithmetic, check_tensor
@@ -28,10 +29,13 @@ class SpanStep:
     commits, an exception rolls back: the tokens go, layers that were compacted stay so.
 
     Tensors are packed: the tokens, then each span. Every layer shows all its sets, whatever the view is, and appends its
-    tokens; the spans attend to all of that and, causally, to themselves; then, if it compacts, the layer is planned.
+    tokens; the spans attend to all of that and, causally, to themselves; then, if it compacts, the layer is planned, or, if it
+    scores, what they saw joins the scores of its tokens.
     """
 
-    def __init__(self, cache: Cache, seq: Sequence, tokens: int, spans: list[int], compact: bool) -> None:
+    def __init__(
+        self, cache: Cache, seq: Sequence, tokens: int, spans: list[int], compact: bool, score: int | None = None
+    ) -> None:
         if not cache.policy.episodic:
             raise ValueError(
                 f"read: policy {cache.policy.name!r} knows no episodes, expected one whose plans name sets"
@@ -42,12 +46,14 @@ class SpanStep:
             )
         if compact and not spans:
             raise ValueError("read: compact without spans, expected some: tokens are scored by them")
+        if score is not None and (compact or not keeps_scores(cache.policy)):
+            raise ValueError("read: score, expected compact=False and a policy that keeps scores")
         self._cache = cache
         self._store = cache._store
         self._seq = seq.id
         self._tokens = tokens
         self._offsets = [0, *accumulate(spans)]
-        self._compact = compact
+        self._compact, self._score = compact, score
         self._step: Step | None = cache.step([seq], [tokens]) if tokens else None
         self.positions = self._placed(cache.logical_length(seq))
         """Position of each token and query for RoPE, i64 [tokens + all spans]: every span follows the tokens."""
@@ -110,7 +116,7 @@ class SpanStep:
         if self._step is not None:
             self._cache._slabs.reserve(layer, layer + 1, 0, n)  # plans of the layers before may have taken what it had
             out[:n] = self._step.attend(layer, q[:n], k[:n], v[:n], scale=scale, softcap=softcap, sinks=sinks)
-            if self._compact and self._cache.shape.layers[layer].window is None:
+            if (self._compact or self._score is not None) and self._cache.shape.layers[layer].window is None:
                 self._store.settle(layer)
         if self._offsets[-1]:
             how = arithmetic("attend", self._cache.shape.layers[layer], scale, softcap)
@@ -132,6 +138,9 @@ class SpanStep:
         if self._compact:
             self._cache._plans.arithmetic[layer] = (scale, softcap)
             self._cache._plans.compact(layer, self._seq, Spans(q, lse, self._offsets))
+        elif self._score is not None:
+            self._cache._plans.arithmetic[layer] = (scale, softcap)
+            self._cache._plans.score(layer, self._seq, Spans(q, lse, self._offsets), self._score)
         return out
 
     def _attend_stored(self, layer: int, q: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvstrata.budget.costs import keeps_scores
 from kvstrata.config import SLOTS
 from kvstrata.holdings import FORMATS
 from kvstrata.policy.base import BACKBONE, FULL, LESSER_HALF, PENDING, STATES
@@ -130,3 +131,33 @@ def _tiered(cache: Cache, seq: int, layer: int, row: StoredRow) -> list[int]:
 
     found = zip(row.pools, row.sets, strict=True)
     return [pool if shown(tag) or far.get(pool, -1) < 0 else far[pool] for pool, tag in found]
+
+
+def scores_of(cache: Cache, seq: int) -> Tensor | None:
+    """The scores that the policy keeps of a sequence's tokens, f32, layer by layer [H, N] in table order; None where it keeps
+    none."""
+    if not keeps_scores(cache.policy):
+        return None
+    found = [torch.empty(0)]
+    for layer, size in _scored(cache, seq):
+        scores = torch.zeros(size)
+        cache._store.look(layer, [seq], 0, 0, 0, scores.data_ptr(), 0, 0, 0, size[1])
+        found.append(scores.flatten())
+    return torch.cat(found)
+
+
+def restore_scores(cache: Cache, seq: int, scores: Tensor) -> None:
+    """As :func:`scores_of` gave them, of a sequence that was restored. ValueError for another number of them."""
+    sizes = _scored(cache, seq)
+    if len(scores) != (expected := sum(h * n for _, (h, n) in sizes)):
+        raise ValueError(f"restore_scores: {len(scores)} scores, expected {expected}")
+    first, scores = 0, scores.contiguous()
+    for layer, (heads, columns) in sizes:
+        cache._store.set_scores(layer, [seq], scores[first:].data_ptr(), columns)
+        first += heads * columns
+
+
+def _scored(cache: Cache, seq: int) -> list[tuple[int, tuple[int, int]]]:
+    """Layers that are planned, with heads and the most tokens of a row."""
+    sizes = ((i, (cache.shape.layers[i].kv_heads, cache._store.columns(i, [seq]))) for i in cache._plans.layers)
+    return [(i, size) for i, size in sizes if size[1]]

@@ -224,7 +224,7 @@ def test_other_models_and_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer is 't', expected None"):
         Conversation.load(tmp_path / "c", model, embedder=CountedWords())
     rewritten(tmp_path / "c", lambda m: m.update(format=1))
-    with pytest.raises(ValueError, match="format is 1, expected 2"):
+    with pytest.raises(ValueError, match="format is 1, expected 3"):
         loaded(tmp_path / "c", 1)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from kvstrata.config import BudgetExceeded
 from kvstrata.policy import Backbone, Plan, Seen, epicache
-from kvstrata.policy.backbone import choose_sets, halve
-from kvstrata.policy.base import EVICTED, FULL, INT8, LESSER_HALF, PENDING
+from kvstrata.policy.backbone import choose_own, choose_sets, halve
+from kvstrata.policy.base import BACKBONE, EVICTED, FULL, INT8, LESSER_HALF, PENDING, Grouping
 
 
 def looped(score, free, guard, want, backbone, private):  # type: ignore[no-untyped-def]
@@ -198,6 +198,75 @@ def test_pair_heads_divide_exactly_and_keep_floors() -> None:
         assert b.tolist() == sorted(b.tolist(), reverse=True) and b[0] > b[3]
 
 
+def own(score, of, free, guard, backbone, private, episodes):  # type: ignore[no-untyped-def]
+    """One row, lists: the set of each token, where each has one score and is of one episode."""
+    among = [i for i in range(len(free)) if free[i]]
+    chosen = [-1] * len(free)
+    for i in sorted(among, key=lambda i: (not guard[i], -score[i] if not guard[i] else 0, i))[:backbone]:
+        chosen[i] = 0
+    if episodes == 1:
+        return chosen
+    for e in range(episodes):
+        left = [i for i in among if chosen[i] < 0 and of[i] == e and score[i] > 0]
+        for i in sorted(left, key=lambda i: (-score[i], i))[:private]:
+            chosen[i] = e + 1
+    for e in range(episodes):
+        room = private - chosen.count(e + 1)
+        for i in sorted((i for i in among if chosen[i] < 0), key=lambda i: (-score[i], i))[:room]:
+            chosen[i] = e + 1
+    return chosen
+
+
+def test_own_sets_equal_the_loops() -> None:
+    for seed in range(500):
+        score, free, guard, _, backbone, private = drawn(seed)
+        episodes, rows, n = score.shape
+        of = torch.randint(0, episodes, (rows, n), generator=torch.Generator().manual_seed(seed))
+        one = score[0]
+        apart = torch.where(of == torch.arange(episodes).view(-1, 1, 1), one, 0.0)
+        found = choose_own(apart, free, guard, backbone, private)
+        for r in range(rows):
+            lists = (x[r].tolist() for x in (one, of, free, guard))
+            assert found[r].tolist() == own(*lists, int(backbone[r]), int(private[r]), episodes), seed
+
+
+def test_all_layers_share_one_budget() -> None:
+    """Exactly as many tokens as all rows have, between floors and caps, the more the better a row's tokens are."""
+    planner = Backbone(320, 64, heads="model", kernel=1, head_cap=1.5)
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        found = []
+        for layer, power in enumerate((1.0, 6.0, 60.0)):
+            score = torch.rand(1, 2, 900, generator=g) ** power
+            of = torch.randint(0, 3, (2, 900), generator=g, dtype=torch.int32)
+            found.append(replace(seen_of(score), layer=layer, score=score[0], grouping=Grouping(3, of)))
+        rows = planner.over_layers(found)
+        b = torch.cat(rows)
+        assert [len(r) for r in rows] == [2, 2, 2] and int(b.sum()) == 6 * 320 and not (b % 16).any()
+        assert int(b.min()) >= planner.floor(0, 16, 3) and int(b.max()) <= planner.row_cap == 480
+        assert rows[0].min() > rows[1].max() > rows[2].max()
+        plan = planner.plan(replace(found[0], grouping=replace(found[0].grouping, rows=rows[0])))  # type: ignore[type-var]
+        assert plan.state is not None and plan.set is not None
+        sets = plan.set.int()
+        for r in range(2):
+            backbone, private = planner.sizes(int(rows[0][r]), 3)
+            kept = plan.state[r] != EVICTED
+            assert int(((sets[r] == BACKBONE) & kept).sum()) == backbone
+            assert int((kept & (sets[r] > 0) & (sets[r] != PENDING)).sum()) == 3 * private
+
+
+def test_the_backbone_takes_its_format_but_for_sinks() -> None:
+    score = torch.rand(1, 1, 400, generator=torch.Generator().manual_seed(3))
+    of = torch.arange(400, dtype=torch.int32).view(1, -1) % 2
+    seen = replace(seen_of(score), score=score[0], grouping=Grouping(2, of))
+    plan = Backbone(192, 64, private="int8", common="int8", kernel=1, heads="uniform").plan(seen)
+    assert plan.state is not None and plan.set is not None
+    kept = plan.state[0] != EVICTED
+    sink = seen.positions[0] < 16
+    assert (plan.state[0][sink | seen.open[0]] == FULL).all()
+    assert (plan.state[0][kept & ~sink & ~seen.open[0]] == INT8).all()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -205,6 +274,9 @@ def test_pair_heads_divide_exactly_and_keep_floors() -> None:
         ({"budget": 160, "recent": 8}, "recent has 8"),
         ({"budget": 160, "share": 1.0}, "share is 1.0, expected 0 < share < 1"),
         ({"budget": 160, "heads": "all"}, "heads is 'all'"),
+        ({"budget": 160, "heads": "model", "layers": (160, 160)}, "with heads 'model', expected None"),
+        ({"budget": 160, "head_cap": 0.5}, "head_cap is 0.5, expected at least 1"),
+        ({"budget": 160, "common": "int8"}, "common is 'int8', expected 'full' or, as private is, 'full'"),
         ({"budget": 160, "head_floor": 2}, "head_floor is 2"),
         ({"budget": 160, "private": "int3"}, "private is 'int3'"),
         ({"budget": 160, "layers": (160, 20)}, "layers has 20"),
@@ -220,6 +292,12 @@ def test_a_budget_without_room_for_the_guards() -> None:
     with pytest.raises(ValueError, match="budget is 160 tokens, expected at least 304"):
         epicache(160, guards=100, recent=128)
     assert epicache(304, guards=100, recent=128).sinks == 100
+
+
+def test_one_budget_for_all_layers_needs_scores_that_are_kept() -> None:
+    with pytest.raises(ValueError, match="heads is 'model', expected 'pair' or 'uniform' where scores are not kept"):
+        epicache(304, heads="model")
+    assert epicache(304, heads="model", keeps=True).combine == "max"
 
 
 def test_floors_above_the_layer_are_refused() -> None:

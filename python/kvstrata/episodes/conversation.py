@@ -19,6 +19,7 @@ from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
 from kvstrata.episodes.limits import Sizes, sizes_of
 from kvstrata.episodes.model import ChatModel
+from kvstrata.episodes.places import Places
 from kvstrata.episodes.route import Route, Router, Turned
 from kvstrata.episodes.segment import Turn, turns_of
 from kvstrata.episodes.store import EpisodeStore, Mark
@@ -32,12 +33,10 @@ class Conversation:
     """Add turns, ask, report. Near bytes never pass a limit fixed here.
 
     model: a :class:`ChatModel` (:func:`kvstrata.hf.chat_model`); budget: bytes, which hold everything, or tokens of a row that
-    one question sees; chunk, prompt_tokens: C and W (None: min(2048, B / 2), min(512, C / 4)); embedder: "auto" (MiniLM where
-    it is installed, else the model's input embeddings, with a warning) or an :class:`Embedder`; router: a :class:`Router`;
-    options: the fields of :class:`Segments` and, but for ``episodes``, of :class:`Sizes`. One thread at a time.
-
-    What fits, B + C tokens, is kept whole. Beyond, all is read once, and kept as far as the prompts of its topics attend to it.
-    ValueError for sizes that do not work, with the least that do.
+    one question sees; chunk, prompt_tokens: C and W (None: as :func:`sizes_of`); embedder: "auto" (:func:`auto`) or an
+    :class:`Embedder`; router: a :class:`Router`; options: the fields of :class:`Segments` and, but for ``episodes``, of
+    :class:`Sizes`. What fits (``Sizes.whole``) is kept whole; beyond, all is read once, and kept as far as prompts attend to
+    it. One thread at a time. ValueError for sizes that do not work, with the least that do.
     """
 
     def __init__(
@@ -92,9 +91,9 @@ class Conversation:
         given = turns_of(turns)
         if not given:
             return
-        ids, _ = self._model.tokens(given, first=not self._begun, answer=False)
+        ids, offsets = self._model.tokens(given, first=not self._begun, answer=False)
         self._store.check(len(self._queue) + len(ids))
-        self._history = self._history.said(given, self._how)
+        self._history = self._history.said(given, self._how, offsets + self._store.length + len(self._queue))
         self._say(ids)
 
     def _say(self, ids: Tensor) -> None:
@@ -123,11 +122,11 @@ class Conversation:
     def _place(self) -> None:
         self._history = self._history.placed(self._how, self._embedder, self._model.plain, self._sizes.prompt)
 
-    def _prompts(self) -> Sequence[Tensor]:
+    def _prompts(self) -> Sequence[Tensor] | Places:
         """Of the present topics, which are told apart when first asked for."""
         if self._history.topics is None:
             self._history = self._grouped()
-        return self._history.prompts
+        return self._history.places() if self._sizes.prompts == "reconstruct" else self._history.prompts
 
     def _grouped(self) -> History:
         """With new topics; the embedder stays as it was where that fails."""
@@ -246,14 +245,15 @@ class Conversation:
             self._store.back(mark)
             return text
         turns = [asked, Turn(ASSISTANT, text)] if text.strip() else [asked]
-        history = self._history.answered(turns, self._how)
         if self._model.style == "transcript":
-            told, _ = self._model.tokens(turns, first=not self._begun, answer=False)
-            self._store.back(mark)
+            told, offsets = self._model.tokens(turns, first=not self._begun, answer=False)
         else:
-            read = self._store.length - mark.length
-            unread = torch.cat([ids, torch.tensor(out, dtype=torch.int64)])[read:]
-            told = torch.cat([unread, self._model.closing])
+            offsets = torch.tensor([0, len(ids), len(ids) + len(out)])[: len(turns) + 1]
+            told = torch.cat([ids, torch.tensor(out, dtype=torch.int64), self._model.closing])
+            told = told[self._store.length - mark.length :]
+        history = self._history.answered(turns, self._how, offsets + mark.length)
+        if self._model.style == "transcript":
+            self._store.back(mark)
         self._say(told)
         self._history = history
         return text
@@ -340,9 +340,9 @@ class Conversation:
 
     def _rebuild(self) -> None:
         """Reads all turns into a new store, which takes the place of the old one: both are not held at once."""
-        ids, _ = self._model.tokens(self._history.turns, first=True, answer=False)
+        ids, offsets = self._model.tokens(self._history.turns, first=True, answer=False)
         self._store.clear()
-        self._queue = ids
+        self._queue, self._history = ids, self._history.respotted(offsets, self._how)
         self._turned = replace(self._turned, route=None)
         self._read()
 

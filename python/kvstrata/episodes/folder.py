@@ -16,7 +16,7 @@ from typing import Any
 
 from kvstrata.testing import fault_point
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, WRITTEN, LOCK = "MANIFEST.json", "MANIFEST.tmp", "LOCK"
 NAME = re.compile(r"(?:turns|index|pages)-(\d+)(?:-\w+)?\.(?:jsonl|safetensors)", re.ASCII)
 REMEMBERED = 64

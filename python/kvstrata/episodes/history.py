@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import log
 from typing import Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kvstrata.episodes.cluster import cluster
 from kvstrata.episodes.embed import Embedder
+from kvstrata.episodes.places import Places
 from kvstrata.episodes.represent import fit, represent
 from kvstrata.episodes.route import LATELY, Route, Router, Turned
 from kvstrata.episodes.segment import Turn, Utterance, Window, line, utterances
@@ -61,10 +63,12 @@ class History:
 
     windows: closed ones; left: utterances that are in none yet; vectors: f32 [windows embedded, d], from the first on; topics:
     None before the first clustering; prompts: ids of each episode's; clustered: windows at the last clustering; added, asked:
-    characters of turns that were added, and of questions and answers.
+    characters of turns that were added, and of questions and answers; spots: of each turn its first token and the one after its
+    last, where they were given.
     """
 
     turns: tuple[Turn, ...] = ()
+    spots: tuple[tuple[int, int], ...] = ()
     windows: tuple[Window, ...] = ()
     left: tuple[Utterance, ...] = ()
     vectors: Tensor | None = None
@@ -81,15 +85,16 @@ class History:
 
     def forgotten(self) -> History:
         """Without turns, and without the text of the windows, which stay in their topics."""
-        return replace(self, turns=(), windows=(Window((), ""),) * len(self.windows), left=())
+        windows = tuple(Window((), "", w.start) for w in self.windows)
+        return replace(self, turns=(), spots=(), windows=windows, left=())
 
     # --- turns ------------------------------------------------------------------------------------------------------------
 
-    def said(self, turns: Sequence[Turn], how: Segments) -> History:
-        """With more turns, and the windows that they fill."""
-        return replace(self, added=self.added + _length(turns))._told(turns, how)
+    def said(self, turns: Sequence[Turn], how: Segments, offsets: Tensor | None = None) -> History:
+        """With more turns, and the windows that they fill. offsets: i64 [n + 1], the first token of each, and the end."""
+        return replace(self, added=self.added + _length(turns))._told(turns, how, offsets)
 
-    def answered(self, turns: Sequence[Turn], how: Segments) -> History:
+    def answered(self, turns: Sequence[Turn], how: Segments, offsets: Tensor | None = None) -> History:
         """With a question and its answer.
 
         Questions are more like each other than like what they are about: their windows would be a topic of their own, found
@@ -98,12 +103,14 @@ class History:
         to which nothing was added: there they are told as any turn is.
         """
         grown = replace(self, asked=self.asked + _length(turns))
-        return grown._told(turns, how) if grown.asked > grown.added else replace(grown, turns=(*self.turns, *turns))
+        if grown.asked > grown.added:
+            return grown._told(turns, how, offsets)
+        return replace(grown, turns=(*self.turns, *turns), spots=(*self.spots, *_spots(turns, offsets)))
 
-    def _told(self, turns: Sequence[Turn], how: Segments) -> History:
+    def _told(self, turns: Sequence[Turn], how: Segments, offsets: Tensor | None) -> History:
         known = len(self.turns)
         fresh = [replace(u, turn=u.turn + known) for u in utterances(turns)]
-        grown = replace(self, turns=(*self.turns, *turns))
+        grown = replace(self, turns=(*self.turns, *turns), spots=(*self.spots, *_spots(turns, offsets)))
         if how.bounded:
             grown = grown.closed(how)
         windows, left = list(grown.windows), [*grown.left, *fresh]
@@ -120,7 +127,14 @@ class History:
 
     def _window(self, part: Sequence[Utterance], how: Segments) -> Window:
         lines = (line(self.turns[u.turn], u, dates=how.dates, captions=how.captions) for u in part)
-        return Window(tuple(part), "\n".join(lines))
+        first, last = self.spots[part[0].turn] if self.spots else (0, 0)
+        start = first + (last - first) * part[0].start // max(1, len(self.turns[part[0].turn].text))
+        return Window(tuple(part), "\n".join(lines), start)
+
+    def respotted(self, offsets: Tensor, how: Segments) -> History:
+        """With the tokens of all turns elsewhere: i64 [n + 1]."""
+        moved = replace(self, spots=tuple(pairwise(offsets.tolist())))
+        return replace(moved, windows=tuple(moved._window(w.utterances, how) for w in self.windows))
 
     # --- topics -----------------------------------------------------------------------------------------------------------
 
@@ -163,6 +177,12 @@ class History:
         known = ([w for w in windows if texts[w]] or [len(texts) - 1] for windows in picked)  # the last one founded it
         prompts = (fit(texts, windows, encode, prompt, how.instruction) for windows in known)
         return replace(self, prompts=(*self.prompts, *prompts))
+
+    def places(self) -> Places:
+        """Which episode each token is of, once topics were told apart."""
+        assert self.topics is not None
+        starts = [w.start for w in self.windows[: len(self.topics.labels)]]
+        return Places(torch.tensor(starts), self.topics.labels, len(self.topics.centroids))
 
     # --- questions --------------------------------------------------------------------------------------------------------
 
@@ -209,6 +229,10 @@ class History:
             return ", ".join(sorted(words, key=lambda w: (-weight[w], -words[w], w))[:LABEL])
 
         return tuple(best(words) for words in said)
+
+
+def _spots(turns: Sequence[Turn], offsets: Tensor | None) -> list[tuple[int, int]]:
+    return list(pairwise([0] * (len(turns) + 1) if offsets is None else offsets.tolist()))
 
 
 def _length(turns: Sequence[Turn]) -> int:

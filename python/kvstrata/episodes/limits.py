@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from kvstrata.budget.protect import least_limit, pages
 from kvstrata.budget.units import Budget
 from kvstrata.config import SLOTS, Shape, Unsupported
 from kvstrata.policy.backbone import Backbone
-from kvstrata.policy.base import FULL, Policy
+from kvstrata.policy.base import FULL, STATES, Policy
 from kvstrata.policy.epicache import epicache
 
 SLABS = 96
@@ -29,8 +29,9 @@ MOST = 1 << 17
 class Sizes:
     """Tokens, all of a row but for prompt. budget: that one question sees (B), the tail included; chunk: read at a time (C);
     prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
-    the most there may be; far: sets that no question reads are in a Far tier, without all are Near; the others: of
-    :class:`kvstrata.policy.Backbone`.
+    the most there may be; prompts: what says which tokens matter, "representatives", windows that stand for an episode
+    (paper), or "reconstruct", the text itself once more (:class:`kvstrata.episodes.store.EpisodeStore`); far: sets that no
+    question reads are in a Far tier, without all are Near; the others: of :class:`kvstrata.policy.Backbone`.
 
     budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
     """
@@ -42,12 +43,15 @@ class Sizes:
     system: int = 0
     episodes: int = 8
     share: float = 2 / 3
-    heads: Literal["pair", "uniform"] = "pair"
+    heads: Literal["pair", "uniform", "model"] = "pair"
     head_floor: float = 0.25
     layers: tuple[int, ...] | None = None
     private: str = "full"
     kernel: int = 17
     far: bool = True
+    prompts: Literal["representatives", "reconstruct"] = "representatives"
+    common: str = "full"
+    head_cap: float = 2.5
 
     def __post_init__(self) -> None:
         if self.chunk < LEAST_CHUNK or self.chunk % SLOTS:
@@ -58,6 +62,8 @@ class Sizes:
             raise ValueError(f"recent is {self.recent}, expected less than the chunk of {self.chunk}")
         if self.episodes < 1:
             raise ValueError(f"max_episodes is {self.episodes}, expected at least 1")
+        if self.prompts not in ("representatives", "reconstruct"):
+            raise ValueError(f"prompts is {self.prompts!r}, expected 'representatives' or 'reconstruct'")
         self.policy()
 
     @property
@@ -72,6 +78,16 @@ class Sizes:
         assert isinstance(planner, Backbone)
         return planner
 
+    @property
+    def whole(self) -> int:
+        """Tokens that are kept whole before the first compaction: with "reconstruct" as many as take the bytes that backbone
+        and pending tokens take later."""
+        if self.prompts == "representatives":
+            return self.budget + self.chunk
+        backbone, _ = self.planner.sizes(self.budget, self.episodes)
+        held = backbone if self.common == "full" else backbone // 2 // SLOTS * SLOTS
+        return held + self.recent + self.chunk + SLOTS
+
     def policy(self) -> Policy:
         """The policy of the cache."""
         return epicache(
@@ -83,7 +99,10 @@ class Sizes:
             layers=self.layers,
             private=self.private,
             kernel=self.kernel,
+            common=self.common,
+            head_cap=self.head_cap,
             guards=self.guards,
+            keeps=self.prompts == "reconstruct",
         )
 
     # --- slots and bytes --------------------------------------------------------------------------------------------------
@@ -128,11 +147,24 @@ class Sizes:
         self._check_layers(shape)
         policy = self.policy()
         costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
+        total = self._pages_bytes(shape) if self.prompts == "representatives" else self._kept_bytes(shape)
+        if self.far:
+            total += policy.ring * sum(max(costs[i].values()) for i, _ in shape.kinds)
+        smallest = min(min(cost.values()) for cost in costs)
+        limit = total
+        for _ in range(3):  # what the books take grows with the limit, a little
+            beside = books(policy, shape, limit, 1).of(limit // smallest, SLABS)
+            limit = total + beside + total // 64 + SLABS * SLAB
+        return limit
+
+    def _pages_bytes(self, shape: Shape) -> int:
+        """Of all pages, where each layer is planned before the next has its tokens."""
+        policy = self.policy()
+        costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
         full, private = FULL, self.planner.native_state
-        total, rewriting, working = 0, 0, 0
+        total, rewriting, working = self._sliding_bytes(shape), 0, 0
         for layer, (spec, cost) in enumerate(zip(shape.layers, costs, strict=True)):
-            if spec.window is not None:  # with what an answer that is taken back needs, and a chunk
-                total += spec.kv_heads * (pages(spec.window + 2 * self.chunk) + 2) * cost[full]
+            if spec.window is not None:
                 continue
             own, sets = self.stored_pages(shape, layer)
             total += own * cost[full]
@@ -143,15 +175,62 @@ class Sizes:
                 total += sets * cost[private]
             own, sets = self.row_pages(shape, layer)
             rewriting = max(rewriting, own * cost[full] + sets * cost[private])
-        total += rewriting + working
-        if self.far:
-            total += policy.ring * sum(max(costs[i].values()) for i, _ in shape.kinds)
-        smallest = min(min(cost.values()) for cost in costs)
-        limit = total
-        for _ in range(3):  # what the books take grows with the limit, a little
-            beside = books(policy, shape, limit, 1).of(limit // smallest, SLABS)
-            limit = total + beside + total // 64 + SLABS * SLAB
-        return limit
+        return total + rewriting + working
+
+    def _kept_bytes(self, shape: Shape) -> int:
+        """Of all pages, where layers are planned one by one behind a pass over all of them, and none but the one in work has a
+        private set Near: the most of what a question sees, of what a plan takes, and of what is whole before the first."""
+        policy, planner = self.policy(), self.planner
+        planned = [i for i, spec in enumerate(shape.layers) if spec.window is None]
+        costs = [page_costs(shape, i, policy) for i in planned]
+        full, private, common = (
+            max(cost[state] for cost in costs) for state in (FULL, planner.native_state, STATES.get(self.common, FULL))
+        )
+        heads = [shape.layers[i].kv_heads for i in planned]
+        rows, seen = sum(heads), sum(heads) * (self.budget - self.recent) // SLOTS
+        backbone = min(seen, int(self.share * seen) + rows) if self.episodes > 1 else seen
+        tails = rows * (pages(self.recent + self.chunk + SLOTS) + PART_FILLED) * full
+        tails += rows * pages(self.guards) * (full - common)  # which are never quantized
+        sets, working, most = self._kept_pages(shape, heads)
+        own, every = planner.sizes(most, self.episodes)
+        rewriting = pages(own) * common + pages(self.episodes * every) * private if self.episodes > 1 else 0
+        alone = pages(most - self.recent) * common
+        shown = tails + backbone * common + (seen - backbone) * private + alone
+        built = tails + backbone * common + working * private + max(rewriting, alone)
+        whole = rows * (pages(self.whole) + PART_FILLED) * full + working * private + max(rewriting, alone)
+        if not self.far:
+            shown, built = shown + sets * private, built + sets * private
+        books_of = sets * max(far_books(shape, i, policy) for i in planned) if self.far else 0
+        return max(shown, built, whole) + books_of + self._sliding_bytes(shape)
+
+    def _sliding_bytes(self, shape: Shape) -> int:
+        """Of layers with a window, with what an answer that is taken back needs, and a chunk."""
+        policy, total = self.policy(), 0
+        for i, spec in enumerate(shape.layers):
+            if spec.window is not None:
+                slots = pages(spec.window + 2 * self.chunk) + 2
+                total += spec.kv_heads * slots * page_costs(shape, i, policy)[FULL]
+        return total
+
+    def _kept_pages(self, shape: Shape, heads: Sequence[int]) -> tuple[int, int, int]:
+        """Pages of all private sets, those of one layer, and tokens of a row, at the most. heads: of each planned layer."""
+        planner = self.planner
+        least = [planner.floor(i, self.guards, self.episodes) for i in range(len(heads))]
+        total, budgets = sum(heads) * self.budget, [n * planner.of_layer(i) for i, n in enumerate(heads)]
+        row = max(budgets[i] // n for i, n in enumerate(heads))
+        if self.heads == "pair":
+            row = max(b - (n - 1) * f for b, n, f in zip(budgets, heads, least, strict=True))
+        if self.heads == "model":
+            floors = sum(n * f for n, f in zip(heads, least, strict=True))
+            row = min(planner.row_cap, total - floors + max(least))
+            budgets = [min(n * row, total - floors + n * f) for n, f in zip(heads, least, strict=True)]
+        if self.episodes == 1:
+            return 0, 0, row
+
+        def private(tokens: int, rows: int) -> int:
+            return self.episodes * int((1 - self.share) * (tokens - rows * self.recent) / SLOTS + 1e-9)
+
+        return private(total, sum(heads)), max(private(b, n) for b, n in zip(budgets, heads, strict=True)), row
 
 
 def sizes_of(
@@ -159,15 +238,16 @@ def sizes_of(
 ) -> Sizes:
     """The sizes under a budget of B tokens, or the largest under one of bytes.
 
-    chunk, prompt: None, min(2048, B / 2) and min(512, C / 4); options: the others of :class:`Sizes`. ValueError for a budget
-    too small, with the least that works; Unsupported for another kind of budget.
+    chunk, prompt: None, min(2048, B / 2) and min(512, C / 4), where the text is its own prompt min(512, C); options: the others
+    of :class:`Sizes`. ValueError for a budget too small, with the least that works; Unsupported for another kind of budget.
     """
     if budget.unit == "share" or budget.per != "cache" or budget.schedule is not None:
         raise Unsupported(f"budget: {budget}: a conversation takes bytes or tokens, without a schedule")
 
     def sized(b: int) -> Sizes:
         c = min(2048, b // 2 // SLOTS * SLOTS) if chunk is None else chunk
-        return Sizes(b, c, min(512, c // 4) if prompt is None else prompt, **options)
+        w = min(512, c if options.get("prompts") == "reconstruct" else c // 4) if prompt is None else prompt
+        return Sizes(b, c, w, **options)
 
     if budget.unit == "tokens":
         return _sized(sized, int(budget.value))

@@ -60,6 +60,8 @@ def save_conversation(chat: Conversation, path: str | os.PathLike[str], *, keep_
             if keep_text:
                 folder.write(f"turns-{generation}.jsonl", [b"".join(map(_line, history.turns))], facts)
             index = _index(chat, history, fitted) | _tables(pages)
+            if (scores := stored.scores_of(chat._store.cache, chat._store._seq.id)) is not None:
+                index["scores"] = scores
             folder.write(f"index-{generation}.safetensors", parts(index), facts)
             named = {name: known[name] for name in pages.files if name in known} | facts
             content = _described(chat, history) | {"generation": generation, "files": named}
@@ -151,6 +153,9 @@ def _index(chat: Conversation, history: History, fitted: Fitted | None) -> dict[
     found = {
         "queue": chat._queue,
         "utterances": _numbers([*of_windows, *left], 4),
+        "text": chat._store._text,
+        "starts": torch.tensor([window.start for window in history.windows], dtype=torch.int64),
+        "spots": _numbers(history.spots, 2),
         "prompts": torch.cat([chat._queue[:0], *history.prompts]),
         "prompt_lengths": torch.tensor([len(prompt) for prompt in history.prompts], dtype=torch.int64),
     }
@@ -289,6 +294,7 @@ class Saved:
             store._view = None if view is None else (tuple(view[0]), view[1])
             chat._history = history
             chat._queue = file.tensor("queue", None)
+            store._text = file.tensor("text", None)
             chat._begun = counters["begun"]
             chat._turned = _turned(counters["turned"])
             if "fitted.common" in file.names:
@@ -304,15 +310,19 @@ class Saved:
         cache.view(chat._store._seq, [])  # sets are put where they stay: what then comes Near has a clean copy
         stored.restore(cache, chat._store._seq.id, shelf.rows, shelf.pages, length, floor)
         cache.view(chat._store._seq, None if every else sets, halves=halves)
+        if "scores" in file.names:
+            stored.restore_scores(cache, chat._store._seq.id, file.tensor("scores", None))
 
     def _history(self, file: TensorFile, chat: Conversation, turns: list[Turn] | None) -> History:
         counters, how = self._manifest["counters"], chat._how
         table = [tuple(row) for row in file.tensor("utterances", None, 4).tolist()]
         by_window = {k: tuple(Utterance(*row[1:]) for row in some) for k, some in groupby(table, lambda row: row[0])}
         added, asked = counters["characters"]
-        plain = History(turns=tuple(turns or ()), added=added, asked=asked)
+        spots = tuple((first, last) for first, last in file.tensor("spots", None, 2).tolist())
+        plain = History(turns=tuple(turns or ()), added=added, asked=asked, spots=spots if turns is not None else ())
+        starts = file.tensor("starts", None).tolist()
         windows = [
-            plain._window(by_window[k], how) if turns is not None else Window((), "")
+            plain._window(by_window[k], how) if turns is not None else Window((), "", starts[k])
             for k in range(counters["windows"])
         ]
         ends = [0, *file.tensor("prompt_lengths", None).cumsum(0).tolist()]

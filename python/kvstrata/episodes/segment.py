@@ -50,10 +50,11 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive utterances and their text, one line for each."""
+    """Consecutive utterances and their text, one line for each; start: the first token of the conversation that is theirs."""
 
     utterances: tuple[Utterance, ...]
     text: str
+    start: int = 0
 
     @property
     def turns(self) -> tuple[int, ...]:

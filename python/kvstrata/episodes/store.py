@@ -1,4 +1,4 @@
-"""A conversation's tokens in a cache: read in chunks, compacted by what the episodes' prompts attend to, shown by episode."""
+"""A conversation's tokens in a cache: read in chunks, compacted by what prompts attend to, shown by episode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvstrata.cache import Cache
 from kvstrata.config import SLOTS
 from kvstrata.episodes.limits import Sizes
 from kvstrata.episodes.model import ChatModel
+from kvstrata.episodes.places import Places, parts_of
 from kvstrata.spans import SpanStep
 from kvstrata.step import Step
 
@@ -29,14 +30,20 @@ class Mark:
 class EpisodeStore:
     """Keys and values of one conversation, in a cache whose Near bytes never pass ``sizes.limit_bytes`` for it and each fork.
 
-    model: reads the tokens; sizes: what may be held; prompts: gives those of the episodes, ids i64 [at most W] each, asked for
-    at every compaction.
+    model: reads the tokens; sizes: what may be held; prompts: asked at every compaction, gives the prompts of the episodes,
+    ids i64 [at most W] each, or, under ``sizes.prompts`` "reconstruct", :class:`Places`.
 
-    Pending tokens are those that no compaction has given to a set: all until the first one, which comes before more than B + C
-    are, then before more than r + C + 16 are.
+    Pending tokens are those that no compaction has given to a set: all until the first one, which comes before more than
+    ``sizes.whole`` are, then before more than r + C + 16 are.
+
+    "reconstruct": the prompt is the text of the pending tokens once more, in pieces of at most W, as what is said again attends
+    to what it has to find (KVzip, arXiv 2505.23416). A token is scored while it is pending, by the most that any query of the
+    pending text sees of it, and keeps that score. Its episode is that of its window. All layers are planned behind the pass, so
+    that they can share one budget. Deviations: KVzip repeats a context behind an instruction once all of it is read, and cuts
+    it then; here pieces are repeated as they come, without a word before them, and the cache stays small.
     """
 
-    def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor]]) -> None:
+    def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor] | Places]) -> None:
         self._model = model
         self.sizes = sizes
         self._prompts = prompts
@@ -50,6 +57,7 @@ class EpisodeStore:
 
     def _begin(self) -> None:
         self._planned = 0  # tokens before this one are in a set, or evicted
+        self._text = torch.empty(0, dtype=torch.int64)  # ids of pending tokens
         self.compactions = 0
         self.episodes = 0
         self.show(None)
@@ -74,7 +82,7 @@ class EpisodeStore:
     def room(self) -> int:
         """Tokens that may come before the next compaction."""
         s = self.sizes
-        return (s.recent + s.chunk + SLOTS if self.compactions else s.budget + s.chunk) - self.pending
+        return (s.recent + s.chunk + SLOTS if self.compactions else s.whole) - self.pending
 
     # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -123,10 +131,16 @@ class EpisodeStore:
         if self._view is None and self.compactions:  # every layer shows its sets while it is read, and no longer
             fed = self.cache.read(self._seq, len(ids), [], compact=False)
         with fed as step:
-            return self._model.forward(ids, step.positions, step, "last" if logits else "none")
+            out = self._model.forward(ids, step.positions, step, "last" if logits else "none")
+        self._text = torch.cat([self._text, ids])
+        return out
 
     def _compact(self, ids: Tensor) -> None:
-        prompts = list(self._prompts())
+        found = self._prompts()
+        if isinstance(found, Places):
+            self._regroup(ids, found)
+            return
+        prompts = list(found)
         if not 1 <= len(prompts) <= self.sizes.episodes or max(map(len, prompts)) > self.sizes.prompt:
             raise ValueError(
                 f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
@@ -134,9 +148,47 @@ class EpisodeStore:
             )
         with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
             self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
-        self._planned = max(0, self.length - self.sizes.recent) // SLOTS * SLOTS
+        self._text = torch.cat([self._text, ids])
+        self._compacted(len(prompts))
+
+    def _compacted(self, episodes: int) -> None:
+        planned = max(self._planned, self._settled(self.length))
+        self._text, self._planned = self._text[planned - self._planned :], planned
         self.compactions += 1
-        self.episodes = len(prompts)
+        self.episodes = episodes
+
+    def _settled(self, length: int) -> int:
+        """Tokens that are not pending after a compaction at so many."""
+        return max(0, length - self.sizes.recent) // SLOTS * SLOTS
+
+    def _regroup(self, ids: Tensor, places: Places) -> None:
+        """Scores pending tokens by their own text, then plans all layers, none of which shows a set meanwhile."""
+        if self.sizes.prompts != "reconstruct" or not 1 <= places.count <= self.sizes.episodes:
+            raise ValueError(
+                f"prompts: places of {places.count} episodes, expected 1 to {self.sizes.episodes} and sizes of 'reconstruct'"
+            )
+        text = torch.cat([self._text, ids])[: max(0, self._settled(self.length + len(ids)) - self._planned)]
+        passes = parts_of(text, self.sizes.chunk) or [text]  # the last one alone holds tokens that are yet to be read
+        view = self._view
+        self.show(None)
+        try:
+            for part in passes[:-1]:
+                self._say_again(ids[:0], part)
+            self._say_again(ids, passes[-1])
+            self.cache.regroup(self._seq, places.of(self.length), places.count)
+            self._compacted(places.count)
+        finally:
+            self.show(None if view is None else [e - 1 for e in view[0]])
+
+    def _say_again(self, ids: Tensor, text: Tensor) -> None:
+        """Feeds ids, and scores all that is stored by a text."""
+        pieces = parts_of(text, self.sizes.prompt)
+        if not len(ids) and not pieces:
+            return
+        spans = [len(piece) for piece in pieces]
+        with self.cache.read(self._seq, len(ids), spans, compact=False, score=self._planned) as step:
+            self._model.forward(torch.cat([ids, *pieces]), step.positions, step, "none")
+        self._text = torch.cat([self._text, ids])
 
     # --- asking -----------------------------------------------------------------------------------------------------------
 
@@ -162,8 +214,9 @@ class EpisodeStore:
         if mark.compactions != self.compactions:
             raise ValueError("back: a compaction came since, which nothing takes back")
         self.cache.crop([self._seq], [mark.length])
+        self._text = self._text[: mark.length - self._planned]
 
-    def fork(self, prompts: Callable[[], Sequence[Tensor]]) -> EpisodeStore:
+    def fork(self, prompts: Callable[[], Sequence[Tensor] | Places]) -> EpisodeStore:
         """Another one that goes on from here in the same cache, with prompts of its own; BudgetExceeded without room for its
         tables. The cache's limit is ``sizes.limit_bytes`` for each of them."""
         twin = copy(self)

@@ -7,9 +7,9 @@ order, W window queries, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -102,6 +102,16 @@ class Allowance:
 
 
 @dataclass(frozen=True, eq=False)
+class Grouping:
+    """What a plan of sets goes by where each token has one score. count: E; of: i32 [R, N], the episode of each stored token,
+    0..E-1, in table order; rows: i64 [R], tokens of each row that one question can see (None: the planner divides them)."""
+
+    count: int
+    of: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Seen:
     """What the roles see of one layer.
 
@@ -110,8 +120,8 @@ class Seen:
     state: u8 [R, N], what each token is stored as now, 0 beyond a row's last; sinks: first tokens that are protected;
     score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
     read: asks for more; tier: u8 [R, N], NEAR or FAR, grouped: u8 [R, N], UNGROUPED, PROVISIONAL or GROUPED, and entry:
-    i32 [R, N], the place of its page in the row's table: all three for planners that archive. A scorer finds no score and no
-    allowance yet.
+    i32 [R, N], the place of its page in the row's table: all three for planners that archive; grouping: for planners that name
+    sets. A scorer finds no score and no allowance yet.
     """
 
     layer: int
@@ -126,6 +136,7 @@ class Seen:
     tier: Tensor | None = None
     grouped: Tensor | None = None
     entry: Tensor | None = None
+    grouping: Grouping | None = None
 
     @property
     def protected(self) -> Tensor:
@@ -175,6 +186,16 @@ class Planner(Protocol):
     """Which state and tier does each token take?"""
 
     def plan(self, seen: Seen) -> Plan: ...
+
+
+@runtime_checkable
+class Divides(Planner, Protocol):
+    """A planner that may divide the tokens of all layers (heads "model")."""
+
+    heads: str
+
+    def over_layers(self, found: Sequence[Seen]) -> list[Tensor]:
+        """Tokens of each row of each layer that was seen, i64 [R] for each."""
 
 
 class Reading(NamedTuple):

@@ -17,21 +17,27 @@ def epicache(
     *,
     recent: int = 64,
     share: float = 2 / 3,
-    heads: Literal["pair", "uniform"] = "pair",
+    heads: Literal["pair", "uniform", "model"] = "pair",
     head_floor: float = 0.25,
     layers: tuple[int, ...] | None = None,
     private: str = "full",
     kernel: int = 17,
+    common: str = "full",
+    head_cap: float = 2.5,
     guards: int = 16,
+    keeps: bool = False,
 ) -> Policy:
     """Keeps what the prompts of episodes attend to: a backbone for all of them, and of each a private set.
 
     budget: tokens of a row that a question can see, a multiple of 16; recent: of them the tail, likewise; guards: first tokens
-    that the backbone always has, a system prompt for example; the others: of :class:`kvstrata.policy.backbone.Backbone`.
-    Nothing is planned but in steps with spans (:meth:`kvstrata.Cache.read`), which :class:`kvstrata.Conversation` takes.
+    that the backbone always has, a system prompt for example; keeps: a token's score is the largest it ever had, for plans by
+    :meth:`kvstrata.Cache.regroup`; the others: of :class:`kvstrata.policy.backbone.Backbone`. Nothing is planned but there and
+    in steps with spans (:meth:`kvstrata.Cache.read`), which :class:`kvstrata.Conversation` takes.
     ValueError for parameters, and where the backbone cannot hold the guards.
     """
-    planner = Backbone(budget, recent, share, heads, head_floor, layers, private, kernel)
+    if heads == "model" and not keeps:
+        raise ValueError("epicache: heads is 'model', expected 'pair' or 'uniform' where scores are not kept")
+    planner = Backbone(budget, recent, share, heads, head_floor, layers, private, kernel, common, head_cap)
     for layer, b in enumerate(layers or (budget,)):
         if b < (least := planner.least(guards, 2)):
             where = f" of layer {layer}" if layers else ""
@@ -44,4 +50,6 @@ def epicache(
         sinks=guards,
         window=recent,
         ring=RING,
+        combine="max" if keeps else "replace",
+        decay=1.0 if keeps else 0.95,
     )

@@ -1,0 +1,35 @@
+"""Which episode each token of a conversation is of, and what a text is scored by in parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Which episode each token is of. starts: i64 [K], the first token of each window, rising; episodes: i32 [K], 0..count-1;
+    count: E. ValueError for other shapes, and without a window."""
+
+    starts: Tensor
+    episodes: Tensor
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.starts.dim() != 1 or not len(self.starts) or self.starts.shape != self.episodes.shape:
+            raise ValueError(
+                f"Places: starts is {list(self.starts.shape)}, episodes {list(self.episodes.shape)}, expected both [K], K >= 1"
+            )
+
+    def of(self, tokens: int) -> Tensor:
+        """i32 [tokens]; what stands before the first window is of its episode."""
+        window = torch.searchsorted(self.starts, torch.arange(tokens), right=True) - 1
+        return self.episodes[window.clamp(0)].to(torch.int32)
+
+
+def parts_of(text: Tensor, most: int) -> list[Tensor]:
+    """Parts of at most so many tokens, the first one the shortest."""
+    first = len(text) % most
+    return [text[max(0, end - most) : end] for end in range(first or most, len(text) + 1, most)]
