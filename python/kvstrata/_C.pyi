@@ -1,4 +1,4 @@
-"""The native core. Tensors cross as (pointer, shape, strides in elements, dtype, device): plain ints."""
+"""The native core. Tensors cross as (pointer, shape, strides in elements, dtype, device, stream): plain ints."""
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict

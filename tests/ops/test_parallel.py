@@ -89,7 +89,7 @@ def view(a, *shape):
     strides = [1]
     for n in reversed(shape[1:]):
         strides.insert(0, strides[0] * n)
-    return a.buffer_info()[0], shape, tuple(strides), 0, 0
+    return a.buffer_info()[0], shape, tuple(strides), 0, 0, 0
 
 N, D = 5000, 16
 outs = [array.array("f", [j + i % 7 for i in range(N * D)]) for j in range(2)]
