@@ -43,8 +43,8 @@ def padded(length=13):
 
 
 def there(model, x):
-    """A tensor where the model is; anything else as it is."""
-    return x.to(model.device) if isinstance(x, torch.Tensor) else x
+    """A tensor where the model is, or of an offloaded one on the CPU; anything else as it is."""
+    return x.to(model.device) if isinstance(x, torch.Tensor) and model.device.type != "meta" else x
 
 
 def run(model, cache, ids=None, new=NEW, **kwargs):

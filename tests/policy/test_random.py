@@ -42,7 +42,7 @@ class Watched:
 
 def watch(cache: Cache) -> Watched:
     watched: Any = Watched(cache)
-    cache._store = cache._slabs._store = cache._plans._store = watched
+    cache._store = cache._slabs._store = cache._slabs.loans._store = cache._plans._store = watched
     return watched
 
 

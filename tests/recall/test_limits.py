@@ -23,7 +23,7 @@ class Watched:
         cache = pair.cache
         self._cache, self._inner, self.most, self.calls = cache, cache._store, 0, 0
         watched: Any = self
-        cache._store = cache._slabs._store = cache._plans._store = watched
+        cache._store = cache._slabs._store = cache._slabs.loans._store = cache._plans._store = watched
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
