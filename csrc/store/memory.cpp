@@ -267,6 +267,7 @@ int64_t Store::metadata_bytes() const {
 }
 
 void Store::views(PoolView* out) {
+    std::fill_n(out, kMaxPools, PoolView{});  // ops look for the formats that there are
     for (size_t i = 0; i < pools_.size(); ++i) {
         const pages::Pool& p = pools_[i];
         out[i] = {info_[i].format, static_cast<int32_t>(p.slabs().size()), p.page_bytes(), p.payload_table(),
