@@ -2,10 +2,10 @@
 //
 // Sixty-four bisections over the items in f64, each a sum in whole numbers; then a sort of what is left, which one warp takes in
 // order, 32 steps at a time. No part of it is large: a launch that waits for its own barriers.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/sort.cuh"
-#include "cuda/places.h"
 #include "ops/choose_chunks.h"
 
 namespace kvstrata::cuda {

@@ -2,10 +2,10 @@
 //
 // A stable sort by digits of 8 bits: of the kinds and values five passes, of the positions four more where the tokens do not lie
 // in their order. A pass reads 32 bytes a token and writes 16, in the L2 cache; its scattered writes bound it.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/rows.cuh"
 #include "cuda/device/sort.cuh"
-#include "cuda/places.h"
 
 namespace kvstrata::cuda {
 namespace {

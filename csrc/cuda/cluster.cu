@@ -6,12 +6,12 @@
 // cluster_greedy: n / 16 steps of n products, one block per row.
 //
 // Nothing waits for the host: launches are shaped by T, and what lies beyond a row's live tokens returns at once.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/clusters.cuh"
 #include "cuda/device/greedy.cuh"
 #include "cuda/device/nearest.cuh"
 #include "cuda/device/seats.cuh"
-#include "cuda/places.h"
 
 namespace kvstrata::cuda {
 namespace {

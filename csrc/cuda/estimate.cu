@@ -4,11 +4,11 @@
 // summaries that they lie in are scored whole, as by select, then their value means are summed by weight, four heads at a time.
 // It reads 2 D + 20 bytes a page, and the means of its neighbours: bound by memory. merge_spans: a warp per head joins the spans
 // in order and turns the result back.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/page_scan.cuh"
 #include "cuda/device/ranks.cuh"
 #include "cuda/device/rows.cuh"
-#include "cuda/places.h"
 #include "ops/estimate.h"
 
 namespace kvstrata::cuda {

@@ -178,17 +178,17 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp) finish(const __grid_const
     }
 }
 
-WindowCall lay_out(const ops::MeasureParams& p, Pieces& pieces, float*& sums) {
-    const WindowCall call = lay_out_window(p, true, pieces);
-    sums = pieces.take<float>(static_cast<int64_t>(p.n_rows) * call.chunks * p.group * kSums);
+WindowCall lay_out(const ops::MeasureParams& p, Places& places, float*& sums) {
+    const WindowCall call = lay_out_window(p, true, places);
+    sums = places.take<float>(static_cast<int64_t>(p.n_rows) * call.chunks * p.group * kSums);
     return call;
 }
 
 int measure(const ops::MeasureParams& p, cudaStream_t stream) {
     const bool sound = p.which == ops::Stats::sound;
-    Pieces pieces{static_cast<unsigned char*>(p.workspace)};
+    Places places(p.workspace);
     float* sums = nullptr;
-    const WindowCall call = lay_out(p, pieces, sums);
+    const WindowCall call = lay_out(p, places, sums);
     const Past past{true, sound ? p.skip : INT32_MIN};
     return in_batches(p.rows, p.n_rows, [&](const WindowRows& rows) {
         const auto count = static_cast<unsigned>(rows.count);
@@ -210,10 +210,10 @@ int measure(const ops::MeasureParams& p, cudaStream_t stream) {
 }  // namespace kvstrata::cuda
 
 int64_t kvstrata_cuda_measure_workspace_bytes(const kvstrata::ops::MeasureParams* params) {
-    kvstrata::cuda::Pieces none{};
+    kvstrata::Places none(nullptr);
     float* unused = nullptr;
     kvstrata::cuda::lay_out(*params, none, unused);
-    return none.bytes;
+    return none.bytes();
 }
 
 int kvstrata_cuda_measure(const kvstrata::ops::MeasureParams* params, void* stream) {

@@ -4,11 +4,11 @@
 // Slots are collected in the order of the list. Where a row is one run that is enough: sorting and merging see that and end at
 // once. Else parts are sorted in shared memory and merged pairwise. Bound by the launches, and by 8 bytes per slot for each of
 // them that does something, then 4 bytes per slot and head.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/page.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/device/warp.cuh"
-#include "cuda/pieces.h"
 
 namespace kvstrata::cuda {
 namespace {
@@ -221,23 +221,23 @@ __global__ void __launch_bounds__(kThreads) pool_slots(const __grid_constant__ P
     }
 }
 
-void lay_out(const ops::PoolParams& p, Pieces& pieces, PoolArgs& args) {
+void lay_out(const ops::PoolParams& p, Places& places, PoolArgs& args) {
     args.parts = 0;
     for (int r = 0; r < p.n_rows; ++r) {
         const int parts = parts_of(p.rows[r].entries);
         args.parts = args.parts < parts ? parts : args.parts;
     }
     const int64_t parts = static_cast<int64_t>(p.n_rows) * args.parts;
-    args.keys = pieces.take<uint64_t>(parts * kPart);
-    args.spare = pieces.take<uint64_t>(parts * kPart);
-    args.counts = pieces.take<int32_t>(parts);
-    args.unordered = pieces.take<int32_t>(p.n_rows);
+    args.keys = places.take<uint64_t>(parts * kPart);
+    args.spare = places.take<uint64_t>(parts * kPart);
+    args.counts = places.take<int32_t>(parts);
+    args.unordered = places.take<int32_t>(p.n_rows);
 }
 
 int pool(const ops::PoolParams& p, cudaStream_t stream) {
-    Pieces pieces{static_cast<unsigned char*>(p.workspace)};
+    Places places(p.workspace);
     PoolArgs args{};
-    lay_out(p, pieces, args);
+    lay_out(p, places, args);
     args.pools = pools_of(p.pools);
     args.group = p.group, args.kernel = p.kernel, args.kind = p.kind, args.divide = p.divide;
     if (!args.parts) return 0;
@@ -263,10 +263,10 @@ int pool(const ops::PoolParams& p, cudaStream_t stream) {
 }  // namespace kvstrata::cuda
 
 int64_t kvstrata_cuda_pool_workspace_bytes(const kvstrata::ops::PoolParams* params) {
-    kvstrata::cuda::Pieces none{};
+    kvstrata::Places none(nullptr);
     kvstrata::cuda::PoolArgs unused{};
     kvstrata::cuda::lay_out(*params, none, unused);
-    return none.bytes;
+    return none.bytes();
 }
 
 int kvstrata_cuda_pool(const kvstrata::ops::PoolParams* params, void* stream) {

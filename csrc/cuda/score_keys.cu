@@ -3,11 +3,11 @@
 //
 // norm reads K once. diversity reads it twice from memory: for sizes and directions, and for the angles to the anchor. Both are
 // bound by it, at about 200 lane instructions per page of 16-bit keys and D = 128.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/page.cuh"
 #include "cuda/device/rotate.cuh"
 #include "cuda/device/rows.cuh"
-#include "cuda/pieces.h"
 
 namespace kvstrata::cuda {
 namespace {
@@ -282,22 +282,22 @@ __global__ void __launch_bounds__(kThreads) score_angles(const __grid_constant__
 
 // --- A call ----------------------------------------------------------------------------------------------------------
 
-void lay_out(const ops::ScoreKeysParams& p, Pieces& pieces, KeysArgs& args) {
+void lay_out(const ops::ScoreKeysParams& p, Places& places, KeysArgs& args) {
     for (int r = 0; r < p.n_rows; ++r) {
         const int chunks = chunks_of(p.rows[r].entries);
         args.chunks = args.chunks < chunks ? chunks : args.chunks;
     }
     args.head_dim = p.head_dim, args.stride = padded_dim(p.head_dim);
     const int64_t vectors = p.n_rows, domains = p.kind == ops::KeyScore::norm ? 0 : kDomains;
-    args.centres = pieces.take<float>(vectors * args.stride);
-    args.parts = pieces.take<float>(vectors * args.chunks * domains * args.stride);
-    args.anchors = pieces.take<float>(vectors * domains * args.stride);
+    args.centres = places.take<float>(vectors * args.stride);
+    args.parts = places.take<float>(vectors * args.chunks * domains * args.stride);
+    args.anchors = places.take<float>(vectors * domains * args.stride);
 }
 
 int score(const ops::ScoreKeysParams& p, cudaStream_t stream) {
-    Pieces pieces{static_cast<unsigned char*>(p.workspace)};
+    Places places(p.workspace);
     KeysArgs args{};
-    lay_out(p, pieces, args);
+    lay_out(p, places, args);
     if (!args.chunks) return 0;
     args.pools = pools_of(p.pools);
     const bool turns = quantizable(p.head_dim);
@@ -329,10 +329,10 @@ int score(const ops::ScoreKeysParams& p, cudaStream_t stream) {
 }  // namespace kvstrata::cuda
 
 int64_t kvstrata_cuda_score_keys_workspace_bytes(const kvstrata::ops::ScoreKeysParams* params) {
-    kvstrata::cuda::Pieces none{};
+    kvstrata::Places none(nullptr);
     kvstrata::cuda::KeysArgs unused{};
     kvstrata::cuda::lay_out(*params, none, unused);
-    return none.bytes;
+    return none.bytes();
 }
 
 int kvstrata_cuda_score_keys(const kvstrata::ops::ScoreKeysParams* params, void* stream) {

@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) find_tops(const __g
 
 // Queries of a wave, whole tiles.
 int wave_of(const ops::ScoreMaxParams& p) {
-    Pieces tile{};
+    Places tile(nullptr);
     lay_out_operands(p, p.group, tile);  // one of each head
-    const int64_t tiles = kWaveBytes / (tile.bytes ? tile.bytes : 1);
+    const int64_t tiles = kWaveBytes / (tile.bytes() ? tile.bytes() : 1);
     const int64_t all = tiles_of(p.queries);
     return static_cast<int>(kColumns * (tiles < 1 ? 1 : tiles < all ? tiles : all));
 }
@@ -137,11 +137,11 @@ ops::WindowRow row_of_wave(const ops::WindowRow& row, const ops::ScoreMaxParams&
 }
 
 int score(const ops::ScoreMaxParams& p, cudaStream_t stream) {
-    Pieces pieces{static_cast<unsigned char*>(p.workspace)};
+    Places places(p.workspace);
     const int wave = wave_of(p);
     MaxArgs args{{},
                  pools_of(p.pools),
-                 lay_out_operands(p, p.group * tiles_of(wave), pieces),
+                 lay_out_operands(p, p.group * tiles_of(wave), places),
                  p.spans,
                  p.n_spans,
                  p.group,
@@ -189,11 +189,11 @@ int score(const ops::ScoreMaxParams& p, cudaStream_t stream) {
 // Grows with each of its inputs, pools too, which a wave's memory does not.
 int64_t kvstrata_cuda_score_max_workspace_bytes(const kvstrata::ops::ScoreMaxParams* params) {
     using namespace kvstrata::cuda;
-    Pieces one{}, all{};
+    kvstrata::Places one(nullptr), all(nullptr);
     lay_out_operands(*params, params->group, one);
     lay_out_operands(*params, params->group * tiles_of(params->queries), all);
-    const int64_t wave = all.bytes < kWaveBytes ? all.bytes : kWaveBytes;
-    return one.bytes < wave ? wave : one.bytes;
+    const int64_t wave = all.bytes() < kWaveBytes ? all.bytes() : kWaveBytes;
+    return one.bytes() < wave ? wave : one.bytes();
 }
 
 int kvstrata_cuda_score_max(const kvstrata::ops::ScoreMaxParams* params, void* stream) {

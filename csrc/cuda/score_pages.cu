@@ -3,11 +3,11 @@
 // scan_pages: a block of eight warps per (row, span of blocks of summaries), a warp per block; x to scratch. It reads D + 12
 // bytes a page and writes 4 G: bound by memory. pick_pages (device/pick.cuh): a block per row over x, which then lies in the
 // L2 cache: log-sum-exp, votes, the K highest by radix. Sums follow the row's length alone: so do its bits.
+#include "common/places.h"
 #include "cuda/api.h"
 #include "cuda/device/page_scan.cuh"
 #include "cuda/device/pick.cuh"
 #include "cuda/device/rows.cuh"
-#include "cuda/places.h"
 
 namespace kvstrata::cuda {
 namespace {

@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) score_units(const _
 }
 
 int score(const ops::ScoreWindowParams& p, cudaStream_t stream) {
-    Pieces pieces{static_cast<unsigned char*>(p.workspace)};
-    const WindowCall call = lay_out_window(p, false, pieces);
+    Places places(p.workspace);
+    const WindowCall call = lay_out_window(p, false, places);
     return in_batches(p.rows, p.n_rows, [&](const WindowRows& rows) {
         if (const int code = fill_operands("score_window", rows, p, call.operands, stream)) return code;
         const LseOut lse{p.lse, p.lse_stride_r, p.lse_stride_g};
@@ -115,9 +115,9 @@ int score(const ops::ScoreWindowParams& p, cudaStream_t stream) {
 }  // namespace kvstrata::cuda
 
 int64_t kvstrata_cuda_score_window_workspace_bytes(const kvstrata::ops::ScoreWindowParams* params) {
-    kvstrata::cuda::Pieces none{};
+    kvstrata::Places none(nullptr);
     kvstrata::cuda::lay_out_window(*params, false, none);
-    return none.bytes;
+    return none.bytes();
 }
 
 int kvstrata_cuda_score_window(const kvstrata::ops::ScoreWindowParams* params, void* stream) {

@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_units(const __grid_c
 
 }  // namespace
 
-Operands lay_out_operands(const ops::WindowParams& p, int tiles, Pieces& pieces) {
+Operands lay_out_operands(const ops::WindowParams& p, int tiles, Places& places) {
     Operands o{};
     o.tiles = tiles;
     const int64_t all = static_cast<int64_t>(p.n_rows) * tiles;
@@ -312,9 +312,9 @@ Operands lay_out_operands(const ops::WindowParams& p, int tiles, Pieces& pieces)
         }
         if (!needed) continue;
         o.words[kind] =
-            pieces.take<uint32_t>(all * tile_words(static_cast<OperandKind>(kind), p.head_dim, o.terms[kind]));
-        if (kind == kF16) o.unscale = pieces.take<float>(all * kColumns);
-        if (kind == kCodes) o.factors = pieces.take<float2>(all * kColumns);
+            places.take<uint32_t>(all * tile_words(static_cast<OperandKind>(kind), p.head_dim, o.terms[kind]));
+        if (kind == kF16) o.unscale = places.take<float>(all * kColumns);
+        if (kind == kCodes) o.factors = places.take<float2>(all * kColumns);
     }
     return o;
 }
@@ -331,7 +331,7 @@ int fill_operands(const char* op, const WindowRows& rows, const ops::WindowParam
                           [&]<int N>() { return launch(op, put_operands<N>, grid, kUnitThreads, 0, stream, args); });
 }
 
-WindowCall lay_out_window(const ops::WindowParams& p, bool count_past, Pieces& pieces) {
+WindowCall lay_out_window(const ops::WindowParams& p, bool count_past, Places& places) {
     WindowCall call{};
     for (int r = 0; r < p.n_rows; ++r) {
         const int chunks = chunks_of(p.rows[r].entries);
@@ -339,11 +339,11 @@ WindowCall lay_out_window(const ops::WindowParams& p, bool count_past, Pieces& p
         call.chunks = call.chunks < chunks ? chunks : call.chunks;
     }
     if (p.pools) call.pools = pools_of(p.pools);
-    call.operands = lay_out_operands(p, p.group * tiles_of(call.queries), pieces);
+    call.operands = lay_out_operands(p, p.group * tiles_of(call.queries), places);
     const int64_t heads = static_cast<int64_t>(p.n_rows) * p.group;
-    call.partials = pieces.take<float>(heads * call.chunks * call.queries);
-    call.lse = pieces.take<float>(heads * call.queries);
-    if (count_past) call.past = pieces.take<int32_t>(static_cast<int64_t>(p.n_rows) * call.chunks);
+    call.partials = places.take<float>(heads * call.chunks * call.queries);
+    call.lse = places.take<float>(heads * call.queries);
+    if (count_past) call.past = places.take<int32_t>(static_cast<int64_t>(p.n_rows) * call.chunks);
     call.group = p.group, call.head_dim = p.head_dim, call.window = p.window;
     call.scale = p.scale, call.softcap = p.softcap;
     return call;

@@ -10,10 +10,10 @@
 // queries, by the pages.
 #pragma once
 
+#include "common/places.h"
 #include "cuda/device/page.cuh"
 #include "cuda/device/rotate.cuh"
 #include "cuda/device/rows.cuh"
-#include "cuda/pieces.h"
 #include "ops/window.h"
 
 namespace kvstrata::cuda {
@@ -76,7 +76,7 @@ constexpr int terms_of(OperandKind kind, DType q) {
 }
 
 // Operands for rows of up to so many tiles. pools null: of pages of every format.
-Operands lay_out_operands(const ops::WindowParams& params, int tiles, Pieces& pieces);
+Operands lay_out_operands(const ops::WindowParams& params, int tiles, Places& places);
 // Fills them for the first row.queries queries of each row.
 int fill_operands(const char* op, const WindowRows& rows, const ops::WindowParams& params, const Operands& operands,
                   cudaStream_t stream);
@@ -104,8 +104,8 @@ struct WindowCall {
     __device__ float* lse_of(int64_t row, int head) const { return lse + (row * group + head) * queries; }
 };
 
-// The call's arrays in `pieces`.
-WindowCall lay_out_window(const ops::WindowParams& params, bool count_past, Pieces& pieces);
+// The call's arrays in `places`.
+WindowCall lay_out_window(const ops::WindowParams& params, bool count_past, Places& places);
 
 // First pass: log-sum-exps of every query over the slots that it reads (of the past, if only they count), with the rows' sink
 // logits or without, to call.lse and, if not null, to `out` [R, G, T] by its strides.

@@ -116,9 +116,7 @@ void Store::decode(std::span<const PageId> pages, const float* mean, int dim, fl
     const auto bytes = static_cast<int64_t>(pages.size()) * kSlots * dim * int64_t{sizeof(float)};
     auto* const there = reinterpret_cast<float*>(mirror_.workspace(2 * bytes));
     float* const v_there = there + bytes / sizeof(float);
-    mirror_.begin();
-    mirror_.begin_lists(Mirror::list_bytes(static_cast<int64_t>(pages.size_bytes())) +
-                        Mirror::list_bytes(static_cast<int64_t>(all.size_bytes())));
+    mirror_.begin_lists(Mirror::list_bytes(pages) + Mirror::list_bytes(all));
     const PageId* const ids = mirror_.list(pages);
     const int32_t* const row_of = mean ? mirror_.list(all) : nullptr;
     views(pools);

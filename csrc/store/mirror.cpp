@@ -31,6 +31,7 @@ unsigned char* Mirror::table(int64_t bytes) {
 }
 
 const PageId* Mirror::pages(pages::Row& row) {
+    if (!on()) return row.page.data();
     pages::DeviceList& list = row.list;
     const int32_t entries = row.entries();
     if (list.epoch != epoch_) list.current = 0;
@@ -62,6 +63,7 @@ const PageId* Mirror::pages(pages::Row& row) {
 }
 
 const uint16_t* Mirror::visible(const pages::Row& row) const {
+    if (!on()) return row.visible.data();
     return reinterpret_cast<const uint16_t*>(row.list.memory + row.list.capacity * int64_t{sizeof(PageId)});
 }
 
@@ -97,6 +99,7 @@ void Mirror::pools(PoolView* out, size_t n, uint64_t version) {
 }
 
 void Mirror::begin_lists(int64_t bytes) {
+    if (!queue_.empty()) forget();
     if (bytes > lists_size_) {
         lists_size_ = std::max<int64_t>(aligned(bytes), 2 * lists_size_);
         lists_ = lend_(Loan::lists, lists_size_);

@@ -33,20 +33,16 @@ class Mirror {
     bool on() const { return !where.on_host(); }
     void set_lend(Lend lend) { lend_ = std::move(lend); }
 
-    // A row's list as it stands now; queued where it has changed.
+    // A row's list as it stands now, where ops read it; queued where it has changed.
     const PageId* pages(pages::Row& row);
     const uint16_t* visible(const pages::Row& row) const;  // after pages
     void leave(pages::Row& row);                           // it ends: its list serves another
 
-    // What an earlier call has queued and, failing, not sent is not to go up: its lists may be gone.
-    void begin() {
-        if (!queue_.empty()) forget();
-    }
-
     // The views of all pools for a call; `out` names the host's tables.
     void pools(PoolView* out, size_t n, uint64_t version);
 
-    // Lists of one call, written by it alone: bytes of all of them first, then each.
+    // Lists of one call, written by it alone: bytes of all of them first, then each, before any row's. What an earlier call
+    // has queued and, failing, not sent does not go up: its lists may be gone.
     void begin_lists(int64_t bytes);
     template <class T>
     T* list(std::span<const T> from) {
@@ -54,6 +50,10 @@ class Mirror {
     }
     unsigned char* space(int64_t bytes) { return static_cast<unsigned char*>(place(nullptr, bytes)); }
     static int64_t list_bytes(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+    template <class T>
+    static int64_t list_bytes(std::span<const T> list) {
+        return list_bytes(static_cast<int64_t>(list.size_bytes()));
+    }
 
     unsigned char* workspace(int64_t bytes);
     void settle_workspace(bool large);  // what decoding needs is kept; what a call of several queries needed is not

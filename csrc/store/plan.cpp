@@ -191,9 +191,8 @@ struct Store::Writing {
             for (const ops::Move& m : copies) move_position(m);
             for (const ops::Move& m : encodes) move_position(m);
             const std::span<const int32_t> all(rows);
-            const auto bytes = [](auto list) { return Mirror::list_bytes(static_cast<int64_t>(list.size_bytes())); };
-            store.mirror_.begin();
-            store.mirror_.begin_lists(bytes(copied) + bytes(encoded) + bytes(all));
+            store.mirror_.begin_lists(Mirror::list_bytes(copied) + Mirror::list_bytes(encoded) +
+                                      Mirror::list_bytes(all));
             copied = {store.mirror_.list(copied), copies.size()};
             encoded = {store.mirror_.list(encoded), encodes.size()};
             if (mean) row_of = store.mirror_.list(all);

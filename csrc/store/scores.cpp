@@ -89,7 +89,6 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
     const int64_t group = shape.q_heads / shape.kv_heads;
     const int64_t vector = static_cast<int64_t>(shape.head_dim) * dtype_bytes(options_.dtype);
     Scored s;
-    mirror_.begin();
     if (mirror_.on()) {
         const int64_t one = Mirror::list_bytes(options_.queries * shape.q_heads * vector);
         mirror_.begin_lists(static_cast<int64_t>(seqs.size()) * (one + Mirror::list_bytes(4 * options_.queries)));
@@ -118,8 +117,8 @@ Store::Scored Store::scored(int layer, std::span<const SeqId> seqs, int queries,
                 throw Unsupported(message(verb, ": layer ", layer, " has tokens in the Far tier, expected none"));
             s.rows.push_back(&row);
             s.most = std::max(s.most, row.entries());
-            const PageId* const pages = mirror_.on() ? mirror_.pages(row) : row.page.data();
-            const uint16_t* const visible = mirror_.on() ? mirror_.visible(row) : row.visible.data();
+            const PageId* const pages = mirror_.pages(row);
+            const uint16_t* const visible = mirror_.visible(row);
             s.windows.push_back({q + (h * group * count + count - n) * vector, shape.head_dim,
                                  int64_t{count} * shape.head_dim, nullptr, q_pos, pages, visible,
                                  centre(sequence, layer, h), nullptr, row.entries(), n});

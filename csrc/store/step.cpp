@@ -137,13 +137,11 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
 
 // The rows' lists go to the device, and the books note the positions that its kernel writes there.
 void Store::lists_of_appends() {
-    mirror_.begin();
     for (const ops::AppendRow& row : append_rows_) note_positions(row);
     const std::span<const int32_t> tokens(tokens_);
     const std::span<const PageId> pages(pages_);
     const std::span<const uint8_t> slots(slots_);
-    const auto bytes = [](auto list) { return Mirror::list_bytes(static_cast<int64_t>(list.size_bytes())); };
-    mirror_.begin_lists(bytes(tokens) + bytes(pages) + bytes(slots));
+    mirror_.begin_lists(Mirror::list_bytes(tokens) + Mirror::list_bytes(pages) + Mirror::list_bytes(slots));
     const auto *at_tokens = mirror_.list(tokens), *at_pages = mirror_.list(pages);
     const auto* at_slots = mirror_.list(slots);
     for (ops::AppendRow& row : append_rows_) {
@@ -168,10 +166,9 @@ void Store::attend(int layer, const AttendCall& call) {
     const bool windowed = shape.window > 0;
     stage_queries(layer, call.q);
     const int32_t *tokens = tokens_.data(), *q_pos = token_pos_.data();
-    mirror_.begin();
     if (mirror_.on()) {
         const std::span<const int32_t> columns(tokens_), positions(token_pos_);
-        mirror_.begin_lists(2 * Mirror::list_bytes(static_cast<int64_t>(columns.size_bytes())));
+        mirror_.begin_lists(2 * Mirror::list_bytes(columns));
         tokens = mirror_.list(columns);
         if (windowed) q_pos = mirror_.list(positions);
     }
@@ -210,8 +207,8 @@ void Store::attend(int layer, const AttendCall& call) {
 ops::AttendRow Store::attend_row(Sequence& s, int layer, int head) {
     pages::Row& row = row_of(s, layer, head);
     ops::AttendRow r{};
-    r.pages = (mirror_.on() ? mirror_.pages(row) : row.page.data()) + row.aside;
-    r.visible = (mirror_.on() ? mirror_.visible(row) : row.visible.data()) + row.aside;
+    r.pages = mirror_.pages(row) + row.aside;
+    r.visible = mirror_.visible(row) + row.aside;
     r.centre = centre(s, layer, head);
     r.entries = row.entries() - row.aside;
     return r;

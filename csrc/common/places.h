@@ -1,9 +1,10 @@
-// A workspace on the device, cut into places that begin at multiples of 64 bytes. Without memory only its size is found.
+// Memory of a call, cut into places that begin at multiples of 64 bytes, as the memory does. Without memory only its size is
+// found.
 #pragma once
 
 #include <cstdint>
 
-namespace kvstrata::cuda {
+namespace kvstrata {
 
 class Places {
   public:
@@ -23,4 +24,4 @@ class Places {
     int64_t bytes_ = 0;
 };
 
-}  // namespace kvstrata::cuda
+}  // namespace kvstrata
