@@ -17,7 +17,7 @@ from kvstrata.episodes.answer import Answer, ConversationReport, Episode, Sample
 from kvstrata.episodes.embed import Embedder, auto
 from kvstrata.episodes.folder import Kept
 from kvstrata.episodes.history import History, Segments
-from kvstrata.episodes.limits import Sizes, sizes_of
+from kvstrata.episodes.limits import Sizes, settled, sizes_of
 from kvstrata.episodes.model import ChatModel
 from kvstrata.episodes.places import Places
 from kvstrata.episodes.route import Route, Router, Turned
@@ -58,7 +58,7 @@ class Conversation:
         parsed = Budget.parse(budget)
         if parsed is None:
             raise ValueError("Conversation: budget is None, expected bytes or tokens")
-        sizes = {k: v for k, v in options.items() if k in _SIZES}
+        sizes = settled({k: v for k, v in options.items() if k in _SIZES})
         self._sizes = sizes_of(
             parsed,
             model.shape,

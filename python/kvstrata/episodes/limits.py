@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -231,6 +231,15 @@ class Sizes:
             return self.episodes * int((1 - self.share) * (tokens - rows * self.recent) / SLOTS + 1e-9)
 
         return private(total, sum(heads)), max(private(b, n) for b, n in zip(budgets, heads, strict=True)), row
+
+
+def settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of :class:`Sizes` as a conversation has them where they are not given: the text is its own prompt, all layers
+    share one budget unless ``layers`` divides it, and neighbours lend no scores."""
+    if options.get("prompts", "reconstruct") != "reconstruct":
+        return dict(options)
+    heads = "model" if options.get("layers") is None else "pair"
+    return {"prompts": "reconstruct", "heads": heads, "kernel": 1} | dict(options)
 
 
 def sizes_of(
