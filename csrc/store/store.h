@@ -237,8 +237,8 @@ class Store {
     void copy_out(SeqId seq, int layer, int head, std::span<const int32_t> entries, unsigned char* payload,
                   int32_t* positions);
     Centre centre_of(SeqId seq, int layer, int head) const;
-    void restore_row(SeqId seq, int layer, int head, const SavedRow& saved);
-    void restore_length(SeqId seq, int64_t length, int64_t floor);  // after all its rows
+    void restore_row(SeqId seq, int layer, int head, const SavedRow& saved);  // scores, if kept, are 0
+    void restore_length(SeqId seq, int64_t length, int64_t floor);            // after all its rows
 
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);

@@ -29,7 +29,8 @@ class Places:
         return self.episodes[window.clamp(0)].to(torch.int32)
 
 
-def parts_of(text: Tensor, most: int) -> list[Tensor]:
+def parts_of(tokens: range, most: int) -> list[range]:
     """Parts of at most so many tokens, the first one the shortest."""
-    first = len(text) % most
-    return [text[max(0, end - most) : end] for end in range(first or most, len(text) + 1, most)]
+    first = tokens.start + len(tokens) % most
+    ends = range(first if first > tokens.start else first + most, tokens.stop + 1, most)
+    return [range(max(tokens.start, end - most), end) for end in ends]

@@ -19,6 +19,10 @@ from kvstrata.spans import SpanStep
 from kvstrata.step import Step
 
 
+LEAD = 16
+"""Tokens before a piece of text that is said once more: what a word means there hangs on them."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """Where a store stood: what :meth:`EpisodeStore.back` returns to."""
@@ -36,11 +40,11 @@ class EpisodeStore:
     Pending tokens are those that no compaction has given to a set: all until the first one, which comes before more than
     ``sizes.whole`` are, then before more than r + C + 16 are.
 
-    "reconstruct": the prompt is the text of the pending tokens once more, in pieces of at most W, as what is said again attends
-    to what it has to find (KVzip, arXiv 2505.23416). A token is scored while it is pending, by the most that any query of the
+    "reconstruct": the prompt is the text of the pending tokens once more, in pieces of at most W that begin LEAD tokens before
+    what is new in them, as what is said again attends to what it has to find (KVzip, arXiv 2505.23416). A token is scored while it is pending, by the most that any query of the
     pending text sees of it, and keeps that score. Its episode is that of its window. All layers are planned behind the pass, so
     that they can share one budget. Deviations: KVzip repeats a context behind an instruction once all of it is read, and cuts
-    it then; here pieces are repeated as they come, without a word before them, and the cache stays small.
+    it then; here pieces are repeated as they come, without an instruction, and the cache stays small.
     """
 
     def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor] | Places]) -> None:
@@ -57,7 +61,7 @@ class EpisodeStore:
 
     def _begin(self) -> None:
         self._planned = 0  # tokens before this one are in a set, or evicted
-        self._text = torch.empty(0, dtype=torch.int64)  # ids of pending tokens
+        self._text = torch.empty(0, dtype=torch.int64)  # ids of pending tokens, and of LEAD before them
         self.compactions = 0
         self.episodes = 0
         self.show(None)
@@ -152,8 +156,8 @@ class EpisodeStore:
         self._compacted(len(prompts))
 
     def _compacted(self, episodes: int) -> None:
-        planned = max(self._planned, self._settled(self.length))
-        self._text, self._planned = self._text[planned - self._planned :], planned
+        self._planned = max(self._planned, self._settled(self.length))
+        self._text = self._text[max(0, len(self._text) - self.pending - LEAD) :]
         self.compactions += 1
         self.episodes = episodes
 
@@ -167,22 +171,24 @@ class EpisodeStore:
             raise ValueError(
                 f"prompts: places of {places.count} episodes, expected 1 to {self.sizes.episodes} and sizes of 'reconstruct'"
             )
-        text = torch.cat([self._text, ids])[: max(0, self._settled(self.length + len(ids)) - self._planned)]
-        passes = parts_of(text, self.sizes.chunk) or [text]  # the last one alone holds tokens that are yet to be read
+        text, first = torch.cat([self._text, ids]), len(self._text) - self.pending
+        again = range(first, first + max(0, self._settled(self.length + len(ids)) - self._planned))
+        passes = parts_of(again, self.sizes.chunk) or [again]  # the last one alone holds tokens that are yet to be read
         view = self._view
         self.show(None)
         try:
             for part in passes[:-1]:
-                self._say_again(ids[:0], part)
-            self._say_again(ids, passes[-1])
+                self._say_again(ids[:0], text, part)
+            self._say_again(ids, text, passes[-1])
             self.cache.regroup(self._seq, places.of(self.length), places.count)
             self._compacted(places.count)
         finally:
             self.show(None if view is None else [e - 1 for e in view[0]])
 
-    def _say_again(self, ids: Tensor, text: Tensor) -> None:
-        """Feeds ids, and scores all that is stored by a text."""
-        pieces = parts_of(text, self.sizes.prompt)
+    def _say_again(self, ids: Tensor, text: Tensor, part: range) -> None:
+        """Feeds ids, and scores pending tokens by a part of the text, each piece with what stands before it."""
+        lead = min(LEAD, self.sizes.prompt // 2)
+        pieces = [text[max(0, p.start - lead) : p.stop] for p in parts_of(part, self.sizes.prompt - lead)]
         if not len(ids) and not pieces:
             return
         spans = [len(piece) for piece in pieces]
@@ -213,8 +219,9 @@ class EpisodeStore:
         """Takes back the tokens since. ValueError where a compaction has come between."""
         if mark.compactions != self.compactions:
             raise ValueError("back: a compaction came since, which nothing takes back")
+        kept = len(self._text) - (self.length - mark.length)
         self.cache.crop([self._seq], [mark.length])
-        self._text = self._text[: mark.length - self._planned]
+        self._text = self._text[:kept]
 
     def fork(self, prompts: Callable[[], Sequence[Tensor] | Places]) -> EpisodeStore:
         """Another one that goes on from here in the same cache, with prompts of its own; BudgetExceeded without room for its
