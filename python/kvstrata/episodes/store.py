@@ -18,7 +18,6 @@ from kvstrata.episodes.places import Places, parts_of
 from kvstrata.spans import SpanStep
 from kvstrata.step import Step
 
-
 LEAD = 16
 """Tokens before a piece of text that is said once more: what a word means there hangs on them."""
 
@@ -41,10 +40,11 @@ class EpisodeStore:
     ``sizes.whole`` are, then before more than r + C + 16 are.
 
     "reconstruct": the prompt is the text of the pending tokens once more, in pieces of at most W that begin LEAD tokens before
-    what is new in them, as what is said again attends to what it has to find (KVzip, arXiv 2505.23416). A token is scored while it is pending, by the most that any query of the
-    pending text sees of it, and keeps that score. Its episode is that of its window. All layers are planned behind the pass, so
-    that they can share one budget. Deviations: KVzip repeats a context behind an instruction once all of it is read, and cuts
-    it then; here pieces are repeated as they come, without an instruction, and the cache stays small.
+    what is new in them, as what is said again attends to what it has to find (KVzip, arXiv 2505.23416). A token is scored while
+    it is pending, by the most that any query of the pending text sees of it, and keeps that score. Its episode is that of its
+    window, of a token in no window that of the one before. All layers are planned behind the pass, so that they can share one
+    budget. Deviations: KVzip repeats a context behind an instruction once all of it is read, and cuts it then; here pieces are
+    repeated as they come, without an instruction, and the cache stays small.
     """
 
     def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor] | Places]) -> None:
