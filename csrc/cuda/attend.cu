@@ -1,94 +1,110 @@
 // attend on CUDA: launches, and the merge of partials. The formulas are in ops/attend.h, the walk in attend_walk.cuh.
 #include "cuda/api.h"
-#include "cuda/attend_finish.cuh"
-#include "cuda/attend_pages.cuh"
+#include "cuda/attend_launch.cuh"
 
 namespace kvstrata::cuda {
 namespace {
 
 constexpr int kMergeWarps = 8;
 
-// Part j of a row: its sums count `weight`.
-struct Part {
-    float maximum, total;
+// Sums of p v over the parts that a warp has taken, dims 32 s + lane: of quantized pages, rotated, and of full ones.
+template <int Registers>
+struct Joined {
+    float rotated[Registers], full[Registers], total;
 };
-__device__ Part part_of(const float* workspace, const Partials& partials, int part, int n) {
-    const float* const stat = workspace + partials.stat(part, n);
-    return {stat[0], stat[1]};
+
+// Adds the parts [begin, begin + count) of query row n, count <= 32, several at a time: their reads do not wait for each other.
+template <int Registers>
+__device__ inline void add_parts(Joined<Registers>& to, const float* workspace, const Partials& partials, int n,
+                                 int dim, float maximum, int begin, int count, bool two_kinds) {
+    constexpr int kAtOnce = 4;
+    const float* const stat = workspace + partials.stat(begin + min(lane(), count - 1), n);
+    const float total = lane() < count ? stat[1] : 0.0f;  // 0: nothing was read, and nothing written
+    const float weight = total == 0.0f ? 0.0f : weight_of(stat[0], maximum);
+    to.total += weight * total;
+    for (unsigned left = __ballot_sync(kAllLanes, total != 0.0f); left != 0;) {
+        float x[kAtOnce][Registers], weights[kAtOnce];
+        bool rotated[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int part = left ? __ffs(static_cast<int>(left)) - 1 : 0;
+            weights[i] = __shfl_sync(kAllLanes, weight, part);
+            if (!left) weights[i] = 0.0f;
+            rotated[i] = two_kinds && (begin + part) % 2 == 0;
+            const float* const from = workspace + partials.sums(begin + part, n);
+#pragma unroll
+            for (int s = 0; s < Registers; ++s)
+                x[i][s] = left && s * kWarp + lane() < dim ? from[s * kWarp + lane()] : 0.0f;
+            left &= left - 1;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+            for (int s = 0; s < Registers; ++s) {
+                if (rotated[i]) to.rotated[s] = fmaf(weights[i], x[i][s], to.rotated[s]);
+                if (!rotated[i]) to.full[s] = fmaf(weights[i], x[i][s], to.full[s]);
+            }
+        }
+    }
 }
 
 // A block joins the parts of one query row: warps take successive ranges of them, then those in order. Rotated sums are rotated
-// back, once. Reads 4 D bytes per part and row: for one quad and D 128 2 KiB per chunk, which is 2 % of a bf16 chunk's pages, 3 %
-// of an int4 chunk's.
+// back, once. Reads 4 D bytes per part and row: for one quad and D 128 2 KiB per chunk, 1 % of the pages of a bf16 chunk of 32,
+// 3 % of an int4 one.
 template <int Registers>
 __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_partials(const __grid_constant__ AttendArgs args) {
-    __shared__ float sums[kMergeWarps][2][Registers * kWarp];
-    __shared__ float totals[kMergeWarps];
-    const ops::AttendRow& row = args.batch.rows[blockIdx.y].row;
+    __shared__ Joined<Registers * kWarp> of_warp[kMergeWarps];
+    const ListRow& list = args.batch.rows[blockIdx.y];
+    const ops::AttendRow& row = list.row;
     const int n = static_cast<int>(blockIdx.x), rows = row.queries * args.group, dim = args.head_dim;
     if (n >= rows) return;
-    const float* const workspace = args.workspace + args.batch.rows[blockIdx.y].partials;
+    const float* const workspace = args.workspace + list.partials;
     const Partials partials = partials_of(rows, row.entries, dim);
-    const int kinds = parts_of_chunk(rows), parts = __float_as_int(workspace[0]) * kinds;
+    const bool two_kinds = parts_of_chunk(rows) == 2;
+    const int parts = __float_as_int(workspace[0]) * parts_of_chunk(rows);
 
-    float maximum = -INFINITY;
-    for (int j = lane(); j < parts; j += kWarp) maximum = fmaxf(maximum, part_of(workspace, partials, j, n).maximum);
-    maximum = warp_max(maximum);
-    float of_kind[2][Registers] = {}, total = 0.0f;
+    float maximum = kNothing;
+    for (int j = static_cast<int>(threadIdx.x); j < parts; j += kMergeWarps * kWarp)
+        maximum = fmaxf(maximum, workspace[partials.stat(j, n)]);
+    maximum = block_max(maximum);
+    Joined<Registers> mine = {};
     const int each = (parts + kMergeWarps - 1) / kMergeWarps, end = min(parts, (warp() + 1) * each);
-#pragma unroll 2
-    for (int j = warp() * each; j < end; ++j) {
-        const Part part = part_of(workspace, partials, j, n);
-        if (part.total == 0.0f) continue;  // nothing, or nothing written
-        const float weight = weight_of(part.maximum, maximum);
-        const float* const from = workspace + partials.sums(j, n);
-        const bool rotated = kinds == 2 && j % 2 == 0;
-        total += weight * part.total;
-#pragma unroll
-        for (int s = 0; s < Registers; ++s) {
-            const float x = s * kWarp + lane() < dim ? from[s * kWarp + lane()] : 0.0f;
-            of_kind[0][s] = fmaf(rotated ? weight : 0.0f, rotated ? x : 0.0f, of_kind[0][s]);
-            of_kind[1][s] = fmaf(rotated ? 0.0f : weight, rotated ? 0.0f : x, of_kind[1][s]);
-        }
-    }
+    for (int j = warp() * each; j < end; j += kWarp)
+        add_parts(mine, workspace, partials, n, dim, maximum, j, min(kWarp, end - j), two_kinds);
+    mine.total = warp_sum(mine.total);
 #pragma unroll
     for (int s = 0; s < Registers; ++s) {
-        sums[warp()][0][s * kWarp + lane()] = of_kind[0][s];
-        sums[warp()][1][s * kWarp + lane()] = of_kind[1][s];
+        of_warp[warp()].rotated[s * kWarp + lane()] = mine.rotated[s];
+        of_warp[warp()].full[s * kWarp + lane()] = mine.full[s];
     }
-    if (lane() == 0) totals[warp()] = total;
+    if (lane() == 0) of_warp[warp()].total = mine.total;
     __syncthreads();
     if (warp() != 0) return;
-    float x[Registers], rotated[Registers];
-    total = 0.0f;
-#pragma unroll
-    for (int s = 0; s < Registers; ++s) x[s] = rotated[s] = 0.0f;
-    for (int w = 0; w < kMergeWarps; ++w) {
-        total += totals[w];
+
+    Joined<Registers> all = {};
+    for (const Joined<Registers* kWarp>& one : of_warp) {
+        all.total += one.total;
 #pragma unroll
         for (int s = 0; s < Registers; ++s) {
-            rotated[s] += sums[w][0][s * kWarp + lane()];
-            x[s] += sums[w][1][s * kWarp + lane()];
+            all.rotated[s] += one.rotated[s * kWarp + lane()];
+            all.full[s] += one.full[s * kWarp + lane()];
         }
     }
-    if (kinds == 2 && args.rotation.dim) rotate(rotated, args.rotation, true);
-    const int head = n % args.group;
-    const Result result = finish_row(row, maximum, total, head);
+    if (two_kinds && args.rotation.dim) rotate(all.rotated, args.rotation, true);
+    const Result result = finish_row(row, maximum, all.total, n % args.group);
     const int64_t at = out_at(row, args.group, n);
 #pragma unroll
     for (int s = 0; s < Registers; ++s) {
         const int d = s * kWarp + lane();
-        if (d < dim) store_as(args.out_dtype, row.out, at + d, (x[s] + rotated[s]) * result.factor / result.divisor);
+        const float x = (all.full[s] + all.rotated[s]) * result.factor;
+        if (d < dim) store_as(args.out_dtype, row.out, at + d, x / result.divisor);
     }
     if (lane() == 0) write_lse(row, args.group, n, result.lse);
 }
 
 int query_rows(const ops::AttendParams& p, int r) { return p.rows[r].queries * p.group; }
 
-Width width_of(int rows, int head_dim) {
-    if (rows > kFewRows) return Width::team;
-    return rows > 4 && head_dim <= 256 ? Width::octet : Width::quad;
-}
+Width width_of(int rows) { return rows > kFewRows ? Width::team : rows > 4 ? Width::octet : Width::quad; }
 
 // Floats of a row's partials; more query rows never need less.
 int64_t partial_floats(int rows, int entries, int head_dim) {
@@ -105,9 +121,20 @@ int launch_merge(const AttendArgs& args, int most_rows, cudaStream_t stream) {
 }
 
 int launch_walk(Width width, AttendArgs& args, int most_rows, int chunks, cudaStream_t stream) {
-    if (args.head_dim <= 128) return launch_128(width, args, most_rows, chunks, stream);
-    if (args.head_dim <= 256) return launch_256(width, args, most_rows, chunks, stream);
-    return launch_512(width, args, most_rows, chunks, stream);
+    if (width == Width::team) {
+        if (args.head_dim == 64) return launch_team_64(args, most_rows, chunks, stream);
+        if (args.head_dim == 128) return launch_team_128(args, most_rows, chunks, stream);
+        return args.head_dim > 256 ? launch_team_wide(args, most_rows, chunks, stream)
+                                   : launch_team(args, most_rows, chunks, stream);
+    }
+    switch (args.head_dim) {
+        case 64: return launch_64(width, args, most_rows, chunks, stream);
+        case 128: return launch_128(width, args, most_rows, chunks, stream);
+        case 256: return launch_256(width, args, most_rows, chunks, stream);
+        default:
+            return args.head_dim > 128 ? launch_few_wide(args, most_rows, chunks, stream)
+                                       : launch_few(width, args, most_rows, chunks, stream);
+    }
 }
 
 AttendArgs args_of(const ops::AttendParams& p) {
@@ -121,6 +148,7 @@ AttendArgs args_of(const ops::AttendParams& p) {
         const PoolView& pool = p.pools[i];
         if (!pool.n_slabs || (!is_full(pool.format) && !quantizable(p.head_dim))) continue;
         args.formats |= 1u << static_cast<int>(pool.format);
+        args.staged[static_cast<int>(pool.format)] = staged(pool.format, p.head_dim);
         if (!is_full(pool.format)) args.rotation = rotation(p.head_dim);
     }
     return args;
@@ -139,7 +167,7 @@ int attend_rows(const ops::AttendParams& p, AttendArgs& args, Width width, bool 
     };
     for (int r = 0; r < p.n_rows; ++r) {
         const int rows = query_rows(p, r), entries = p.rows[r].entries;
-        if (rows && width_of(rows, p.head_dim) == width && (rows <= kSplitRows) == split) {
+        if (rows && width_of(rows) == width && (rows <= kSplitRows) == split) {
             args.batch.rows[args.batch.count++] = {p.rows[r], floats};
             most_rows = std::max(most_rows, rows);
             if (split) chunks = std::max(chunks, most_chunks(entries));

@@ -5,7 +5,7 @@
 
 namespace kvstrata::cuda {
 
-// What brings a sum that is relative to `own` to `all`. Both -inf where nothing was read, or nothing but NaN, which stays.
+// What brings a sum that is relative to `own` to `all`. The same where nothing was read, or nothing but NaN, which stays.
 __device__ inline float weight_of(float own, float all) { return own == all ? 1.0f : exp_(own - all); }
 
 // The total of each row, in all of its lanes.
@@ -33,25 +33,18 @@ __device__ __forceinline__ void each_sum(const Sums<S>& sums, int dim, Visit vis
     }
 }
 
-// Joins what the warps of a block have of the same rows, from the first on, as one part. All threads call it; the rings are free.
+// The sums of the warps of a block, as they lie in its rings, and their stats as one part. All threads call it.
 template <class S>
-__device__ inline void join_walkers(Sums<S>& sums, const AttendArgs& args, Block<S>& block, unsigned char* rings,
-                                    float* workspace, const Partials& partials, int part, int first_row) {
+__device__ inline void add_walkers(const float2 (*stats)[S::kWarpRows], const float* sums, int warp_floats,
+                                   float* workspace, Partials partials, int part, int first_row) {
     const int stride = partials.stride, rows = min(S::kRows, partials.rows - first_row);
-    const auto sums_of = [&](int w) { return reinterpret_cast<float*>(rings + w * args.ring_bytes); };
-    total_rows(sums);
-    each_sum(sums, stride, [&](int n, int d, float x) { sums_of(warp())[n * stride + d] = x; });
-#pragma unroll
-    for (int q = 0; q < S::kQuads; ++q)
-        if (lane_a() == 0) block.stats[warp()][4 * q + lane_b()] = {sums.maximum[q], sums.total[q]};
-    __syncthreads();
     for (int n = 0; n < rows; ++n) {
-        float maximum = -INFINITY, total = 0.0f, weights[S::kWarps];
-        for (int w = 0; w < S::kWarps; ++w) maximum = fmaxf(maximum, block.stats[w][n].x);
+        float maximum = kNothing, total = 0.0f, weights[S::kWarps];
+        for (int w = 0; w < S::kWarps; ++w) maximum = fmaxf(maximum, stats[w][n].x);
 #pragma unroll
         for (int w = 0; w < S::kWarps; ++w) {
-            weights[w] = weight_of(block.stats[w][n].x, maximum);
-            total += weights[w] * block.stats[w][n].y;
+            weights[w] = weight_of(stats[w][n].x, maximum);
+            total += weights[w] * stats[w][n].y;
         }
         if (threadIdx.x == 0) {
             float* const stat = workspace + partials.stat(part, first_row + n);
@@ -61,10 +54,25 @@ __device__ inline void join_walkers(Sums<S>& sums, const AttendArgs& args, Block
         for (int d = static_cast<int>(threadIdx.x); d < stride; d += S::kThreads) {
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < S::kWarps; ++w) sum = fmaf(weights[w], sums_of(w)[n * stride + d], sum);
+            for (int w = 0; w < S::kWarps; ++w) sum = fmaf(weights[w], sums[w * warp_floats + n * stride + d], sum);
             to[d] = sum;
         }
     }
+}
+
+// Joins what the warps of a block have of the same rows, from the first on, as one part. All threads call it; the rings are free.
+template <class S>
+__device__ __forceinline__ void join_walkers(Sums<S>& sums, const AttendArgs& args, const Place<S>& place,
+                                             float* workspace, const Partials& partials, int part, int first_row) {
+    auto* const own = reinterpret_cast<float*>(place.ring);
+    const float* const all = own - warp() * (args.ring_bytes / 4);
+    total_rows(sums);
+    each_sum(sums, partials.stride, [&](int n, int d, float x) { own[n * partials.stride + d] = x; });
+#pragma unroll
+    for (int q = 0; q < S::kQuads; ++q)
+        if (lane_a() == 0) place.block.stats[warp()][4 * q + lane_b()] = {sums.maximum[q], sums.total[q]};
+    __syncthreads();
+    add_walkers<S>(place.block.stats, all, args.ring_bytes / 4, workspace, partials, part, first_row);
 }
 
 // A part that holds nothing.
@@ -73,7 +81,7 @@ __device__ inline void write_nothing(float* workspace, const Partials& partials,
     const int n = static_cast<int>(threadIdx.x);
     if (n >= S::kRows || first_row + n >= partials.rows) return;
     float* const stat = workspace + partials.stat(part, first_row + n);
-    stat[0] = -INFINITY, stat[1] = 0.0f;
+    stat[0] = kNothing, stat[1] = 0.0f;
 }
 
 // A team's rows as a part. `first_row`: the warp's.
@@ -97,7 +105,7 @@ __device__ inline void write_partial(Sums<S>& sums, float* workspace, const Part
 template <class S>
 __device__ inline void rotate_back(Sums<S>& sums, const AttendArgs& args, float* room) {
     constexpr int kEach = S::kDims / kWarp;
-    const int dim = args.head_dim;
+    const int dim = dim_of<S>(args);
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
 #pragma unroll
@@ -180,7 +188,7 @@ __device__ inline void write_results(Sums<S>& sums, const AttendArgs& args, cons
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int d = 16 * t + 2 * lane_a() + j;
-                if (d >= args.head_dim) break;
+                if (d >= dim_of<S>(args)) break;
                 const float x = (sums.acc[q][t][2 * j] + sums.acc[q][t][2 * j + 1]) * results[q].factor;
                 store_as(args.out_dtype, row.out, at[q] + d, x / results[q].divisor);
             }

@@ -31,10 +31,11 @@ using Masks = uint32_t[S::kQuads];
 __device__ inline int lane_a() { return lane() / 4; }
 __device__ inline int lane_b() { return lane() % 4; }
 
-// The words of a lane's two slots in a line of K.
-__device__ inline uint2 key_pair(const unsigned char* keys, int line) {
-    const int chunk = 4 * line + lane_a() / 2;
-    return *reinterpret_cast<const uint2*>(keys + swizzled(chunk) * 16 + lane_a() % 2 * 8);
+// The words of a lane's two slots in its line of K, and in the line after it; the lane's line of the first step is `Lines` b.
+template <Format F, int Lines>
+__device__ inline const unsigned char* own_keys(const unsigned char* keys) {
+    const int line = F == Format::int2 ? lane_b() / 2 : Lines * lane_b();
+    return keys + swizzled(4 * line + lane_a() / 2, swizzle_of(F)) * 16 + lane_a() % 2 * 8;
 }
 // The words of a lane's two dims of a tile in a line of V.
 __device__ inline uint2 value_pair(const unsigned char* values, const Staged& how, int line, int tile) {
@@ -54,11 +55,14 @@ __device__ inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uin
 
 // --- q . k -------------------------------------------------------------------------------------------------------------
 
+__device__ inline uint2 load_pair(const unsigned char* from) { return *reinterpret_cast<const uint2*>(from); }
+
 template <class S>
 __device__ __forceinline__ void dot_f32(SlotPairs<S>& z, const unsigned char* keys, const float* queries, int dim) {
+    const unsigned char* const own = own_keys<Format::f32, 0>(keys);
 #pragma unroll 4
     for (int d = 0; d < dim; ++d) {
-        const uint2 k = key_pair(keys, d);
+        const uint2 k = load_pair(own + d * 64);
 #pragma unroll
         for (int q = 0; q < S::kQuads; ++q) {
             const float x = queries[d * S::kRows + 4 * q + lane_b()];
@@ -74,20 +78,25 @@ __device__ inline uint32_t inside(int d, int dim) { return d + 1 < dim ? ~0u : d
 template <class S, Format F>
 __device__ __forceinline__ void dot_pairs(SlotPairs<S>& z, const unsigned char* keys, const uint2* operands, int dim,
                                           bool one) {
-    const int steps = padded_dim(dim) / 16, b = lane_b();
+    const int steps = padded_dim(dim) / 16;
+    const unsigned char* const own = own_keys<F, 2>(keys);
+    const unsigned char* const next = keys + ((own - keys) ^ 64);
     float d[S::kQuads][4] = {};
-#pragma unroll 2
-    for (int s = 0; s < steps; ++s) {
-        uint2 x = key_pair(keys, 8 * s + 2 * b), y = key_pair(keys, 8 * s + 2 * b + 1);
-        if (16 * s + 16 > dim) {
-            const uint32_t of_x = inside(16 * s + 4 * b, dim), of_y = inside(16 * s + 4 * b + 2, dim);
-            x.x &= of_x, x.y &= of_x, y.x &= of_y, y.y &= of_y;
-        }
+    const auto multiply_step = [&](int s, uint2 x, uint2 y) {
 #pragma unroll
         for (int q = 0; q < S::kQuads; ++q) {
             const uint2 w = operands[(q * steps + s) * kWarp + lane()];
             multiply<F>(d[q], {x.x, x.y, y.x, y.y}, {w.x, w.y});
         }
+    };
+#pragma unroll 4
+    for (int s = 0; s < dim / 16; ++s) multiply_step(s, load_pair(own + s * 512), load_pair(next + s * 512));
+    if (dim % 16) {
+        const int s = dim / 16, first = 16 * s + 4 * lane_b();
+        uint2 x = load_pair(own + s * 512), y = load_pair(next + s * 512);
+        x.x &= inside(first, dim), x.y &= inside(first, dim), y.x &= inside(first + 2, dim),
+            y.y &= inside(first + 2, dim);
+        multiply_step(s, x, y);
     }
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {  // the second term of a whole query is 0 and must not meet an infinite key
@@ -98,15 +107,15 @@ __device__ __forceinline__ void dot_pairs(SlotPairs<S>& z, const unsigned char* 
 
 // Four operand words of 32 dims: slots 2 a and 2 a + 1, dims 8 b..8 b + 3, then likewise 8 b + 4..8 b + 7.
 template <Format F>
-__device__ __forceinline__ void load_key_codes(uint32_t (&x)[4], const unsigned char* keys, int step) {
-    const int b = lane_b();
+__device__ __forceinline__ void load_key_codes(uint32_t (&x)[4], const unsigned char* own, const unsigned char* next,
+                                               int step) {
     if constexpr (F == Format::int8) {
-        const uint2 first = key_pair(keys, 8 * step + 2 * b), second = key_pair(keys, 8 * step + 2 * b + 1);
+        const uint2 first = load_pair(own + step * 512), second = load_pair(next + step * 512);
         x[0] = first.x, x[1] = first.y, x[2] = second.x, x[3] = second.y;
     } else {
-        const uint2 both = key_pair(keys, F == Format::int4 ? 4 * step + b : 2 * step + b / 2);
-        split_keys<F>(both.x, b, x[0], x[2]);
-        split_keys<F>(both.y, b, x[1], x[3]);
+        const uint2 both = load_pair(own + step * (F == Format::int4 ? 256 : 128));
+        split_keys<F>(both.x, lane_b(), x[0], x[2]);
+        split_keys<F>(both.y, lane_b(), x[1], x[3]);
     }
 }
 
@@ -118,30 +127,49 @@ __device__ inline float level_sum(int high, int low, int code_sum) {
     return static_cast<float>(sum >> kUnitBits<F>);
 }
 
-template <class S, Format F>
-__device__ __forceinline__ void dot_codes(SlotPairs<S>& z, const unsigned char* keys, const unsigned char* scales,
-                                          const uint2* operands, const QueryRows<S>& rows, int first_row, int dim) {
-    const int group = group_size(F, dim), steps = round_up(dim, 32) / 32;
+// Steps: those of a group of scales, where it has whole ones; 0: a group may be half of one, or all of the head.
+template <class S, Format F, int Steps>
+__device__ __forceinline__ void dot_levels(SlotPairs<S>& z, const unsigned char* keys, const unsigned char* scales,
+                                           const uint2* operands, const int32_t* code_sums, int dim) {
+    const int group = Steps ? 32 * Steps : group_size(F, dim), steps = round_up(dim, 32) / 32;
+    const unsigned char* const own = own_keys<F, F == Format::int8 ? 2 : 1>(keys);
+    const unsigned char* const next = keys + ((own - keys) ^ 64);
     for (int g = 0; g * group < dim; ++g) {
-        const int end = (g + 1) * group;
         int32_t d[S::kQuads][4] = {};
-        for (int s = g * group / 32; 32 * s < end; ++s) {
+        const auto multiply_step = [&](int s) {
             uint32_t x[4];
-            load_key_codes<F>(x, keys, s);
-            const bool other = group == 16 && lane_b() / 2 != g % 2;  // half of the dims are another group's
+            load_key_codes<F>(x, own, next, s);
+            const bool other = !Steps && group == 16 && lane_b() / 2 != g % 2;  // half of the dims are another group's
 #pragma unroll
             for (int q = 0; q < S::kQuads; ++q) {
                 const uint2 w = operands[(q * steps + s) * kWarp + lane()];
                 mma_s8(d[q], x, {other ? 0 : w.x, other ? 0 : w.y});
             }
+        };
+        if constexpr (Steps > 0) {
+#pragma unroll
+            for (int s = 0; s < Steps; ++s) multiply_step(g * Steps + s);
+        } else {
+            for (int s = g * group / 32; 32 * s < (g + 1) * group; ++s) multiply_step(s);
         }
         const float2 scale = scale_pair(scales, g);
 #pragma unroll
         for (int q = 0; q < S::kQuads; ++q) {
-            const int of_row = F == Format::int2 ? rows.code_sums[g][first_row + 4 * q + lane_b()] : 0;
+            const int of_row = F == Format::int2 ? code_sums[g * S::kRows + 4 * q] : 0;
             z[q][0] += scale.x * level_sum<F>(d[q][0], d[q][1], of_row);
             z[q][1] += scale.y * level_sum<F>(d[q][2], d[q][3], of_row);
         }
+    }
+}
+// code_sums: of the lane's first row, int2 only.
+template <class S, Format F>
+__device__ __forceinline__ void dot_codes(SlotPairs<S>& z, const unsigned char* keys, const unsigned char* scales,
+                                          const uint2* operands, const int32_t* code_sums, int dim) {
+    constexpr int kSteps = F == Format::int8 ? 4 : F == Format::int4 ? 2 : 1;
+    if (group_size(F, dim) == 32 * kSteps) {
+        dot_levels<S, F, kSteps>(z, keys, scales, operands, code_sums, dim);
+    } else {
+        dot_levels<S, F, 0>(z, keys, scales, operands, code_sums, dim);
     }
 }
 
@@ -157,6 +185,7 @@ __device__ __forceinline__ void load_shares(uint32_t (&w)[2], float first, float
 template <class S>
 __device__ __forceinline__ void add_f32(Sums<S>& sums, const SlotPairs<S>& p, const Masks<S>& masks,
                                         const unsigned char* values, const Staged& how, int tiles) {
+#pragma unroll 1
     for (int slot = 0; slot < kSlots; ++slot) {
         float share[S::kQuads];
         bool read[S::kQuads];
@@ -165,7 +194,7 @@ __device__ __forceinline__ void add_f32(Sums<S>& sums, const SlotPairs<S>& p, co
             const int from = slot / 2 * 4 + lane_b();
             const float even = __shfl_sync(kAllLanes, p[q][0], from), odd = __shfl_sync(kAllLanes, p[q][1], from);
             share[q] = slot % 2 ? odd : even;
-            read[q] = masks[q] >> slot & 1;  // before any product: 0 * NaN is NaN
+            read[q] = masks[q] >> slot & 1;
         }
 #pragma unroll
         for (int t = 0; t < S::kTiles; ++t) {
@@ -181,15 +210,16 @@ __device__ __forceinline__ void add_f32(Sums<S>& sums, const SlotPairs<S>& p, co
     }
 }
 
-// The operand words of a tile of V, with slots outside the mask as zeros: 0 * NaN is NaN.
+// What of a word of two slots a mask keeps; the others must be zeros before any product: 0 * NaN is NaN.
+__device__ inline uint32_t kept(uint32_t mask, int slot) {
+    return (mask >> slot & 1 ? 0xFFFFu : 0u) | (mask >> (slot + 1) & 1 ? 0xFFFF0000u : 0u);
+}
+// The operand words of a tile of V under a mask.
 __device__ __forceinline__ void load_values(uint32_t (&x)[4], const unsigned char* values, const Staged& how, int tile,
                                             uint32_t mask) {
     const int b = lane_b();
     const uint2 first = value_pair(values, how, 2 * b, tile), second = value_pair(values, how, 2 * b + 1, tile);
-    const auto kept = [&](int slot) {
-        return (mask >> slot & 1 ? 0xFFFFu : 0u) | (mask >> (slot + 1) & 1 ? 0xFFFF0000u : 0u);
-    };
-    const uint32_t of_first = kept(4 * b), of_second = kept(4 * b + 2);
+    const uint32_t of_first = kept(mask, 4 * b), of_second = kept(mask, 4 * b + 2);
     x[0] = first.x & of_first, x[1] = first.y & of_first, x[2] = second.x & of_second, x[3] = second.y & of_second;
 }
 
@@ -218,6 +248,7 @@ __device__ __forceinline__ void add_pairs(Sums<S>& sums, const SlotPairs<S>& p, 
     }
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
+#pragma unroll 1
         for (int r = 0; r < 4; ++r) {
             const uint32_t mask = __shfl_sync(kAllLanes, masks[q], r);
 #pragma unroll

@@ -16,6 +16,7 @@ inline constexpr float kLeastQuery = 7.888609052210118e-31f;  // 2^-100: a small
 template <class S>
 struct QueryRows {
     int64_t at[S::kRows];                     // element of q, or -1: no such row
+    int32_t line[S::kRows];                   // of logits [entries, 16], or -1
     float factor[S::kRows];                   // f16 pages: q = factor * operands
     float delta[S::kRows];                    // quantized pages: NaN for a query that holds NaN or Inf
     float centre[S::kRows];                   // q . centre
@@ -38,12 +39,13 @@ __device__ inline void find_rows(QueryRows<S>& rows, const AttendArgs& args, con
     const int n = first + i, t = n / args.group;
     const int64_t token = t < row.queries && row.tokens ? row.tokens[t] : t;
     rows.at[i] = t < row.queries ? token * row.q_stride_t + n % args.group * row.q_stride_g : -1;
+    rows.line[i] = t < row.queries ? n % args.group * row.queries + t : -1;
 }
 
 template <class S>
 __device__ inline float query(const QueryRows<S>& rows, const AttendArgs& args, const ops::AttendRow& row, int n,
                               int d) {
-    return rows.at[n] >= 0 && d < args.head_dim ? load_as(args.q_dtype, row.q, rows.at[n] + d) : 0.0f;
+    return rows.at[n] >= 0 && d < dim_of<S>(args) ? load_as(args.q_dtype, row.q, rows.at[n] + d) : 0.0f;
 }
 
 template <class S>
@@ -51,7 +53,7 @@ __device__ inline void prepare_f32(unsigned char* operands, const QueryRows<S>& 
                                    const ops::AttendRow& row) {
     auto* const to = reinterpret_cast<float*>(operands);
     for (int n = warp(); n < S::kRows; n += S::kWarps) {
-        for (int d = lane(); d < args.head_dim; d += kWarp) to[d * S::kRows + n] = query(rows, args, row, n, d);
+        for (int d = lane(); d < dim_of<S>(args); d += kWarp) to[d * S::kRows + n] = query(rows, args, row, n, d);
     }
 }
 
@@ -60,7 +62,7 @@ template <class S>
 __device__ inline void find_factors(QueryRows<S>& rows, const AttendArgs& args, const ops::AttendRow& row) {
     for (int n = warp(); n < S::kRows; n += S::kWarps) {
         float most = 0.0f;
-        for (int d = lane(); d < args.head_dim; d += kWarp) most = larger(most, fabsf(query(rows, args, row, n, d)));
+        for (int d = lane(); d < dim_of<S>(args); d += kWarp) most = larger(most, fabsf(query(rows, args, row, n, d)));
         most = warp_max(most);
         const uint32_t exponent = __float_as_uint(most) & 0x7F800000u;
         const bool plain = args.q_dtype != DType::f16 && exponent != 0x7F800000u;
@@ -76,7 +78,7 @@ __device__ inline void prepare_pairs(unsigned char* operands, QueryRows<S>& rows
         __syncthreads();
     }
     auto* const to = reinterpret_cast<uint2*>(operands);
-    const int steps = padded_dim(args.head_dim) / 16;
+    const int steps = padded_dim(dim_of<S>(args)) / 16;
     const bool both_terms = !one_term(F, args.q_dtype);
     for (int i = static_cast<int>(threadIdx.x); i < S::kRows / 4 * steps * kWarp; i += S::kThreads) {
         const int of_lane = i % kWarp, step = i / kWarp % steps, n = i / kWarp / steps * 4 + of_lane / 8;
@@ -103,18 +105,18 @@ template <class S>
 __device__ inline float dot_centre(const QueryRows<S>& rows, const AttendArgs& args, const ops::AttendRow& row, int n) {
     if (!row.centre) return 0.0f;
     float sum = 0.0f, total = 0.0f;
-    for (int d = lane() % 16; d < args.head_dim; d += 16) sum += query(rows, args, row, n, d) * row.centre[d];
+    for (int d = lane() % 16; d < dim_of<S>(args); d += 16) sum += query(rows, args, row, n, d) * row.centre[d];
     for (int i = 0; i < 16; ++i) total += __shfl_sync(kAllLanes, sum, i);
     return total;
 }
 
 // A warp takes a row at a time: dims l, 32 + l, ... are lane l's.
-template <class S>
+template <class S, Format F>
 __device__ inline void prepare_codes(unsigned char* operands, QueryRows<S>& rows, const AttendArgs& args,
-                                     const ops::AttendRow& row, Format format) {
+                                     const ops::AttendRow& row) {
     constexpr int kEach = S::kDims / kWarp;
-    const int steps = round_up(args.head_dim, kWarp) / kWarp;
-    const bool halves = group_size(format, args.head_dim) == 16;
+    const int steps = round_up(dim_of<S>(args), kWarp) / kWarp;
+    const bool halves = group_size(F, dim_of<S>(args)) == 16;
     for (int n = warp(); n < S::kRows; n += S::kWarps) {
         float x[kEach], most = 0.0f;
 #pragma unroll
@@ -141,7 +143,7 @@ __device__ inline void prepare_codes(unsigned char* operands, QueryRows<S>& rows
             const int code = plain ? __float2int_rn(x[s] * inverse) : 0, high = (code + 128) >> 8;
             to[s * 256] = static_cast<unsigned char>(high);
             to[s * 256 + 32] = static_cast<unsigned char>(code);  // code - 256 high
-            if (format != Format::int2) continue;
+            if (F != Format::int2) continue;
             const int sum = __reduce_add_sync(lane() < 16 ? 0xFFFFu : 0xFFFF0000u, code);
             const int other = __shfl_xor_sync(kAllLanes, sum, 16);
             if (lane() == 0) rows.code_sums[halves ? 2 * s : s][n] = halves ? sum : sum + other;
@@ -151,14 +153,15 @@ __device__ inline void prepare_codes(unsigned char* operands, QueryRows<S>& rows
 }
 
 // All threads call it, between barriers.
-template <class S>
+template <class S, Format F>
 __device__ inline void prepare_queries(unsigned char* operands, QueryRows<S>& rows, const AttendArgs& args,
-                                       const ops::AttendRow& row, Format format) {
-    switch (format) {
-        case Format::f32: return prepare_f32(operands, rows, args, row);
-        case Format::bf16: return prepare_pairs<S, Format::bf16>(operands, rows, args, row);
-        case Format::f16: return prepare_pairs<S, Format::f16>(operands, rows, args, row);
-        default: return prepare_codes(operands, rows, args, row, format);
+                                       const ops::AttendRow& row) {
+    if constexpr (F == Format::f32) {
+        prepare_f32(operands, rows, args, row);
+    } else if constexpr (is_full(F)) {
+        prepare_pairs<S, F>(operands, rows, args, row);
+    } else {
+        prepare_codes<S, F>(operands, rows, args, row);
     }
 }
 

@@ -26,18 +26,21 @@ template <class S>
 class Ring {
   public:
     // Pages first, first + kWalkers, ... of the list of `entries`; the walker's threads make it together.
-    __device__ Ring(unsigned char* memory, int bytes, const Staged& how, const Entries<S>& entries, int first)
+    __device__ __forceinline__ Ring(unsigned char* memory, int bytes, const Staged& how, const Entries<S>& entries,
+                                    int first)
         : memory_(memory),
           how_(how),
           entries_(entries),
           slots_(min(bytes / how.bytes, kMostUnits)),
           thread_(static_cast<int>(threadIdx.x) % S::kWalkerThreads),
+          key_to_(swizzled(thread_, how.swizzle) * 16),
+          value_to_(thread_ * 16 + thread_ / how.line_chunks * pad()),
           next_(first) {
         for (int i = 1; i < slots_; ++i) stage();
     }
 
     // The next unit, which stays until the next call.
-    __device__ const unsigned char* take() {
+    __device__ __forceinline__ const unsigned char* take() {
         if (slots_ == 1) {
             barrier();
             stage();
@@ -54,6 +57,8 @@ class Ring {
     }
 
   private:
+    static constexpr int kStep = S::kWalkerThreads;  // chunks from one of a thread's to its next
+
     __device__ static void barrier() {
         if constexpr (S::kTeam) {
             __syncthreads();
@@ -61,43 +66,52 @@ class Ring {
             __syncwarp();
         }
     }
+    __device__ int pad() const { return how_.value_stride - how_.line_chunks * 16; }
 
     // Sets out for the unit after the last, if there is one, in a group of its own.
-    __device__ void stage() {
+    __device__ __forceinline__ void stage() {
         if (next_ < entries_.count) {
             const unsigned char* const page = entries_.pages[entries_.list[next_]];
-            unsigned char* const to = memory_ + staged_ * how_.bytes;
-            value_ ? stage_values(to, page) : stage_keys(to, page);
+            unsigned char* const unit = memory_ + staged_ * how_.bytes;
+            value_ ? stage_values(unit + value_to_, page + how_.values_in_page + thread_ * 16)
+                   : stage_keys(unit + key_to_, page + thread_ * 16);
+            const unsigned char* const from = page + (value_ ? how_.value_scales_in_page : how_.key_scales_in_page);
+            unsigned char* const to = unit + (value_ ? how_.value_scales : how_.key_scales);
+#pragma unroll(S::kExact ? 64 : 1)
+            for (int i = 0; i < how_.scale_chunks; i += kStep)
+                if (i + thread_ < how_.scale_chunks) copy_async16(to + (i + thread_) * 16, from + (i + thread_) * 16);
             if (value_) next_ += S::kWalkers;
             value_ = !value_;
             staged_ = staged_ + 1 == slots_ ? 0 : staged_ + 1;
         }
         copy_async_commit();
     }
-    __device__ void stage_keys(unsigned char* to, const unsigned char* page) const {
-        for (int i = thread_; i < how_.key_chunks; i += S::kWalkerThreads)
-            copy_async16(to + swizzled(i) * 16, page + i * 16);
-        stage_scales(to + how_.key_scales, page + how_.k_scales_at);
+
+    // From the thread's first chunk on. A step does not reach the bits of K that are swizzled.
+    __device__ __forceinline__ void stage_keys(unsigned char* to, const unsigned char* from) const {
+#pragma unroll(S::kExact ? 64 : 2)
+        for (int i = 0; i < how_.key_chunks; i += kStep)
+            if (i + thread_ < how_.key_chunks) copy_async16(to + i * 16, from + i * 16);
     }
-    __device__ void stage_values(unsigned char* to, const unsigned char* page) const {
-        const int pad = how_.value_stride - how_.line_chunks * 16;
-        for (int i = thread_; i < how_.value_lines * how_.line_chunks; i += S::kWalkerThreads) {
-            const int line = static_cast<int>(static_cast<uint32_t>(i) * how_.line_inverse >> 22);
-            copy_async16(to + i * 16 + line * pad, page + how_.v + i * 16);
+    __device__ __forceinline__ void stage_values(unsigned char* to, const unsigned char* from) const {
+        const int chunks = how_.value_lines * how_.line_chunks;
+        int chunk = thread_ % how_.line_chunks, at = 0;
+#pragma unroll(S::kExact ? 64 : 2)
+        for (int i = 0; i < chunks; i += kStep) {
+            if (i + thread_ < chunks) copy_async16(to + at, from + i * 16);
+            chunk += kStep % how_.line_chunks, at += kStep * 16 + kStep / how_.line_chunks * pad();
+            if (chunk >= how_.line_chunks) chunk -= how_.line_chunks, at += pad();
         }
-        stage_scales(to + how_.value_scales, page + how_.v_scales_at);
-    }
-    __device__ void stage_scales(unsigned char* to, const unsigned char* from) const {
-        for (int i = thread_; i < how_.scale_chunks; i += S::kWalkerThreads) copy_async16(to + i * 16, from + i * 16);
     }
 
     unsigned char* const memory_;
-    const Staged& how_;
+    const Staged how_;
     const Entries<S>& entries_;
     const int slots_, thread_;
-    int next_;                    // in the list: the page of the unit to set out for,
-    bool value_ = false;          // and whether that is its V
-    int staged_ = 0, taken_ = 0;  // slots of the units to set out for and to take
+    const int key_to_, value_to_;  // bytes in a unit to the thread's first chunk of K and of V
+    int next_;                     // in the list: the page of the unit to set out for,
+    bool value_ = false;           // and whether that is its V
+    int staged_ = 0, taken_ = 0;   // slots of the units to set out for and to take
 };
 
 }  // namespace kvstrata::cuda

@@ -35,18 +35,17 @@ constexpr int most_chunks(int entries) {
     return most > coarse ? most : coarse > 1 ? coarse : 1;
 }
 
-template <int Tiles, int Quads, int Warps, bool Team>
+// Dims: of a head, at most, or Exact: all known when compiled. Team: all warps of a block read each page, for different query rows;
+// else different pages for the same ones.
+template <int Dims, bool Exact, bool Team, int Quads, int Warps, int Blocks>
 struct Shape {
-    static constexpr int kTiles = Tiles;  // of 16 dims, at most
+    static constexpr int kDims = Dims, kTiles = Dims / 16;
+    static constexpr bool kExact = Exact, kTeam = Team;
     static constexpr int kQuads = Quads;  // of a warp
-    static constexpr int kWarps = Warps;
-    static constexpr bool kTeam =
-        Team;  // all warps read each page, for different query rows; else different pages for the same
-    static constexpr int kThreads = Warps * kWarp;
-    static constexpr int kDims = Tiles * 16;
-    static constexpr int kWarpRows = 4 * Quads;
-    static constexpr int kRows = kWarpRows * (Team ? Warps : 1);  // query rows of a block
-    static constexpr int kWalkers = Team ? 1 : Warps;             // who read different pages
+    static constexpr int kWarps = Warps, kThreads = Warps * kWarp;
+    static constexpr int kBlocks = Blocks;  // of an SM at once, as registers go
+    static constexpr int kWarpRows = 4 * Quads, kRows = kWarpRows * (Team ? Warps : 1);  // query rows
+    static constexpr int kWalkers = Team ? 1 : Warps;                                    // who read different pages
     static constexpr int kWalkerThreads = kThreads / kWalkers;
 };
 
@@ -73,10 +72,47 @@ struct ListRow {
     int64_t partials;  // f32 index in the workspace
 };
 
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// A unit is K or V of a page with its scales, in shared memory. Its chunks of 16 bytes lie so that what a warp reads at once lies
+// in different banks: those of K are swizzled, lines of V are `value_stride` bytes apart.
+struct Staged {
+    int key_chunks, swizzle;
+    int value_lines, line_chunks, value_stride;
+    int scale_chunks;              // of K or of V
+    int key_scales, value_scales;  // in the unit
+    int values_in_page, key_scales_in_page, value_scales_in_page;
+    int bytes;  // of a unit
+};
+// Where a chunk of K lies: lines 2 b and 2 b + 1 (16-bit, int8), b (int4) or b / 2 (int2) of lanes b = 0..3 do not collide.
+constexpr int swizzle_of(Format f) {
+    if (f == Format::f32 || f == Format::int2) return 0;
+    return f == Format::int4 ? 2 : 6;
+}
+constexpr int swizzled(int chunk, int swizzle) { return chunk ^ (chunk >> 2 & swizzle); }
+
+constexpr Staged staged(Format f, int head_dim) {
+    const int dim = padded_dim(head_dim), half = static_cast<int>(half_bytes(f, head_dim));
+    Staged s{};
+    s.key_chunks = half / 16;
+    s.swizzle = swizzle_of(f);
+    s.value_lines = value_lines(f);
+    s.line_chunks = dim / 4;
+    s.value_stride = dim * 4 + (f == Format::f32 ? 0 : is_full(f) ? 16 : 32);
+    s.scale_chunks = static_cast<int>(scale_bytes(f, head_dim)) / 16;
+    s.key_scales = round_up(half, 128);
+    s.value_scales = s.value_lines * s.value_stride;
+    s.values_in_page = half;
+    s.key_scales_in_page = 2 * half;
+    s.value_scales_in_page = 2 * half + s.scale_chunks * 16;
+    s.bytes = round_up((s.key_scales > s.value_scales ? s.key_scales : s.value_scales) + s.scale_chunks * 16, 128);
+    return s;
+}
 struct AttendArgs {
     RowBatch<ListRow> batch;
     Pools pools;
     Rotation rotation;  // where a pool is quantized
+    Staged staged[6];   // by format
     float* workspace;
     float scale, softcap;
     int32_t window, group, head_dim;
@@ -86,38 +122,20 @@ struct AttendArgs {
     DType q_dtype, out_dtype;
 };
 
-constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-// A unit is K or V of a page with its scales. K lies there in chunks of 16 bytes at swizzled(); lines of V are `value_stride`
-// apart: either way what a warp reads at once lies in different banks.
-struct Staged {
-    int key_chunks, key_scales;  // chunks of K; bytes to its scales
-    int value_lines, line_chunks, value_stride, value_scales;
-    uint32_t line_inverse;                // 2^22 / line_chunks, rounded up
-    int scale_chunks;                     // of K or of V
-    int64_t v, k_scales_at, v_scales_at;  // in the page
-    int bytes;                            // of a unit
-};
-constexpr Staged staged(Format f, int head_dim) {
-    const int dim = padded_dim(head_dim), keys = static_cast<int>(half_bytes(f, head_dim));
-    Staged s{};
-    s.key_chunks = keys / 16;
-    s.key_scales = round_up(keys, 128);
-    s.value_lines = value_lines(f);
-    s.line_chunks = dim / 4;
-    s.value_stride = dim * 4 + (f == Format::f32 ? 0 : is_full(f) ? 16 : 32);
-    s.value_scales = s.value_lines * s.value_stride;
-    s.line_inverse = static_cast<uint32_t>(((1 << 22) + s.line_chunks - 1) / s.line_chunks);
-    s.scale_chunks = static_cast<int>(scale_bytes(f, head_dim) / 16);
-    s.v = v_offset(f, head_dim);
-    s.k_scales_at = k_scales_offset(f, head_dim);
-    s.v_scales_at = v_scales_offset(f, head_dim);
-    s.bytes = round_up((s.key_scales > s.value_scales ? s.key_scales : s.value_scales) + s.scale_chunks * 16, 128);
-    return s;
-}
-constexpr int swizzled(int chunk) { return chunk ^ (chunk >> 2 & 6); }
-
 // Bytes of the query rows as operands of products, in the largest of the forms (attend_queries.cuh).
 constexpr int operand_bytes(int rows, int head_dim) { return rows / 4 * round_up(head_dim, 32) * 16; }
+
+template <class S>
+__device__ __forceinline__ int dim_of(const AttendArgs& args) {
+    return S::kExact ? S::kDims : args.head_dim;
+}
+template <class S, Format F>
+__device__ __forceinline__ Staged staged_of(const AttendArgs& args) {
+    if constexpr (S::kExact) {
+        return staged(F, S::kDims);
+    } else {
+        return args.staged[static_cast<int>(F)];
+    }
+}
 
 }  // namespace kvstrata::cuda

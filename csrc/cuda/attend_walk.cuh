@@ -11,12 +11,15 @@
 
 #include "cuda/attend_products.cuh"
 #include "cuda/attend_ring.cuh"
+#include "cuda/device/exp2.cuh"
 #include "cuda/device/math.cuh"
 
 namespace kvstrata::cuda {
 
 // How far a logit may exceed the running maximum before sums are rescaled. p is at most e^8, which f16 holds.
 inline constexpr float kSlack = 8.0f;
+// The maximum before the first logit: finite, so that -inf stays below it.
+inline constexpr float kNothing = -3.402823466e38f;
 
 // What a block has in shared memory beside operands and rings.
 template <class S>
@@ -29,8 +32,8 @@ struct Block {
 // What a lane knows of its query rows, one of each quad.
 template <class S>
 struct LaneRows {
-    int query[S::kQuads];     // its masks' place
-    int64_t line[S::kQuads];  // its logits' [entries, 16], or -1: no such row
+    int query[S::kQuads];                        // the place of its masks
+    float factor[S::kQuads], centre[S::kQuads];  // q . k = factor * product + centre, of the pages of one format
 };
 
 template <class S>
@@ -43,12 +46,36 @@ constexpr int shared_bytes(int head_dim, int ring_bytes) {
     return block_bytes<S>() + operand_bytes(S::kRows, head_dim) + S::kWalkers * ring_bytes;
 }
 
-// From q . k to finished logits: scaled, capped, biased, -inf where the slot is not read.
-__device__ inline float finish_logit(float z, float scale, float softcap, const float* bias, bool read) {
-    z *= scale;
-    if (softcap > 0.0f) z = softcap * tanh_(__fdiv_rn(z, softcap));
-    if (bias && read) z += *bias;
-    return read ? z : -INFINITY;
+// Before the pages of a format, whose operands are prepared.
+template <class S, Format F>
+__device__ __forceinline__ void load_factors(LaneRows<S>& lanes, const QueryRows<S>& rows, int first_row) {
+#pragma unroll
+    for (int q = 0; q < S::kQuads; ++q) {
+        const int n = first_row + 4 * q + lane_b();
+        lanes.factor[q] = F == Format::f16 ? rows.factor[n] : is_full(F) ? 1.0f : rows.delta[n];
+        lanes.centre[q] = is_full(F) ? 0.0f : rows.centre[n];
+    }
+}
+
+// From scaled q . k to finished logits, where that is not all, and out with them. `entry` is the row's.
+template <class S>
+__device__ __forceinline__ void finish_logits(SlotPairs<S>& z, const Masks<S>& masks, const AttendArgs& args,
+                                              const ops::AttendRow& row, const QueryRows<S>& rows, int first_row,
+                                              int64_t entry) {
+    const int slot = 2 * lane_a();
+#pragma unroll
+    for (int q = 0; q < S::kQuads; ++q) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            if (!(masks[q] >> (slot + j) & 1)) continue;
+            if (args.softcap > 0.0f) z[q][j] = args.softcap * tanh_(__fdiv_rn(z[q][j], args.softcap));
+            if (row.bias) z[q][j] += row.bias[entry * kSlots + slot + j];
+        }
+        const int64_t line = rows.line[first_row + 4 * q + lane_b()];
+        if (!row.logits || line < 0) continue;
+        float* const to = row.logits + (line * row.entries + entry) * kSlots + slot;
+        to[0] = z[q][0], to[1] = z[q][1];
+    }
 }
 
 // Raises the maxima that a logit exceeds by too much, each row for itself, and brings its sums to the new one.
@@ -82,7 +109,7 @@ __device__ __forceinline__ void soften(Sums<S>& sums, SlotPairs<S>& z) {
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
 #pragma unroll
-        for (float& x : z[q]) x = x == -INFINITY ? 0.0f : exp_(x - sums.maximum[q]);
+        for (float& x : z[q]) x = exp_fast(x - sums.maximum[q]);
         sums.total[q] += z[q][0] + z[q][1];
     }
 }
@@ -91,7 +118,7 @@ template <class S>
 __device__ __forceinline__ void clear(Sums<S>& sums) {
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
-        sums.maximum[q] = -INFINITY;
+        sums.maximum[q] = kNothing;
         sums.total[q] = 0.0f;
 #pragma unroll
         for (int t = 0; t < S::kTiles; ++t) {
@@ -101,71 +128,82 @@ __device__ __forceinline__ void clear(Sums<S>& sums) {
     }
 }
 
-// q . k of one page, of the warp's rows.
-template <class S>
-__device__ __forceinline__ void dot_page(SlotPairs<S>& z, Format format, const AttendArgs& args, const Block<S>& block,
-                                         const unsigned char* operands, const unsigned char* keys, const Staged& how) {
-    const int first_row = S::kTeam ? warp() * S::kWarpRows : 0, dim = args.head_dim;
-    const int steps = is_full(format) ? padded_dim(dim) / 16 : round_up(dim, 32) / 32;
+// q . k of one page, of the warp's rows from `first_row` on.
+template <class S, Format F>
+__device__ __forceinline__ void dot_page(SlotPairs<S>& z, const AttendArgs& args, const Block<S>& block,
+                                         const unsigned char* operands, int first_row, const unsigned char* keys,
+                                         const Staged& how) {
+    const int dim = dim_of<S>(args), steps = is_full(F) ? padded_dim(dim) / 16 : round_up(dim, 32) / 32;
     const auto* const own = reinterpret_cast<const uint2*>(operands) + first_row / 4 * steps * kWarp;
-    const unsigned char* const scales = keys + how.key_scales;
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) z[q][0] = z[q][1] = 0.0f;
-    switch (format) {
-        case Format::f32: return dot_f32<S>(z, keys, reinterpret_cast<const float*>(operands) + first_row, dim);
-        case Format::bf16: return dot_pairs<S, Format::bf16>(z, keys, own, dim, one_term(format, args.q_dtype));
-        case Format::f16: dot_pairs<S, Format::f16>(z, keys, own, dim, one_term(format, args.q_dtype)); break;
-        case Format::int8: dot_codes<S, Format::int8>(z, keys, scales, own, block.rows, first_row, dim); break;
-        case Format::int4: dot_codes<S, Format::int4>(z, keys, scales, own, block.rows, first_row, dim); break;
-        case Format::int2: dot_codes<S, Format::int2>(z, keys, scales, own, block.rows, first_row, dim); break;
-    }
-#pragma unroll
-    for (int q = 0; q < S::kQuads; ++q) {
-        const int n = first_row + 4 * q + lane_b();
-#pragma unroll
-        for (float& x : z[q])
-            x = format == Format::f16 ? x * block.rows.factor[n] : x * block.rows.delta[n] + block.rows.centre[n];
+    if constexpr (F == Format::f32) {
+        dot_f32<S>(z, keys, reinterpret_cast<const float*>(operands) + first_row, dim);
+    } else if constexpr (is_full(F)) {
+        dot_pairs<S, F>(z, keys, own, dim, one_term(F, args.q_dtype));
+    } else {
+        const int32_t* const code_sums = block.rows.code_sums[0] + first_row + lane_b();
+        dot_codes<S, F>(z, keys, keys + how.key_scales, own, code_sums, dim);
     }
 }
 
-template <class S>
-__device__ __forceinline__ void add_page(Sums<S>& sums, Format format, const SlotPairs<S>& p, const Masks<S>& masks,
-                                         bool alike, const unsigned char* values, const Staged& how, int dim) {
-    const int tiles = padded_dim(dim) / 16;
-    switch (format) {
-        case Format::f32: return add_f32<S>(sums, p, masks, values, how, tiles);
-        case Format::bf16: return add_pairs<S, Format::bf16>(sums, p, masks, alike, values, how, tiles);
-        case Format::f16: return add_pairs<S, Format::f16>(sums, p, masks, alike, values, how, tiles);
-        case Format::int8: return add_codes<S, Format::int8>(sums, p, masks, values, how, dim);
-        case Format::int4: return add_codes<S, Format::int4>(sums, p, masks, values, how, dim);
-        case Format::int2: return add_codes<S, Format::int2>(sums, p, masks, values, how, dim);
+template <class S, Format F>
+__device__ __forceinline__ void add_page(Sums<S>& sums, const SlotPairs<S>& p, const Masks<S>& masks, bool alike,
+                                         const unsigned char* values, const Staged& how, int dim) {
+    if constexpr (F == Format::f32) {
+        add_f32<S>(sums, p, masks, values, how, padded_dim(dim) / 16);
+    } else if constexpr (is_full(F)) {
+        add_pairs<S, F>(sums, p, masks, alike, values, how, padded_dim(dim) / 16);
+    } else {
+        add_codes<S, F>(sums, p, masks, values, how, dim);
     }
 }
 
-// The pages of the block's list, which `ring` brings; entry i of the block is entry `first` + i of the row.
+// A block's memory and its place in the row.
 template <class S>
-__device__ __forceinline__ void walk_list(Sums<S>& sums, Ring<S>& ring, Format format, const Staged& how,
-                                          const AttendArgs& args, const ops::AttendRow& row, const Block<S>& block,
-                                          const LaneRows<S>& lanes, const unsigned char* operands, int first) {
-    for (int i = S::kTeam ? 0 : warp(); i < block.entries.count; i += S::kWalkers) {
-        const int at = block.entries.list[i], slot = 2 * lane_a();
-        const int64_t entry = first + at;
-        SlotPairs<S> z;
-        Masks<S> masks;
-        dot_page<S>(z, format, args, block, operands, ring.take(), how);
+struct Place {
+    Block<S>& block;
+    unsigned char *operands, *ring;  // the walker's
+    int first_row;                   // of the warp among the block's rows
+};
+
+// The pages of the block's list, of format F; entry i of the block is entry `first` + i of the row. All threads call it.
+template <class S, Format F>
+__device__ __forceinline__ void walk_list(Sums<S>& sums, LaneRows<S>& lanes, const AttendArgs& args,
+                                          const ops::AttendRow& row, const Place<S>& place, int first, bool prepared) {
+    const Staged how = staged_of<S, F>(args);
+    Block<S>& block = place.block;
+    const int begin = S::kTeam ? 0 : warp();
+    const bool plain = !(args.softcap > 0.0f) && !row.bias && !row.logits;
+    Ring<S> ring(place.ring, args.ring_bytes, how, block.entries, begin);
+    if (!prepared) {  // while the first pages are under way
+        prepare_queries<S, F>(place.operands, block.rows, args, row);
+        __syncthreads();
+        load_factors<S, F>(lanes, block.rows, place.first_row);
+    }
+    SlotPairs<S> z = {};
+    Masks<S> masks = {};
+    bool values = false;
+    for (int i = begin; i < block.entries.count; values = !values) {
+        const int at = block.entries.list[i];
+        const unsigned char* const unit = ring.take();
+        if (values) {
+            add_page<S, F>(sums, z, masks, block.entries.alike[at], unit, how, dim_of<S>(args));
+            i += S::kWalkers;
+            continue;
+        }
+        dot_page<S, F>(z, args, block, place.operands, place.first_row, unit, how);
 #pragma unroll
         for (int q = 0; q < S::kQuads; ++q) {
             masks[q] = block.entries.masks[at][lanes.query[q]];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const float* const bias = row.bias ? row.bias + entry * kSlots + slot + j : nullptr;
-                z[q][j] = finish_logit(z[q][j], args.scale, args.softcap, bias, masks[q] >> (slot + j) & 1);
-                if (row.logits && lanes.line[q] >= 0)
-                    row.logits[(lanes.line[q] * row.entries + entry) * kSlots + slot + j] = z[q][j];
+                const float x = (z[q][j] * lanes.factor[q] + lanes.centre[q]) * args.scale;
+                z[q][j] = masks[q] >> (2 * lane_a() + j) & 1 ? x : -INFINITY;
             }
         }
+        if (!plain) finish_logits(z, masks, args, row, block.rows, place.first_row, first + at);
         soften<S>(sums, z);
-        add_page<S>(sums, format, z, masks, block.entries.alike[at], ring.take(), how, args.head_dim);
     }
 }
 

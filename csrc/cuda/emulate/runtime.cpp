@@ -5,7 +5,8 @@
 
 namespace {
 constexpr int kMultiprocessors = 2;  // few: a kernel that shares its work among them shows it in small tests
-}
+constexpr int kSharedOfMultiprocessor = 164 * 1024;
+}  // namespace
 
 extern "C" {
 
@@ -14,8 +15,11 @@ cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }  // launches have ended when they return
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-    return *value = kMultiprocessors, cudaSuccess;
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: return *value = kMultiprocessors, cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return *value = kSharedOfMultiprocessor, cudaSuccess;
+        default: return cudaErrorInvalidValue;
+    }
 }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }

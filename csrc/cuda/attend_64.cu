@@ -1,0 +1,11 @@
+// attend for few query rows of 64 dims.
+#include "cuda/attend_launch.cuh"
+
+namespace kvstrata::cuda {
+
+int launch_64(Width width, AttendArgs& args, int most_rows, int chunks, cudaStream_t stream) {
+    if (width == Width::quad) return launch_pages<Shape<64, true, false, 1, 4, 6>>(args, most_rows, chunks, stream);
+    return launch_pages<Shape<64, true, false, 2, 4, 4>>(args, most_rows, chunks, stream);
+}
+
+}  // namespace kvstrata::cuda
