@@ -4,7 +4,7 @@
 namespace kvstrata::cuda {
 
 int launch_few_wide(AttendArgs& args, int most_rows, int chunks, cudaStream_t stream) {
-    if (args.head_dim > 256) return launch_pages<Shape<512, false, false, 1, 4, 2>>(args, most_rows, chunks, stream);
+    if (args.head_dim > 256) return launch_pages<Shape<512, false, false, 1, 2, 4>>(args, most_rows, chunks, stream);
     return launch_pages<Shape<256, false, false, 1, 4, 3>>(args, most_rows, chunks, stream);
 }
 

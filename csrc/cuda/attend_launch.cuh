@@ -14,18 +14,18 @@ inline int shared_of_sm() {
     return known ? bytes : 100 * 1024;
 }
 
-// Bytes of a walker's ring for pages of the batch's formats: as many units as fit beside the SM's other blocks. The sums of the
-// walk's end fit, too.
+// Bytes of a walker's ring for pages of the batch's formats: as many of the largest as fit beside the SM's other blocks, and one
+// at least. The sums of the walk's end fit, too.
 template <class S>
 int ring_bytes(const AttendArgs& args) {
     constexpr int kReserved = 1024;  // of a block, by the system
-    int unit = 0;
+    int page = 0;
     for (int f = 0; f < 6; ++f)
-        if (args.formats >> f & 1) unit = std::max(unit, args.staged[f].bytes);
+        if (args.formats >> f & 1) page = std::max(page, args.staged[f].bytes);
     const int room = (shared_of_sm() / S::kBlocks - kReserved - shared_bytes<S>(args.head_dim, 0)) / S::kWalkers;
-    const int units = unit ? std::clamp(room / unit, 1, kMostUnits) : 0;
+    const int pages = page ? ring_pages(room / page) * page : 0;
     const int sums = (S::kTeam ? 4 * S::kWarps : S::kRows) * padded_dim(args.head_dim) * 4;
-    return round_up(std::max(units * unit, sums), 128);
+    return round_up(std::max(pages, sums), 128);
 }
 
 // One launch for a batch: rows of up to `most_rows` query rows, cut into up to `chunks` chunks.

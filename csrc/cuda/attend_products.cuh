@@ -267,7 +267,8 @@ __device__ __forceinline__ void add_pairs(Sums<S>& sums, const SlotPairs<S>& p, 
 // Every: tiles that share a group of scales, at least.
 template <class S, Format F, int Every>
 __device__ __forceinline__ void add_levels(Sums<S>& sums, const SlotPairs<S>& p, const Masks<S>& masks,
-                                           const unsigned char* values, const Staged& how, int dim) {
+                                           const unsigned char* values, const unsigned char* scales, const Staged& how,
+                                           int dim) {
     const int b = lane_b(), group = group_size(F, dim), tiles = dim / 16;
     const int line = F == Format::int8 ? b : F == Format::int4 ? b / 2 : 0;
     uint32_t w[S::kQuads][2];
@@ -275,7 +276,7 @@ __device__ __forceinline__ void add_levels(Sums<S>& sums, const SlotPairs<S>& p,
     for (int t = 0; t < S::kTiles; ++t) {
         if (t >= tiles) break;
         if (t % Every == 0) {
-            const float2 scale = scale_pair(values + how.value_scales, 16 * t / group);
+            const float2 scale = scale_pair(scales, 16 * t / group);
 #pragma unroll
             for (int q = 0; q < S::kQuads; ++q) {  // a scale of a hidden slot may be NaN
                 const uint32_t own = masks[q] >> (2 * lane_a());
@@ -292,12 +293,13 @@ __device__ __forceinline__ void add_levels(Sums<S>& sums, const SlotPairs<S>& p,
 }
 template <class S, Format F>
 __device__ __forceinline__ void add_codes(Sums<S>& sums, const SlotPairs<S>& p, const Masks<S>& masks,
-                                          const unsigned char* values, const Staged& how, int dim) {
+                                          const unsigned char* values, const unsigned char* scales, const Staged& how,
+                                          int dim) {
     constexpr int kEvery = F == Format::int2 ? 2 : 4;
     if (group_size(F, dim) % (16 * kEvery) == 0) {
-        add_levels<S, F, kEvery>(sums, p, masks, values, how, dim);
+        add_levels<S, F, kEvery>(sums, p, masks, values, scales, how, dim);
     } else {
-        add_levels<S, F, 1>(sums, p, masks, values, how, dim);
+        add_levels<S, F, 1>(sums, p, masks, values, scales, how, dim);
     }
 }
 

@@ -74,15 +74,15 @@ struct ListRow {
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// A unit is K or V of a page with its scales, in shared memory. Its chunks of 16 bytes lie so that what a warp reads at once lies
-// in different banks: those of K are swizzled, lines of V are `value_stride` bytes apart.
+// A page in shared memory: K with its scales, then V with its own. Their chunks of 16 bytes lie so that what a warp reads at once
+// lies in different banks: those of K are swizzled, lines of V are `value_stride` bytes apart.
 struct Staged {
     int key_chunks, swizzle;
     int value_lines, line_chunks, value_stride;
-    int scale_chunks;              // of K or of V
-    int key_scales, value_scales;  // in the unit
+    int scale_chunks;                      // of K or of V
+    int key_scales, values, value_scales;  // bytes to them from K
     int values_in_page, key_scales_in_page, value_scales_in_page;
-    int bytes;  // of a unit
+    int bytes;
 };
 // Where a chunk of K lies: lines 2 b and 2 b + 1 (16-bit, int8), b (int4) or b / 2 (int2) of lanes b = 0..3 do not collide.
 constexpr int swizzle_of(Format f) {
@@ -101,11 +101,12 @@ constexpr Staged staged(Format f, int head_dim) {
     s.value_stride = dim * 4 + (f == Format::f32 ? 0 : is_full(f) ? 16 : 32);
     s.scale_chunks = static_cast<int>(scale_bytes(f, head_dim)) / 16;
     s.key_scales = round_up(half, 128);
-    s.value_scales = s.value_lines * s.value_stride;
+    s.values = round_up(s.key_scales + s.scale_chunks * 16, 128);
+    s.value_scales = s.values + s.value_lines * s.value_stride;
     s.values_in_page = half;
     s.key_scales_in_page = 2 * half;
     s.value_scales_in_page = 2 * half + s.scale_chunks * 16;
-    s.bytes = round_up((s.key_scales > s.value_scales ? s.key_scales : s.value_scales) + s.scale_chunks * 16, 128);
+    s.bytes = round_up(s.value_scales + s.scale_chunks * 16, 128);
     return s;
 }
 struct AttendArgs {

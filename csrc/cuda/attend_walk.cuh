@@ -131,31 +131,32 @@ __device__ __forceinline__ void clear(Sums<S>& sums) {
 // q . k of one page, of the warp's rows from `first_row` on.
 template <class S, Format F>
 __device__ __forceinline__ void dot_page(SlotPairs<S>& z, const AttendArgs& args, const Block<S>& block,
-                                         const unsigned char* operands, int first_row, const unsigned char* keys,
+                                         const unsigned char* operands, int first_row, const unsigned char* page,
                                          const Staged& how) {
     const int dim = dim_of<S>(args), steps = is_full(F) ? padded_dim(dim) / 16 : round_up(dim, 32) / 32;
     const auto* const own = reinterpret_cast<const uint2*>(operands) + first_row / 4 * steps * kWarp;
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) z[q][0] = z[q][1] = 0.0f;
     if constexpr (F == Format::f32) {
-        dot_f32<S>(z, keys, reinterpret_cast<const float*>(operands) + first_row, dim);
+        dot_f32<S>(z, page, reinterpret_cast<const float*>(operands) + first_row, dim);
     } else if constexpr (is_full(F)) {
-        dot_pairs<S, F>(z, keys, own, dim, one_term(F, args.q_dtype));
+        dot_pairs<S, F>(z, page, own, dim, one_term(F, args.q_dtype));
     } else {
         const int32_t* const code_sums = block.rows.code_sums[0] + first_row + lane_b();
-        dot_codes<S, F>(z, keys, keys + how.key_scales, own, code_sums, dim);
+        dot_codes<S, F>(z, page, page + how.key_scales, own, code_sums, dim);
     }
 }
 
 template <class S, Format F>
 __device__ __forceinline__ void add_page(Sums<S>& sums, const SlotPairs<S>& p, const Masks<S>& masks, bool alike,
-                                         const unsigned char* values, const Staged& how, int dim) {
+                                         const unsigned char* page, const Staged& how, int dim) {
+    const unsigned char* const values = page + how.values;
     if constexpr (F == Format::f32) {
         add_f32<S>(sums, p, masks, values, how, padded_dim(dim) / 16);
     } else if constexpr (is_full(F)) {
         add_pairs<S, F>(sums, p, masks, alike, values, how, padded_dim(dim) / 16);
     } else {
-        add_codes<S, F>(sums, p, masks, values, how, dim);
+        add_codes<S, F>(sums, p, masks, values, page + how.value_scales, how, dim);
     }
 }
 
@@ -181,18 +182,11 @@ __device__ __forceinline__ void walk_list(Sums<S>& sums, LaneRows<S>& lanes, con
         __syncthreads();
         load_factors<S, F>(lanes, block.rows, place.first_row);
     }
-    SlotPairs<S> z = {};
-    Masks<S> masks = {};
-    bool values = false;
-    for (int i = begin; i < block.entries.count; values = !values) {
+    for (int i = begin; i < block.entries.count; i += S::kWalkers) {
         const int at = block.entries.list[i];
-        const unsigned char* const unit = ring.take();
-        if (values) {
-            add_page<S, F>(sums, z, masks, block.entries.alike[at], unit, how, dim_of<S>(args));
-            i += S::kWalkers;
-            continue;
-        }
-        dot_page<S, F>(z, args, block, place.operands, place.first_row, unit, how);
+        SlotPairs<S> z;
+        Masks<S> masks;
+        dot_page<S, F>(z, args, block, place.operands, place.first_row, ring.take_keys(), how);
 #pragma unroll
         for (int q = 0; q < S::kQuads; ++q) {
             masks[q] = block.entries.masks[at][lanes.query[q]];
@@ -204,6 +198,7 @@ __device__ __forceinline__ void walk_list(Sums<S>& sums, LaneRows<S>& lanes, con
         }
         if (!plain) finish_logits(z, masks, args, row, block.rows, place.first_row, first + at);
         soften<S>(sums, z);
+        add_page<S, F>(sums, z, masks, block.entries.alike[at], ring.take_values(), how, dim_of<S>(args));
     }
 }
 
