@@ -5,8 +5,14 @@
 // them are in the rotated domain.
 //
 // A page moves once through shared memory, so the walk is bound by memory as long as a warp's instructions per page stay below
-// the four that an SM issues per clock in the page's time (H200: 20.7 bytes per clock and SM; D 128: bf16 396 clocks, int8 201,
-// int4 105, int2 62). One quad of rows takes about 250 per page of any of those formats, two about 350.
+// what an SM issues in the page's time: four per clock at best, some two and a half as a rule. H200, 20.7 bytes per clock and SM,
+// D 128, for one quad of query rows and for two; instructions by the PTX of sm_90a, of which the assembler folds a seventh:
+//   format   bytes   clocks   four per clock   one quad   two quads
+//   bf16     8192    396      1584             280        360
+//   int8     4160    201      804              475        600
+//   int4     2176    105      420              415        555
+//   int2     1280    62       248              525        750
+// What a block does once, before and after its chunk, is as much as two more pages of each warp. Never timed on a device.
 #pragma once
 
 #include "cuda/attend_products.cuh"

@@ -12,7 +12,7 @@ from tolerances import LSE, OUT_F32, assert_close, assert_close_rows
 from conftest import at_scalar
 from kvstrata import ops
 
-EMULATED = 1.0
+EMULATED = 0.5
 
 INF = float("inf")
 SHAPES: list[dict[str, Any]] = [
