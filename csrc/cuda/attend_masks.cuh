@@ -94,15 +94,16 @@ __device__ inline void fill_entries(Entries<S>& to, const AttendArgs& args, cons
                                     int count, int entries, int first_query, int queries) {
     const int i = static_cast<int>(threadIdx.x);  // of a block of at least kMaxChunk threads
     if (i < kMaxChunk) to.visible[i] = i < count ? visible_slots(row, first + i) : 0;
-    const int after = row.own ? count_visible(row, first + count, entries, row.own) : 0;
+    const int own = row.tree || row.own > 1 ? row.own : 0;  // a single one is read by every query
+    const int after = own ? count_visible(row, first + count, entries, own) : 0;
     __syncthreads();
     for (int j = i; j < kMaxChunk * queries; j += S::kThreads) {
         const int entry = j / queries, q = j % queries;
         uint16_t mask = to.visible[entry];
-        if (row.own && after < row.own) {
+        if (own && after < own) {
             int seen = after;
             for (int later = entry; later < count; ++later) seen += __popc(to.visible[later]);
-            mask = without_later(row, mask, row.own - seen, first_query + q);
+            mask = without_later(row, mask, own - seen, first_query + q);
         }
         to.masks[entry][q] = mask;
     }
