@@ -1,4 +1,4 @@
-// The products of attend, by one warp on a unit in shared memory: q . k of a page's slots, and p . v added to sums.
+// The products of attend, by one warp on a page in shared memory: q . k of a page's slots, and p . v added to sums.
 //
 // Keys are the A operand: rows a and a + 8 are slots 2 a and 2 a + 1, so a lane's two words of a line of K lie side by side;
 // columns 2 r and 2 r + 1 are two terms of query row r of the quad. So lane 4 a + b gets what belongs to slots 2 a, 2 a + 1 and row

@@ -1,5 +1,5 @@
 // How attend is cut on CUDA, for host and device: a row into chunks of its list and tiles of its query rows, a block of threads
-// into warps, and a page into units that are staged in shared memory.
+// into warps, and a page into halves that are staged in shared memory.
 //
 // Query row n of a row is query n / G of head n % G. Four successive ones are a quad: the eight columns of a matrix product hold
 // two terms of each.

@@ -1,6 +1,6 @@
 // The walk of attend: a block of threads, one tile of a row's query rows, one chunk of its list (or all of it).
 //
-// Few query rows: each warp reads its own pages, several units of them under way, and the warps' sums are joined at the end.
+// Few query rows: each warp reads its own pages, several halves of them under way, and the warps' sums are joined at the end.
 // More: all warps read the same pages, each for its own rows. The list is walked once per format, quantized ones first: sums over
 // them are in the rotated domain.
 //
