@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_stats(const __g
     __shared__ float sums[kUnitWarps][kBlockTiles][kSums];  // of the block's heads
     const WindowCall& call = args.call;
     const ops::WindowRow& row = args.batch.rows[blockIdx.y];
-    const int chunk = static_cast<int>(blockIdx.x) % call.chunks, of_head = tiles_of(row.queries);
+    const int chunk = static_cast<int>(blockIdx.x) % call.chunks;
     const int heads = heads_of_block(row.queries, call.group);
     const int first_head = static_cast<int>(blockIdx.x) / call.chunks * heads;
     const int end_head = min(call.group, first_head + heads), thread = static_cast<int>(threadIdx.x);
@@ -110,27 +110,14 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) sum_stats(const __g
     __syncthreads();
     if (first_head == 0 && thread == 0) call.past[r * call.chunks + chunk] = pages.slots;
     const float queries = static_cast<float>(row.queries), factor = args.sound ? factor_of(row.entries) : 1.0f;
-    const int end = end_head * of_head;
-    for (int i = warp(); i < pages.count; i += kUnitWarps) {
-        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
-        HeadStats head;
-        int g = first_head, tile = 0;  // of a group's next tile
-        for (int first = first_head * of_head; first < end; first += kGroupTiles) {
-            const TileGroup tiles = successive(r * call.operands.tiles, first, end);
-            Logits z;
-            find_logits(pages.pairs[i], call.operands, tiles, call.head_dim, call.scale, call.softcap, z);
-            hide_unread(pages.pairs[i], row, tiles, of_head, call.window, z);
-#pragma unroll
-            for (int j = 0; j < kGroupTiles; ++j) {
-                if (j >= tiles.count) break;
-                add_tile(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns, args.sound,
-                         factor);
-                if (++tile < of_head) continue;
-                add_sums(head, queries, args.sound, sums[warp()][g - first_head]);
-                head = {}, tile = 0, ++g;
-            }
-        }
-    }
+    reduce_heads<HeadStats>(
+        pages, call, row, r, first_head, end_head,
+        [&](HeadStats& head, const Logits& z, int j, const float* lse, int n) {
+            add_tile(head, z, j, lse, n, args.sound, factor);
+        },
+        [&](HeadStats& head, const PagePair&, int g) {
+            add_sums(head, queries, args.sound, sums[warp()][g - first_head]);
+        });
     __syncthreads();
     if (thread >= (end_head - first_head) * kSums) return;
     float total = 0.0f;

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) score_units(const _
     const WindowCall& call = args.call;
     const ops::WindowRow& row = args.batch.rows[blockIdx.y];
     const int chunk = static_cast<int>(blockIdx.x) % call.chunks, entry = chunk * kUnitEntries;
-    const int heads = heads_of_block(row.queries, call.group), of_head = tiles_of(row.queries);
+    const int heads = heads_of_block(row.queries, call.group);
     const int first_head = static_cast<int>(blockIdx.x) / call.chunks * heads;
     const int end_head = min(call.group, first_head + heads);
     if (entry >= row.entries || first_head >= end_head) return;
@@ -72,28 +72,15 @@ __global__ void __launch_bounds__(kUnitThreads, kUnitsPerSm) score_units(const _
     if (warp() == 0) find_pages(pages, call.pools, row, call.head_dim, chunk, {}, call.window);
     __syncthreads();
     clear_others(pages, min(kUnitEntries, row.entries - entry), first_head, end_head, args.stride_g, out);
-    const int end = end_head * of_head;
-    for (int i = warp(); i < pages.count; i += kUnitWarps) {
-        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
-        HeadShares head;
-        int g = first_head, tile = 0;  // of a group's next tile
-        for (int first = first_head * of_head; first < end; first += kGroupTiles) {
-            const TileGroup tiles = successive(r * call.operands.tiles, first, end);
-            Logits z;
-            find_logits(pages.pairs[i], call.operands, tiles, call.head_dim, call.scale, call.softcap, z);
-            hide_unread(pages.pairs[i], row, tiles, of_head, call.window, z);
-#pragma unroll
-            for (int j = 0; j < kGroupTiles; ++j) {
-                if (j >= tiles.count) break;
-                add_tile(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns,
-                         args.spread != ops::Spread::none);
-                if (++tile < of_head) continue;
-                put_scores(head, pages.pairs[i], static_cast<float>(row.queries), args.spread, args.weight,
-                           out + g * args.stride_g);
-                head = {}, tile = 0, ++g;
-            }
-        }
-    }
+    const bool varies = args.spread != ops::Spread::none;
+    reduce_heads<HeadShares>(
+        pages, call, row, r, first_head, end_head,
+        [&](HeadShares& head, const Logits& z, int j, const float* lse, int queries) {
+            add_tile(head, z, j, lse, queries, varies);
+        },
+        [&](HeadShares& head, const PagePair& pair, int g) {
+            put_scores(head, pair, static_cast<float>(row.queries), args.spread, args.weight, out + g * args.stride_g);
+        });
 }
 
 int score(const ops::ScoreWindowParams& p, cudaStream_t stream) {

@@ -284,4 +284,33 @@ __device__ __forceinline__ void hide_unread(const PagePair& pages, const ops::Wi
     }
 }
 
+// A warp's pairs of pages of a unit under heads [first_head, end_head) of row r of all: for each pair and head a `Head` of its own,
+// add(head, z, j, lse, queries) for each of its tiles in order (tile j of a group; lse and queries from its first on), then
+// done(head, pair, g).
+template <class Head, class Add, class Done>
+__device__ __forceinline__ void reduce_heads(const UnitPages& pages, const WindowCall& call, const ops::WindowRow& row,
+                                             int64_t r, int first_head, int end_head, const Add& add,
+                                             const Done& done) {
+    const int of_head = tiles_of(row.queries), end = end_head * of_head;
+    for (int i = warp(); i < pages.count; i += kUnitWarps) {
+        fetch_ahead(pages, i + kUnitWarps, call.head_dim);
+        Head head;
+        int g = first_head, tile = 0;  // of a group's next tile
+        for (int first = first_head * of_head; first < end; first += kGroupTiles) {
+            const TileGroup tiles = successive(r * call.operands.tiles, first, end);
+            Logits z;
+            find_logits(pages.pairs[i], call.operands, tiles, call.head_dim, call.scale, call.softcap, z);
+            hide_unread(pages.pairs[i], row, tiles, of_head, call.window, z);
+#pragma unroll
+            for (int j = 0; j < kGroupTiles; ++j) {
+                if (j >= tiles.count) break;
+                add(head, z, j, call.lse_of(r, g) + tile * kColumns, row.queries - tile * kColumns);
+                if (++tile < of_head) continue;
+                done(head, pages.pairs[i], g);
+                head = {}, tile = 0, ++g;
+            }
+        }
+    }
+}
+
 }  // namespace kvstrata::cuda
