@@ -9,6 +9,7 @@
 #include "ops/score_pages.h"
 #include "pages/near.h"
 #include "pages/row.h"
+#include "store/copier.h"
 #include "store/index.h"
 
 namespace kvstrata::store {
@@ -46,6 +47,24 @@ struct Audited {
     int64_t count = 0;
 };
 
+// A Near page whose bytes are on their way, for a row of the call.
+struct Due {
+    int32_t row, entry;  // whose Near copy it is; -1: the ring's
+    Ticket ticket;
+};
+
+// Selected pages that were not there at once, and for how long steps have waited for them.
+struct Late {
+    int64_t pages = 0;
+    double seconds = 0.0;
+};
+
+// A Far page that a row's last step selected; it stands while the row's entry is that page.
+struct Sought {
+    int32_t entry;
+    PageId page;
+};
+
 // Scratch of a call that attends in parts, kept between calls.
 struct Parts {
     std::vector<ops::AttendRow> whole;  // the rows of the call
@@ -56,6 +75,8 @@ struct Parts {
     std::vector<uint16_t> masks, picked;      // of a part's lists; of the tokens that an oracle has chosen
     std::vector<size_t> ends;                 // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
+    std::vector<int32_t> ready;   // rows that one call attends
+    std::vector<Due> due;         // rising rows
     std::vector<float> votes, x;  // of the selected pages, if rows share them: [rows, K], [rows, G, K]
     std::vector<float> exact;     // [G] log-sum-exps of the row that is audited
     std::vector<ops::SelectRow> select;

@@ -31,7 +31,7 @@ int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
            of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(x) + of(picked) + of(exact) +
-           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
+           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses) + of(ready) + of(due);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -124,51 +124,7 @@ void Store::join_index(Sequence& s, int layer, int head, const Repack& r, const 
     index.join(fresh);
 }
 
-// --- the Far tier --------------------------------------------------------------------------------------------------------------
-
-void Store::write_far(PageId page, PageId from) {
-    pages::Pool& near = pages::pool_of(pools_, from);
-    far_[page_pool(page)].write(page, near.payload(from));
-    std::copy_n(near.positions(from), kSlots, pages::pool_of(pools_, page).positions(page));
-}
-
-void Store::read_far(PageId page, PageId to) {
-    pages::Pool& near = pages::pool_of(pools_, to);
-    far_[page_pool(page)].read(page, near.payload(to));
-    std::copy_n(pages::pool_of(pools_, page).positions(page), kSlots, near.positions(to));
-}
-
-bool Store::any_far(int layer) const {
-    if (options_.far.empty() || !indexed(layer)) return false;
-    for (const StepSequence& s : step_) {
-        for (int h = 0; s.count > 0 && h < layers_[layer].kv_heads; ++h) {
-            const pages::Row& row = s.sequence->rows[first_row_[layer] + h];
-            if (std::any_of(row.page.begin() + row.aside, row.page.begin() + row.sealed,
-                            [&](PageId id) { return far(id); }))
-                return true;
-        }
-    }
-    return false;
-}
-
-// Near copies of the given Far entries. If a page cannot be read, those that are missing have no copy, and the error goes on.
-void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
-    if (entries.empty()) return;
-    std::vector<pages::Miss>& misses = parts_.misses;
-    misses.clear();
-    misses.reserve(entries.size());  // so that each entry that is given a slot is named here
-    pages::Pool& near = pools_[near_of(page_pool(row.page[entries[0]]))];
-    size_t read = 0;
-    try {
-        pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, near, misses);
-        for (; read < misses.size(); ++read) read_far(row.page[misses[read].entry], misses[read].to);
-    } catch (...) {
-        for (; read < misses.size(); ++read) row.near.leave(misses[read].entry);
-        throw;
-    }
-    hits_ += static_cast<int64_t>(entries.size() - misses.size());
-    misses_count_ += static_cast<int64_t>(misses.size());
-}
+// --- what a step reads ---------------------------------------------------------------------------------------------------------
 
 void Store::set_recall(const Recall& recall) {
     const int near = recall.near_pages, reads = recall.widest();
@@ -287,6 +243,7 @@ void Store::stream_row(int layer, const AttendCall& call, int r) {
     for (int e = 0; e < row.entries(); ++e) {
         far(row.page[e]) ? parts_.far.push_back(e) : list_page(row, e, row.page[e]);
     }
+    const Underway underway{*this};
     attend(0);
     const float* const outs[2] = {parts_.out[0].data(), parts_.out[1].data()};
     const float* const lses[2] = {parts_.lse[0].data(), parts_.lse[1].data()};
@@ -296,9 +253,11 @@ void Store::stream_row(int layer, const AttendCall& call, int r) {
         parts_.pages.assign(places.begin(), places.begin() + static_cast<int64_t>(ring));
         parts_.masks.clear();
         for (size_t i = 0; i < ring; ++i) {
-            read_far(row.page[parts_.far[first + i]], places[i]);
+            call_in(row.page[parts_.far[first + i]], places[i], r, -1);
             parts_.masks.push_back(row.visible[parts_.far[first + i]]);
         }
+        if (!parts_.due.empty()) hint_entries(row, std::span(parts_.far).subspan(first + ring), places.size());
+        take_due(parts_.due.size());
         attend(1);
         ops::merge({outs, lses, 2, int64_t{span} * group, dim, parts_.out[0].data(), DType::f32, parts_.lse[0].data(),
                     threads_});

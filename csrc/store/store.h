@@ -6,6 +6,7 @@
 // few free pages changes nothing.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -70,14 +71,15 @@ struct Centre {
 };
 
 struct Sequence {
-    int64_t length = 0;            // real tokens seen, always
-    int64_t confirmed = 0;         // while recording: tokens below this are final
-    int64_t floor = 0;             // crop below this is refused: something older was dropped
-    std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
-    std::vector<Centre> centres;   // as rows
-    std::vector<QueryRing> rings;  // [L], if queries are remembered
-    std::vector<Index> indices;    // as rows, if a step selects
-    pages::View view;              // of a store with sets
+    int64_t length = 0;                            // real tokens seen, always
+    int64_t confirmed = 0;                         // while recording: tokens below this are final
+    int64_t floor = 0;                             // crop below this is refused: something older was dropped
+    std::vector<pages::Row> rows;                  // all layers; layer l, head h at first_row[l] + h
+    std::vector<Centre> centres;                   // as rows
+    std::vector<QueryRing> rings;                  // [L], if queries are remembered
+    std::vector<Index> indices;                    // as rows, if a step selects
+    pages::View view;                              // of a store with sets
+    std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
 };
 
 // Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
@@ -192,6 +194,9 @@ class Store {
     const Captured& captured() const { return captured_; }
     const Audited& audited() const { return audited_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
+    // Whether steps go on while a disk brings their pages, and how long one of these may take (fetch.cpp).
+    void set_ahead(bool on, std::chrono::milliseconds limit);
+    const Late& late() const { return late_; }
     Waiting waiting(int layer, std::span<const SeqId> seqs);
     void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
                  int iters);  // tokens of one segment of a row into groups of one number each; iters < 0: greedily
@@ -254,6 +259,10 @@ class Store {
 
     struct Scored;
     struct Writing;
+    struct Underway {  // while it lives, pages may be due; those that are when it ends are given up
+        Store& store;
+        ~Underway();
+    };
     Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb, bool reads = true);
     void add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, int t, const Arithmetic& arithmetic,
                    float* mass);
@@ -299,7 +308,14 @@ class Store {
     bool any_far(int layer) const;
     void attend_selected(int layer, const AttendCall& call);
     void attend_streamed(int layer, const AttendCall& call);
-    void fetch(pages::Row& row, std::span<const int32_t> entries);
+    void call_in(PageId page, PageId to, int32_t r, int32_t entry);
+    void take_due(size_t n);
+    void fetch(int32_t r, std::span<const int32_t> entries);
+    void attend_fetched(int layer, const AttendCall& call);
+    void attend_listed(int layer, const AttendCall& call, int first, int end);
+    void hint_entries(const pages::Row& row, std::span<const int32_t> entries, size_t n);
+    void note_sought(int layer);
+    void hint_next(int layer);
     void begin_parts(int layer);
     ops::AttendRow part_row(int r, int group, int dim, int part, size_t first, size_t end, float* out, float* lse,
                             const int32_t* tokens) const;
@@ -308,7 +324,7 @@ class Store {
     void begin_lists();
     void list_page(const pages::Row& row, int entry, PageId page);
     int list_selected(int first);
-    void attend_lists(int layer, const AttendCall& call, int part, int first, int end);
+    void attend_lists(int layer, const AttendCall& call, int part, int first, std::span<const int32_t> rows);
     void select_pages(int layer, const AttendCall& call);
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);
@@ -353,6 +369,11 @@ class Store {
     Audited audited_;
     int64_t hits_ = 0, misses_count_ = 0;
     int32_t clock_ = 0;  // steps that selected
+    Late late_;
+    bool ahead_ = true;
+    std::chrono::milliseconds copy_limit_{60'000};
+    std::unique_ptr<Copier> copier_;  // once a disk had to be waited for
+    std::vector<FarPage> hints_;      // scratch
     int64_t moved_bytes_ = 0;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
