@@ -200,7 +200,7 @@ void bind_store(py::module_& m) {
         .def("fetched", &Store::fetched)
         .def("set_ahead",
              [](Store& s, bool on, int64_t limit_ms) { s.set_ahead(on, std::chrono::milliseconds(limit_ms)); })
-        .def("late", [](const Store& s) { return py::make_tuple(s.late().pages, s.late().seconds); })
+        .def("late", [](const Store& s) { return py::make_tuple(s.late().pages, s.late().seconds, s.late().hinted); })
         .def("waiting",
              [](Store& s, int layer, const std::vector<SeqId>& seqs) {
                  const store::Waiting w = s.waiting(layer, seqs);

@@ -4,21 +4,33 @@
 // it has selected, as soon as all of that is there.
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <utility>
 
 #include "common/check.h"
 #include "common/fault.h"
+#include "ops/merge.h"
+#include "ops/supported.h"
 #include "store/store.h"
 
 namespace kvstrata::store {
+namespace {
 
-Store::Underway::~Underway() {
-    for (const Due& due : store.parts_.due) {
-        if (due.ticket.stands()) store.copier_->give_up(due.ticket);
-        if (due.entry >= 0) store.parts_.rows[due.row]->near.leave(due.entry);
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+// While it lives, pages may be due; those that still are when it ends are given up.
+struct Store::Underway {
+    Store& store;
+    ~Underway() {
+        for (const Due& due : store.parts_.due) {
+            if (due.ticket.stands()) store.ahead_.copier->give_up(due.ticket);
+            if (due.entry >= 0) store.parts_.rows[due.row]->near.leave(due.entry);
+        }
+        store.parts_.due.clear();
     }
-    store.parts_.due.clear();
-}
+};
 
 void Store::write_far(PageId page, PageId from) {
     pages::Pool& near = pages::pool_of(pools_, from);
@@ -48,22 +60,22 @@ bool Store::any_far(int layer) const {
 
 void Store::set_ahead(bool on, std::chrono::milliseconds limit) {
     check(limit.count() >= 1, "set_ahead: limit is ", limit.count(), " ms, expected at least 1");
-    ahead_ = on;
-    copier_.reset();
-    copy_limit_ = limit;
+    ahead_.on = on;
+    ahead_.limit = limit;
+    ahead_.copier.reset();
 }
 
 // The bytes of a Far page into a Near one, for row r of the call: whose copy of `entry` that is, or -1. They are there, or due.
 void Store::call_in(PageId page, PageId to, int32_t r, int32_t entry) {
-    if (!ahead_) return read_far(page, to);
+    if (!ahead_.on) return read_far(page, to);
     fault::hit("far.read");
     pages::Pool& near = pages::pool_of(pools_, to);
     std::copy_n(pages::pool_of(pools_, page).positions(page), kSlots, near.positions(to));
     const FarPage from = far_[page_pool(page)].at(page);
     if (read_page_at_once(from, near.payload(to))) return;
-    if (!copier_) copier_ = std::make_unique<Copier>(copy_limit_);
+    if (!ahead_.copier) ahead_.copier = std::make_unique<Copier>(ahead_.limit);
     parts_.due.push_back({r, entry, {}});
-    parts_.due.back().ticket = copier_->ask(from, near.payload(to));
+    parts_.due.back().ticket = ahead_.copier->ask(from, near.payload(to));
 }
 
 // Waits for the first n that are due.
@@ -71,10 +83,11 @@ void Store::take_due(size_t n) {
     for (size_t i = 0; i < n; ++i) {
         Due& due = parts_.due[i];
         const auto start = std::chrono::steady_clock::now();
-        const bool waited = copier_->take(std::exchange(due.ticket, {}));
+        const bool waited = ahead_.copier->take(std::exchange(due.ticket, {}));
         due.entry = -1;  // the copy stands
-        ++late_.pages;
-        if (waited) late_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        ++ahead_.late.pages;
+        if (waited)
+            ahead_.late.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
     parts_.due.erase(parts_.due.begin(), parts_.due.begin() + static_cast<int64_t>(n));
 }
@@ -117,7 +130,7 @@ void Store::attend_fetched(int layer, const AttendCall& call) {
         first = end;
     }
     if (estimates) estimate_rest(layer, call);
-    if (copier_) note_sought(layer);
+    if (ahead_.copier) note_sought(layer);
 }
 
 // Lists what rows from `first` on have selected; where it is read from files, into Near copies, or, where rows keep none, into
@@ -171,7 +184,7 @@ void Store::attend_listed(int layer, const AttendCall& call, int first, int end)
         while (last < parts_.due.size() && parts_.due[last].row == parts_.due[i].row) ++last;
         return last;
     };
-    const auto there = [&](const Due& d) { return copier_->there(d.ticket); };
+    const auto there = [&](const Due& d) { return ahead_.copier->there(d.ticket); };
     while (!parts_.due.empty()) {
         ready.assign(1, parts_.due[0].row);
         size_t n = of_row(0);
@@ -186,14 +199,80 @@ void Store::attend_listed(int layer, const AttendCall& call, int first, int end)
     }
 }
 
+// --- steps of several tokens over Far pages --------------------------------------------------------------------------------------
+
+// Row by row: what is Near, then Far pages, a ring of them at a time, in the order of the table.
+void Store::attend_streamed(int layer, const AttendCall& call) {
+    begin_parts(layer);
+    const int n = static_cast<int>(parts_.whole.size());
+    attend_rows_.resize(1);
+    for (int r = 0; r < n; ++r) stream_row(layer, call, r);
+    settle_workspace(longest_);
+    if (longest_ > 1) {  // large, and gone with the prompt
+        for (int part = 0; part < 2; ++part) {
+            std::vector<float>().swap(parts_.out[part]);
+            std::vector<float>().swap(parts_.lse[part]);
+        }
+    }
+}
+
+void Store::stream_row(int layer, const AttendCall& call, int r) {
+    const LayerShape& shape = layers_[layer];
+    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
+    const ops::AttendRow& whole = parts_.whole[r];
+    const pages::Row& row = *parts_.rows[r];
+    const int span = whole.tokens[whole.queries - 1] - whole.tokens[0] + 1;
+    parts_.tokens.resize(whole.queries);
+    for (int t = 0; t < whole.queries; ++t) parts_.tokens[t] = whole.tokens[t] - whole.tokens[0];
+    for (int part = 0; part < 2; ++part) {
+        parts_.out[part].assign(static_cast<size_t>(span) * group * dim, 0.0f);
+        parts_.lse[part].assign(static_cast<size_t>(span) * group, kMinusInf);
+    }
+    const auto attend = [&](int part) {
+        attend_rows_[0] = part_row(r, group, dim, part, 0, parts_.pages.size(), parts_.out[part].data(),
+                                   parts_.lse[part].data(), parts_.tokens.data());
+        attend_now(layer, call, DType::f32);
+    };
+    begin_lists();
+    parts_.far.clear();
+    for (int e = 0; e < row.entries(); ++e) {
+        far(row.page[e]) ? parts_.far.push_back(e) : list_page(row, e, row.page[e]);
+    }
+    const Underway underway{*this};
+    attend(0);
+    const float* const outs[2] = {parts_.out[0].data(), parts_.out[1].data()};
+    const float* const lses[2] = {parts_.lse[0].data(), parts_.lse[1].data()};
+    for (size_t first = 0, ring; first < parts_.far.size(); first += ring) {
+        const std::vector<PageId>& places = ring_of(page_pool(row.page[parts_.far[first]]));
+        ring = std::min(places.size(), parts_.far.size() - first);
+        parts_.pages.assign(places.begin(), places.begin() + static_cast<int64_t>(ring));
+        parts_.masks.clear();
+        for (size_t i = 0; i < ring; ++i) {
+            call_in(row.page[parts_.far[first + i]], places[i], r, -1);
+            parts_.masks.push_back(row.visible[parts_.far[first + i]]);
+        }
+        if (!parts_.due.empty()) hint_entries(row, std::span(parts_.far).subspan(first + ring), places.size());
+        take_due(parts_.due.size());
+        attend(1);
+        ops::merge({outs, lses, 2, int64_t{span} * group, dim, parts_.out[0].data(), DType::f32, parts_.lse[0].data(),
+                    threads_});
+    }
+    for (int t = 0; t < whole.queries; ++t) {
+        const int64_t at = static_cast<int64_t>(parts_.tokens[t]) * group;
+        const float *const out = outs[0] + at * dim, *const lse = lses[0] + at;
+        float merged[ops::kMaxGroup];
+        write_out(whole, t, {&out, 1}, {&lse, 1}, group, dim, call.out_dtype, merged);
+    }
+}
+
 // --- hints ------------------------------------------------------------------------------------------------------------------------
 
 // Of a row's entries the first n: that they are read next.
 void Store::hint_entries(const pages::Row& row, std::span<const int32_t> entries, size_t n) {
-    hints_.clear();
+    ahead_.hints.clear();
     for (int32_t e : entries.first(std::min(n, entries.size())))
-        hints_.push_back(far_[page_pool(row.page[e])].at(row.page[e]));
-    if (copier_) copier_->hint(hints_);
+        ahead_.hints.push_back(far_[page_pool(row.page[e])].at(row.page[e]));
+    if (ahead_.copier) ahead_.copier->hint(ahead_.hints);
 }
 
 // What each row has selected of Far pages, once a disk had to be waited for.
@@ -215,22 +294,23 @@ void Store::note_sought(int layer) {
 
 // The next layer that selects mostly reads what it read in the last step: the disk hears of those pages that are not Near.
 void Store::hint_next(int layer) {
-    if (!copier_) return;
+    if (!ahead_.copier) return;
     int next = layer;
     do next = (next + 1) % static_cast<int>(layers_.size());
     while (!recalls(next));
-    hints_.clear();
+    ahead_.hints.clear();
     for (const StepSequence& s : step_) {
         for (int h = 0; !s.sequence->sought.empty() && h < layers_[next].kv_heads; ++h) {
             const pages::Row& row = row_of(*s.sequence, next, h);
             for (const Sought& sought : s.sequence->sought[first_row_[next] + h]) {
                 const bool stands = sought.entry < row.entries() && row.page[sought.entry] == sought.page;
                 if (stands && row.near.slot(sought.entry) < 0)
-                    hints_.push_back(far_[page_pool(sought.page)].at(sought.page));
+                    ahead_.hints.push_back(far_[page_pool(sought.page)].at(sought.page));
             }
         }
     }
-    copier_->hint(hints_);
+    ahead_.late.hinted += static_cast<int64_t>(ahead_.hints.size());
+    ahead_.copier->hint(ahead_.hints);
 }
 
 }  // namespace kvstrata::store

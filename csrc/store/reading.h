@@ -1,7 +1,9 @@
 // What a step of one token reads where not all is read, what is known of that afterwards, and what it works in.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/types.h"
@@ -53,10 +55,20 @@ struct Due {
     Ticket ticket;
 };
 
-// Selected pages that were not there at once, and for how long steps have waited for them.
+// Far pages that were not there at once, for how long steps have waited for them, and those that were asked for ahead of a step.
 struct Late {
     int64_t pages = 0;
     double seconds = 0.0;
+    int64_t hinted = 0;
+};
+
+// How Far pages come while a step goes on.
+struct Ahead {
+    bool on = true;
+    std::chrono::milliseconds limit{60'000};  // that one may take
+    std::unique_ptr<Copier> copier;           // once a disk had to be waited for
+    std::vector<FarPage> hints;               // scratch
+    Late late;
 };
 
 // A Far page that a row's last step selected; it stands while the row's entry is that page.

@@ -76,7 +76,7 @@ def _recall(cache: Cache) -> Recall | None:
     total, least, count, below = cache._store.captured()
     hits, misses = cache._store.fetched()
     estimated, exact, audited = cache._store.audited()
-    late, waited = cache._store.late()
+    late, waited, _ = cache._store.late()
     return Recall(
         captured=total / count if count else 1.0,
         least_captured=least,
