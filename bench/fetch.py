@@ -2,8 +2,8 @@
 
     python bench/fetch.py --path /folder/on/the/disk --tokens 8192
 
-Steps over a cache that archives all, in turns of one run, with the same queries: *near*, no Far tier; *wait*, a page that is not
-Near is read when it is its turn; *ahead*, as caches do it. Warm: the system holds the files in memory; cold: it drops them
+Steps over a cache that archives all, in turns of one run, with the same queries: *near*, no Far tier; *wait*, a page that is
+not Near is read when it is its turn; *ahead*, as caches do it. Warm: the system holds the files in memory; cold: it drops them
 before each step. A step's time is that of its layers' attention; what it waits for is that beyond *near*. ``--near-pages 0``:
 rows keep no copies, so each page is read each time, and those of the last step are asked for a layer ahead; ``--work``: of a
 layer that is no attention, a matrix product of that width, not timed. Prints microseconds per layer, p50 and p99, and the

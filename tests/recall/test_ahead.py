@@ -7,7 +7,6 @@ import os
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,24 +81,22 @@ def test_hundreds_of_steps_twice() -> None:
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
-def test_what_a_step_read_is_asked_for_ahead_of_the_next() -> None:
-    """Of pages that are not Near: all, where rows keep no copies, and those of a sequence that is forked. Not before a page was
-    late."""
-    for near, once in ((0, 4 * 4), (8, 0)):
-        pair = fed(replace(small(), selector=reading(near)))
-        (seq,) = pair.new()
-        for _ in range(2):
-            pair.feed([seq], [600])
-        pair.feed([seq], [1])
-        assert pair.cache._store.late() == (0, 0.0, 0) or Path("/proc/sys/kernel/osrelease").read_text() < "5"
-        with trouble():
-            pair.feed([seq], [1])
-            pair.feed([seq], [1])
-        before = pair.cache._store.late()[2]
-        assert before == 2 * once - (8 if once else 0), "the first step's second layer had read nothing late before"
-        (kid,) = pair.fork(seq)
-        pair.feed([kid], [1])
-        assert pair.cache._store.late()[2] > before
+@pytest.mark.parametrize("near", [0, 8])
+def test_what_a_step_read_is_asked_for_ahead_of_the_next(near: int) -> None:
+    """Of pages that are not Near: all, where rows keep no copies, and those of a sequence that is forked, but for its first
+    layer, which comes before any other."""
+    pair = fed(replace(small(), selector=reading(near)))
+    seqs = pair.new()
+    pair.feed(seqs, [1200])
+    asked, rows, pages = [], 2, 4
+    with trouble():
+        for step in range(4):
+            if step == 3:
+                seqs = pair.fork(seqs[0])
+            pair.feed(seqs, [1])
+            asked.append(pair.cache._store.late()[2])
+    ahead = [after - before for before, after in zip(asked[1:], asked[2:], strict=False)]
+    assert ahead == ([2 * rows * pages] * 2 if near == 0 else [0, rows * pages])
 
 
 # --- damaged, and refused -----------------------------------------------------------------------------------------------
@@ -223,6 +220,7 @@ def test_times_that_are_none(timeout: float) -> None:
 def test_threads_start_with_the_first_late_page_and_end_with_the_cache() -> None:
     gc.collect()
     pair, seqs = waiting()
+    pair.cache._store.set_ahead(True, 60_000)  # ends those that there may be
     before = len(os.listdir("/proc/self/task"))
     with trouble():
         pair.feed(seqs, [1, 1])
@@ -282,3 +280,16 @@ def test_pages_that_the_system_does_not_hold_in_memory() -> None:
             os.fsync(file)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         assert worst(everything, seqs, [n, 1]) < EXACT
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system that lies in memory")
+def test_files_that_lie_in_memory_are_never_late() -> None:
+    """Nothing is handed over."""
+    pair, seqs = waiting(far=Far(path="/dev/shm"))
+    threads = len(os.listdir("/proc/self/task"))
+    for lengths in ([1, 1], [3, 1], [1, 1]):
+        pair.feed(seqs, lengths)
+    recall = pair.cache.report().recall
+    assert recall is not None and recall.misses > 0 and (recall.late, recall.waited) == (0, 0.0)
+    assert len(os.listdir("/proc/self/task")) == threads
+    pair.check_contents()
