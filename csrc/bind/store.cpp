@@ -4,7 +4,6 @@
 
 #include "bind/bind.h"
 #include "bind/tensors.h"
-#include "common/fault.h"
 #include "store/store.h"
 
 namespace py = pybind11;
@@ -199,6 +198,9 @@ void bind_store(py::module_& m) {
                  return py::make_tuple(c.sum, c.least, c.count, c.below);
              })
         .def("fetched", &Store::fetched)
+        .def("set_ahead",
+             [](Store& s, bool on, int64_t limit_ms) { s.set_ahead(on, std::chrono::milliseconds(limit_ms)); })
+        .def("late", [](const Store& s) { return py::make_tuple(s.late().pages, s.late().seconds, s.late().hinted); })
         .def("waiting",
              [](Store& s, int layer, const std::vector<SeqId>& seqs) {
                  const store::Waiting w = s.waiting(layer, seqs);
@@ -376,9 +378,6 @@ void bind_store(py::module_& m) {
              })
         .def("restore_row", &restore_row)
         .def("restore_length", &Store::restore_length);
-    m.def("arm_fault", [](const std::string& point, int nth) { fault::arm(point.c_str(), nth); });
-    m.def("disarm_fault", [] { fault::arm(nullptr, 0); });
-    m.def("fault_visits", &fault::visits);
 }
 
 }  // namespace kvstrata::bind

@@ -1,6 +1,13 @@
 #include "store/far.h"
 
+#include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
+
+#if defined(__linux__)
+#include <linux/magic.h>
+#include <sys/vfs.h>
+#endif
 
 #include <cerrno>
 #include <cstring>
@@ -8,6 +15,7 @@
 #include "common/check.h"
 #include "common/checksum.h"
 #include "common/fault.h"
+#include "store/trouble.h"
 
 namespace kvstrata::store {
 namespace {
@@ -30,38 +38,67 @@ void whole(Call call, const char* name, int64_t n, int64_t place) {
     }
 }
 
+void check_sum(const FarPage& page, const void* read) {
+    if (checksum(read, page.bytes) == page.sum) return;
+    throw MachineError(message("far tier: the ", page.bytes, " bytes at ", page.place,
+                               " are not those that were written: the file was changed or is damaged"));
+}
+
+bool lies_in_memory([[maybe_unused]] int file) {
+#if defined(__linux__)
+    struct statfs found;
+    return ::fstatfs(file, &found) == 0 && found.f_type == TMPFS_MAGIC;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
+
+void read_page(const FarPage& page, void* to) {
+    auto* const bytes = static_cast<char*>(to);
+    whole([&](int64_t done) { return trouble::pread(page.file, bytes + done, page.bytes - done, page.place + done); },
+          "pread", page.bytes, page.place);
+    check_sum(page, to);
+}
+
+bool read_page_at_once(const FarPage& page, void* to) {
+    if (trouble::on()) return false;
+    if (page.in_memory) return read_page(page, to), true;
+#if defined(RWF_NOWAIT)
+    const iovec place{to, static_cast<size_t>(page.bytes)};
+    const ssize_t n = ::preadv2(page.file, &place, 1, page.place, RWF_NOWAIT);
+    if (n == page.bytes) return check_sum(page, to), true;
+#endif
+    return false;  // what is wrong with it, if anything, whoever reads it after all finds out
+}
+
+void hint_page([[maybe_unused]] const FarPage& page) {
+#if defined(POSIX_FADV_WILLNEED)
+    ::posix_fadvise(page.file, page.place, page.bytes, POSIX_FADV_WILLNEED);
+#endif
+}
 
 void FarSlabs::lend(int slab, int file, int64_t offset, int n_pages) {
     if (static_cast<size_t>(slab) >= slabs_.size()) slabs_.resize(slab + 1);
-    slabs_[slab] = {file, offset, std::vector<uint64_t>(n_pages, 0)};
+    slabs_[slab] = {file, offset, lies_in_memory(file), std::vector<uint64_t>(n_pages, 0)};
 }
 
 void FarSlabs::give_back(int slab) { slabs_[slab] = {}; }
 
-int64_t FarSlabs::place(PageId page) const { return slabs_[page_slab(page)].offset + page_index(page) * page_bytes_; }
+FarPage FarSlabs::at(PageId page) const {
+    const Slab& slab = slabs_[page_slab(page)];
+    const int index = page_index(page);
+    return {slab.file, slab.offset + index * page_bytes_, page_bytes_, slab.sums[index], slab.in_memory};
+}
 
 void FarSlabs::write(PageId page, const void* from) {
     fault::hit("far.write");
-    Slab& slab = slabs_[page_slab(page)];
-    const int64_t at = place(page);
+    const FarPage to = at(page);
     const auto* const bytes = static_cast<const char*>(from);
-    whole([&](int64_t done) { return ::pwrite(slab.file, bytes + done, page_bytes_ - done, at + done); }, "pwrite",
-          page_bytes_, at);
-    slab.sums[page_index(page)] = checksum(from, page_bytes_);
-}
-
-void FarSlabs::read(PageId page, void* to) const {
-    fault::hit("far.read");
-    const Slab& slab = slabs_[page_slab(page)];
-    const int64_t at = place(page);
-    auto* const bytes = static_cast<char*>(to);
-    whole([&](int64_t done) { return ::pread(slab.file, bytes + done, page_bytes_ - done, at + done); }, "pread",
-          page_bytes_, at);
-    if (checksum(to, page_bytes_) != slab.sums[page_index(page)]) {
-        throw MachineError(message("far tier: the ", page_bytes_, " bytes at ", at,
-                                   " are not those that were written: the file was changed or is damaged"));
-    }
+    whole([&](int64_t done) { return trouble::pwrite(to.file, bytes + done, to.bytes - done, to.place + done); },
+          "pwrite", to.bytes, to.place);
+    slabs_[page_slab(page)].sums[page_index(page)] = checksum(from, page_bytes_);
 }
 
 int64_t FarSlabs::metadata_bytes() const {

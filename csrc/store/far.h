@@ -11,6 +11,20 @@
 
 namespace kvstrata::store {
 
+// A page as a file holds it.
+struct FarPage {
+    int file = -1;
+    int64_t place = 0, bytes = 0;
+    uint64_t sum = 0;
+    bool in_memory = false;  // the file is no disk's: reading it never waits
+};
+
+void read_page(const FarPage& page,
+               void* to);  // MachineError where that fails, or its bytes are not those that were written
+bool read_page_at_once(const FarPage& page,
+                       void* to);     // likewise; false, and no page, where it would wait for the disk
+void hint_page(const FarPage& page);  // that it is read soon: the system may bring it meanwhile
+
 class FarSlabs {
   public:
     explicit FarSlabs(int64_t page_bytes) : page_bytes_(page_bytes) {}
@@ -19,16 +33,16 @@ class FarSlabs {
     void give_back(int slab);
 
     void write(PageId page, const void* from);  // MachineError where that fails
-    void read(PageId page, void* to) const;     // likewise, and where the bytes are not those that were written
+    FarPage at(PageId page) const;
     int64_t metadata_bytes() const;
 
   private:
     struct Slab {
         int file = -1;
         int64_t offset = 0;
+        bool in_memory = false;
         std::vector<uint64_t> sums;  // [pages]
     };
-    int64_t place(PageId page) const;
 
     int64_t page_bytes_;
     std::vector<Slab> slabs_;

@@ -1,7 +1,9 @@
 // What a step of one token reads where not all is read, what is known of that afterwards, and what it works in.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/types.h"
@@ -9,6 +11,7 @@
 #include "ops/score_pages.h"
 #include "pages/near.h"
 #include "pages/row.h"
+#include "store/copier.h"
 #include "store/index.h"
 
 namespace kvstrata::store {
@@ -46,6 +49,34 @@ struct Audited {
     int64_t count = 0;
 };
 
+// A Near page whose bytes are on their way, for a row of the call.
+struct Due {
+    int32_t row, entry;  // whose Near copy it is; -1: the ring's
+    Ticket ticket;
+};
+
+// Far pages that were not there at once, for how long steps have waited for them, and those that were asked for ahead of a step.
+struct Late {
+    int64_t pages = 0;
+    double seconds = 0.0;
+    int64_t hinted = 0;
+};
+
+// How Far pages come while a step goes on.
+struct Ahead {
+    bool on = true;
+    std::chrono::milliseconds limit{60'000};  // that one may take
+    std::unique_ptr<Copier> copier;           // once a disk had to be waited for
+    std::vector<FarPage> hints;               // scratch
+    Late late;
+};
+
+// A Far page that a row's last step selected; it stands while the row's entry is that page.
+struct Sought {
+    int32_t entry;
+    PageId page;
+};
+
 // Scratch of a call that attends in parts, kept between calls.
 struct Parts {
     std::vector<ops::AttendRow> whole;  // the rows of the call
@@ -56,6 +87,8 @@ struct Parts {
     std::vector<uint16_t> masks, picked;      // of a part's lists; of the tokens that an oracle has chosen
     std::vector<size_t> ends;                 // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
+    std::vector<int32_t> ready;   // rows that one call attends
+    std::vector<Due> due;         // rising rows
     std::vector<float> votes, x;  // of the selected pages, if rows share them: [rows, K], [rows, G, K]
     std::vector<float> exact;     // [G] log-sum-exps of the row that is audited
     std::vector<ops::SelectRow> select;

@@ -4,7 +4,6 @@
 // Parts are merged in a fixed order, and what is read does not depend on where it lay: hit or miss, the same bits.
 #include <algorithm>
 #include <bit>
-#include <limits>
 #include <utility>
 
 #include "common/check.h"
@@ -15,8 +14,6 @@
 
 namespace kvstrata::store {
 namespace {
-
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 const void* moved(const void* base, int64_t elements, DType type) {
     return static_cast<const char*>(base) + elements * dtype_bytes(type);
@@ -31,7 +28,7 @@ int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
            of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(x) + of(picked) + of(exact) +
-           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses);
+           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses) + of(ready);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -124,51 +121,7 @@ void Store::join_index(Sequence& s, int layer, int head, const Repack& r, const 
     index.join(fresh);
 }
 
-// --- the Far tier --------------------------------------------------------------------------------------------------------------
-
-void Store::write_far(PageId page, PageId from) {
-    pages::Pool& near = pages::pool_of(pools_, from);
-    far_[page_pool(page)].write(page, near.payload(from));
-    std::copy_n(near.positions(from), kSlots, pages::pool_of(pools_, page).positions(page));
-}
-
-void Store::read_far(PageId page, PageId to) {
-    pages::Pool& near = pages::pool_of(pools_, to);
-    far_[page_pool(page)].read(page, near.payload(to));
-    std::copy_n(pages::pool_of(pools_, page).positions(page), kSlots, near.positions(to));
-}
-
-bool Store::any_far(int layer) const {
-    if (options_.far.empty() || !indexed(layer)) return false;
-    for (const StepSequence& s : step_) {
-        for (int h = 0; s.count > 0 && h < layers_[layer].kv_heads; ++h) {
-            const pages::Row& row = s.sequence->rows[first_row_[layer] + h];
-            if (std::any_of(row.page.begin() + row.aside, row.page.begin() + row.sealed,
-                            [&](PageId id) { return far(id); }))
-                return true;
-        }
-    }
-    return false;
-}
-
-// Near copies of the given Far entries. If a page cannot be read, those that are missing have no copy, and the error goes on.
-void Store::fetch(pages::Row& row, std::span<const int32_t> entries) {
-    if (entries.empty()) return;
-    std::vector<pages::Miss>& misses = parts_.misses;
-    misses.clear();
-    misses.reserve(entries.size());  // so that each entry that is given a slot is named here
-    pages::Pool& near = pools_[near_of(page_pool(row.page[entries[0]]))];
-    size_t read = 0;
-    try {
-        pages::admit(row.near, row.entries(), entries, options_.recall.near_pages, clock_, near, misses);
-        for (; read < misses.size(); ++read) read_far(row.page[misses[read].entry], misses[read].to);
-    } catch (...) {
-        for (; read < misses.size(); ++read) row.near.leave(misses[read].entry);
-        throw;
-    }
-    hits_ += static_cast<int64_t>(entries.size() - misses.size());
-    misses_count_ += static_cast<int64_t>(misses.size());
-}
+// --- what a step reads ---------------------------------------------------------------------------------------------------------
 
 void Store::set_recall(const Recall& recall) {
     const int near = recall.near_pages, reads = recall.widest();
@@ -246,69 +199,6 @@ void Store::write_out(const ops::AttendRow& whole, int t, std::span<const float*
     }
     for (int g = 0; whole.lse && g < group; ++g)
         whole.lse[token * whole.lse_stride_t + g * whole.lse_stride_g] = lse[g];
-}
-
-// --- steps of several tokens over Far pages --------------------------------------------------------------------------------------
-
-// Row by row: what is Near, then Far pages, a ring of them at a time, in the order of the table.
-void Store::attend_streamed(int layer, const AttendCall& call) {
-    begin_parts(layer);
-    const int n = static_cast<int>(parts_.whole.size());
-    attend_rows_.resize(1);
-    for (int r = 0; r < n; ++r) stream_row(layer, call, r);
-    settle_workspace(longest_);
-    if (longest_ > 1) {  // large, and gone with the prompt
-        for (int part = 0; part < 2; ++part) {
-            std::vector<float>().swap(parts_.out[part]);
-            std::vector<float>().swap(parts_.lse[part]);
-        }
-    }
-}
-
-void Store::stream_row(int layer, const AttendCall& call, int r) {
-    const LayerShape& shape = layers_[layer];
-    const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
-    const ops::AttendRow& whole = parts_.whole[r];
-    const pages::Row& row = *parts_.rows[r];
-    const int span = whole.tokens[whole.queries - 1] - whole.tokens[0] + 1;
-    parts_.tokens.resize(whole.queries);
-    for (int t = 0; t < whole.queries; ++t) parts_.tokens[t] = whole.tokens[t] - whole.tokens[0];
-    for (int part = 0; part < 2; ++part) {
-        parts_.out[part].assign(static_cast<size_t>(span) * group * dim, 0.0f);
-        parts_.lse[part].assign(static_cast<size_t>(span) * group, kMinusInf);
-    }
-    const auto attend = [&](int part) {
-        attend_rows_[0] = part_row(r, group, dim, part, 0, parts_.pages.size(), parts_.out[part].data(),
-                                   parts_.lse[part].data(), parts_.tokens.data());
-        attend_now(layer, call, DType::f32);
-    };
-    begin_lists();
-    parts_.far.clear();
-    for (int e = 0; e < row.entries(); ++e) {
-        far(row.page[e]) ? parts_.far.push_back(e) : list_page(row, e, row.page[e]);
-    }
-    attend(0);
-    const float* const outs[2] = {parts_.out[0].data(), parts_.out[1].data()};
-    const float* const lses[2] = {parts_.lse[0].data(), parts_.lse[1].data()};
-    for (size_t first = 0, ring; first < parts_.far.size(); first += ring) {
-        const std::vector<PageId>& places = ring_of(page_pool(row.page[parts_.far[first]]));
-        ring = std::min(places.size(), parts_.far.size() - first);
-        parts_.pages.assign(places.begin(), places.begin() + static_cast<int64_t>(ring));
-        parts_.masks.clear();
-        for (size_t i = 0; i < ring; ++i) {
-            read_far(row.page[parts_.far[first + i]], places[i]);
-            parts_.masks.push_back(row.visible[parts_.far[first + i]]);
-        }
-        attend(1);
-        ops::merge({outs, lses, 2, int64_t{span} * group, dim, parts_.out[0].data(), DType::f32, parts_.lse[0].data(),
-                    threads_});
-    }
-    for (int t = 0; t < whole.queries; ++t) {
-        const int64_t at = static_cast<int64_t>(parts_.tokens[t]) * group;
-        const float *const out = outs[0] + at * dim, *const lse = lses[0] + at;
-        float merged[ops::kMaxGroup];
-        write_out(whole, t, {&out, 1}, {&lse, 1}, group, dim, call.out_dtype, merged);
-    }
 }
 
 }  // namespace kvstrata::store

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 #include "common/check.h"
@@ -41,16 +42,13 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         for (int e = row.sealed; e < row.entries(); ++e) list_page(row, e, row.page[e]);
         parts_.ends.push_back(parts_.pages.size());
     }
-    attend_lists(layer, call, 0, 0, n);
+    parts_.ready.resize(n);
+    std::iota(parts_.ready.begin(), parts_.ready.end(), 0);
+    attend_lists(layer, call, 0, 0, parts_.ready);
     const bool exactly = options_.recall.oracle != Oracle::none;
     exactly ? select_exactly(layer, call) : select_pages(layer, call);
-    for (int first = 0; first < n;) {
-        const int end = list_selected(first);
-        attend_lists(layer, call, 1, first, end);
-        first = end;
-    }
     const size_t parts = options_.recall.estimate > 0.0f ? 3 : 2;
-    if (parts == 3) estimate_rest(layer, call);
+    attend_fetched(layer, call);
     for (int r = 0; r < n; ++r) {
         const int64_t at = static_cast<int64_t>(r) * group;
         const float *outs[3], *lses[3];
@@ -63,6 +61,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         note_captured(lses, parts_.rest.data() + at, group, r == audited ? parts_.exact.data() : nullptr);
     }
     settle_workspace(longest_);
+    hint_next(layer);
 }
 
 void Store::begin_lists() {
@@ -76,50 +75,15 @@ void Store::list_page(const pages::Row& row, int entry, PageId page) {
     parts_.masks.push_back(row.visible[entry]);
 }
 
-// Lists what rows from `first` on have selected; where it is read from files, into Near copies, or, where rows keep none, into
-// the ring, for as many rows as that holds. Returns the row after the last one listed.
-int Store::list_selected(int first) {
-    begin_lists();
-    size_t used = 0;
-    int r = first;
-    for (; r < static_cast<int>(parts_.rows.size()); ++r) {
-        pages::Row& row = *parts_.rows[r];
-        const ops::SelectRow& chosen = parts_.select[r];
-        parts_.far.clear();
-        for (int i = 0; i < chosen.count; ++i) {
-            if (far(row.page[chosen.selected[i]])) parts_.far.push_back(chosen.selected[i]);
-        }
-        const bool copies = options_.recall.near_pages > 0;
-        if (copies) fetch(row, parts_.far);
-        if (!copies && r > first && used + parts_.far.size() > static_cast<size_t>(options_.ring)) break;
-        for (int i = 0; i < chosen.count; ++i) {
-            const int e = chosen.selected[i];
-            PageId page = row.page[e];
-            if (far(page) && copies) page = row.near.slots[row.near.slot(e)].page;
-            if (far(page)) {
-                const PageId stage = ring_of(page_pool(page))[used++];
-                read_far(page, stage);
-                ++misses_count_;
-                page = stage;
-            }
-            list_page(row, e, page);
-            if (!parts_.picked.empty())
-                parts_.masks.back() = parts_.picked[chosen.selected + i - parts_.selected.data()];
-        }
-        parts_.ends.push_back(parts_.pages.size());
-    }
-    return r;
-}
-
-// The lists of rows first..end into their part's places.
-void Store::attend_lists(int layer, const AttendCall& call, int part, int first, int end) {
+// The lists of some rows, rising, of those from `first` on, into their part's places.
+void Store::attend_lists(int layer, const AttendCall& call, int part, int first, std::span<const int32_t> rows) {
     const LayerShape& shape = layers_[layer];
     const int group = shape.q_heads / shape.kv_heads, dim = shape.head_dim;
-    attend_rows_.resize(end - first);
-    for (int r = first; r < end; ++r) {
+    attend_rows_.clear();
+    for (int32_t r : rows) {
         const int64_t at = static_cast<int64_t>(r) * group;
-        attend_rows_[r - first] = part_row(r, group, dim, part, parts_.ends[r - first], parts_.ends[r - first + 1],
-                                           parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr);
+        attend_rows_.push_back(part_row(r, group, dim, part, parts_.ends[r - first], parts_.ends[r - first + 1],
+                                        parts_.out[part].data() + at * dim, parts_.lse[part].data() + at, nullptr));
     }
     attend_now(layer, call, DType::f32);
 }

@@ -72,6 +72,7 @@ void Store::release(Sequence& s) {
     for (Centre& c : s.centres) c = {};
     for (Index& index : s.indices) index.truncate(0);
     for (QueryRing& ring : s.rings) ring.clear();
+    s.sought.clear();
 }
 
 void Store::check_sequences(std::span<const SeqId> seqs, const char* verb) {
@@ -92,7 +93,7 @@ void Store::free(std::span<const SeqId> seqs) {
 }
 
 Sequence Store::clone(const Sequence& s) {
-    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices, s.view};
+    Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices, s.view, s.sought};
     copy.rows.reserve(n_rows_);
     for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
     return copy;

@@ -6,6 +6,7 @@
 // few free pages changes nothing.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -28,6 +29,7 @@
 #include "store/call.h"
 #include "store/far.h"
 #include "store/index.h"
+#include "store/look.h"
 #include "store/mirror.h"
 #include "store/queries.h"
 #include "store/reading.h"
@@ -70,56 +72,15 @@ struct Centre {
 };
 
 struct Sequence {
-    int64_t length = 0;            // real tokens seen, always
-    int64_t confirmed = 0;         // while recording: tokens below this are final
-    int64_t floor = 0;             // crop below this is refused: something older was dropped
-    std::vector<pages::Row> rows;  // all layers; layer l, head h at first_row[l] + h
-    std::vector<Centre> centres;   // as rows
-    std::vector<QueryRing> rings;  // [L], if queries are remembered
-    std::vector<Index> indices;    // as rows, if a step selects
-    pages::View view;              // of a store with sets
-};
-
-// Outputs of look, each null or [R, N]: positions (-1 beyond a row's last token), in the open tail, State, score.
-struct Look {
-    int32_t* positions;
-    uint8_t* open;
-    uint8_t* state;
-    float* scores;
-    uint8_t* tier;     // Tier
-    uint8_t* grouped;  // its page was put together by a plan's groups: 1 for the time being, 2 for good
-    int32_t* entry;    // of its page in the table
-};
-
-// What the rows of a layer hold: slots by State, and page-table entries.
-struct Tally {
-    int64_t slots[kStates] = {};
-    int64_t entries = 0, far = 0;  // entries; slots of the Far tier
-};
-
-// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
-struct PlanPiece {
-    int32_t entries, changing;
-    std::vector<int64_t> pages;
-};
-
-// Sealed tokens that no plan has grouped for good, and those of them that none has grouped at all: the most that a row has.
-struct Waiting {
-    int64_t tokens = 0, fresh = 0;
-};
-
-// Columns of a plan, each [R, columns] or, but for the state, null.
-struct PlanColumns {
-    const uint8_t* state;
-    const uint8_t* tier;
-    const int32_t* group;
-    int64_t columns;
-    const pages::SetTag* set = nullptr;
-
-    RowPlan row(int64_t r) const {
-        return {state + r * columns, tier ? tier + r * columns : nullptr, group ? group + r * columns : nullptr,
-                set ? set + r * columns : nullptr};
-    }
+    int64_t length = 0;                            // real tokens seen, always
+    int64_t confirmed = 0;                         // while recording: tokens below this are final
+    int64_t floor = 0;                             // crop below this is refused: something older was dropped
+    std::vector<pages::Row> rows;                  // all layers; layer l, head h at first_row[l] + h
+    std::vector<Centre> centres;                   // as rows
+    std::vector<QueryRing> rings;                  // [L], if queries are remembered
+    std::vector<Index> indices;                    // as rows, if a step selects
+    pages::View view;                              // of a store with sets
+    std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
 };
 
 struct PoolInfo {
@@ -192,6 +153,9 @@ class Store {
     const Captured& captured() const { return captured_; }
     const Audited& audited() const { return audited_; }
     std::pair<int64_t, int64_t> fetched() const { return {hits_, misses_count_}; }  // pages: found Near, read from Far
+    // Whether steps go on while a disk brings their pages, and how long one of these may take (fetch.cpp).
+    void set_ahead(bool on, std::chrono::milliseconds limit);
+    const Late& late() const { return ahead_.late; }
     Waiting waiting(int layer, std::span<const SeqId> seqs);
     void cluster(int layer, std::span<const SeqId> seqs, const int32_t* segment, int32_t* group, int64_t columns,
                  int iters);  // tokens of one segment of a row into groups of one number each; iters < 0: greedily
@@ -254,6 +218,7 @@ class Store {
 
     struct Scored;
     struct Writing;
+    struct Underway;
     Scored scored(int layer, std::span<const SeqId> seqs, int queries, const char* verb, bool reads = true);
     void add_votes(int layer, std::span<const SeqId> seqs, const Scored& s, int t, const Arithmetic& arithmetic,
                    float* mass);
@@ -299,7 +264,14 @@ class Store {
     bool any_far(int layer) const;
     void attend_selected(int layer, const AttendCall& call);
     void attend_streamed(int layer, const AttendCall& call);
-    void fetch(pages::Row& row, std::span<const int32_t> entries);
+    void call_in(PageId page, PageId to, int32_t r, int32_t entry);
+    void take_due(size_t n);
+    void fetch(int32_t r, std::span<const int32_t> entries);
+    void attend_fetched(int layer, const AttendCall& call);
+    void attend_listed(int layer, const AttendCall& call, int first, int end);
+    void hint_entries(const pages::Row& row, std::span<const int32_t> entries, size_t n);
+    void note_sought(int layer);
+    void hint_next(int layer);
     void begin_parts(int layer);
     ops::AttendRow part_row(int r, int group, int dim, int part, size_t first, size_t end, float* out, float* lse,
                             const int32_t* tokens) const;
@@ -308,7 +280,7 @@ class Store {
     void begin_lists();
     void list_page(const pages::Row& row, int entry, PageId page);
     int list_selected(int first);
-    void attend_lists(int layer, const AttendCall& call, int part, int first, int end);
+    void attend_lists(int layer, const AttendCall& call, int part, int first, std::span<const int32_t> rows);
     void select_pages(int layer, const AttendCall& call);
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);
@@ -353,6 +325,7 @@ class Store {
     Audited audited_;
     int64_t hits_ = 0, misses_count_ = 0;
     int32_t clock_ = 0;  // steps that selected
+    Ahead ahead_;
     int64_t moved_bytes_ = 0;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;

@@ -76,6 +76,7 @@ def _recall(cache: Cache) -> Recall | None:
     total, least, count, below = cache._store.captured()
     hits, misses = cache._store.fetched()
     estimated, exact, audited = cache._store.audited()
+    late, waited, _ = cache._store.late()
     return Recall(
         captured=total / count if count else 1.0,
         least_captured=least,
@@ -86,6 +87,8 @@ def _recall(cache: Cache) -> Recall | None:
         audited=audited,
         audited_estimate=estimated / audited if audited else 1.0,
         audited_exact=exact / audited if audited else 1.0,
+        late=late,
+        waited=waited,
     )
 
 

@@ -17,7 +17,7 @@ class Recall:
     pages' summaries estimate it, leaning optimistic: no bound; below_floor: selections below the selector's mass_floor;
     audited: query heads of rows that were read whole beside, and of those audited_estimate and audited_exact, the mean share as
     estimated and as it was; selections: (step, layer, query head); hits, misses: selected Far pages that were found Near, and
-    those read.
+    those read; late: Far pages that the disk had to bring while steps went on, and waited, for how many seconds they could not.
     """
 
     captured: float
@@ -29,6 +29,8 @@ class Recall:
     audited: int = 0
     audited_estimate: float = 1.0
     audited_exact: float = 1.0
+    late: int = 0
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages take
 (a row's plan was checked, nothing moved), ``plan.after_write`` (its new pages are
 written, the table still holds the old ones), ``far.write`` and ``far.read`` (before a page goes to the Far tier or comes back),
 ``disk.write``, ``disk.sync``, ``disk.rename``, ``disk.remove`` (before each such call as a conversation is saved).
+
+``with trouble(fail=0.1): ...``: the files of every Far tier are those of a bad disk.
 """
 
 from __future__ import annotations
@@ -50,3 +52,27 @@ def fault_point(point: str) -> None:
     armed.visits += 1
     if armed.visits == armed.nth:
         raise _C.MachineError(f"fault injected at {point}")
+
+
+@contextmanager
+def trouble(
+    seed: int = 0,
+    *,
+    fail: float = 0.0,
+    part: float = 0.0,
+    cut: float = 0.0,
+    change: float = 0.0,
+    stay: float = 0.0,
+    delay: float = 0.0,
+) -> Iterator[None]:
+    """Inside the block no Far page is there at once, and pages that are on their way come in another order.
+
+    Shares of the calls that read or write a file: fail, with an error; part, do less than asked; cut, end at once, or find no
+    space; change, bring a changed byte. Of pages on their way: stay, the share that does not come before the block ends; delay,
+    the longest by which each is late, in seconds.
+    """
+    _C.begin_trouble(seed, fail, part, cut, change, stay, int(delay * 1e6))
+    try:
+        yield
+    finally:
+        _C.end_trouble()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import ceil, inf
 from typing import Literal
 
 from kvstrata import holdings, pools
@@ -97,4 +97,6 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
     )
     if selector is not None:
         store.set_mass_floor(selector.mass_floor)
+    if far is not None:
+        store.set_ahead(True, ceil(far.timeout * 1000))
     return store

@@ -217,15 +217,20 @@ import sys
 import torch
 from archived import fed
 from kvstrata.recall import Far
+from kvstrata.testing import trouble
 
 pair = fed(far=Far(path=sys.argv[1]))
-while True:
-    pair.feed(pair.new(), [700])
-    print(pair.cache.report().far_bytes, flush=True)
+with trouble(delay=1e-3):
+    while True:
+        seqs = pair.new()
+        pair.feed(seqs, [700])
+        print(pair.cache.report().far_bytes, flush=True)
+        pair.feed(seqs, [1])
 """
 
 
 def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
+    """Killed while pages come from the disk, or go there."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path)], stdout=subprocess.PIPE, env=env

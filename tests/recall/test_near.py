@@ -105,9 +105,10 @@ class Named:
             q[r, named] = 10.0
         nothing = torch.zeros(len(seqs), ROWS, DIM)
         step = self.cache.step(seqs, [1] * len(seqs)).open()
-        out = step.attend(0, q.view(-1, ROWS, DIM), nothing, nothing)
-        step.rollback()
-        return out
+        try:
+            return step.attend(0, q.view(-1, ROWS, DIM), nothing, nothing)
+        finally:
+            step.rollback()
 
     def check(self, out: Tensor, pages: list[list[int]]) -> None:
         """Each row has read its pages and, with next to no weight, sinks, tail and its own token."""

@@ -28,8 +28,8 @@ def tables(pair: Fed) -> list[Any]:
 def waiting(pages: int = 4, seed: int = 0, **settings: Any) -> tuple[Fed, list[Sequence]]:
     """A cache of two sequences: of each row 512 tokens are together for good, 80 for the time being, and 320 wait for a plan,
     which makes 16 pages for good and 9 for the time being of both."""
-    state = settings.pop("state", "full")
-    pair = fed(small(pages, interval=LATE, state=state), seed=seed, **settings)
+    state, near = settings.pop("state", "full"), settings.pop("near_pages", None)
+    pair = fed(small(pages, interval=LATE, state=state, near_pages=near), seed=seed, **settings)
     seqs = pair.new(2)
     pair.feed(seqs, [640, 650])
     for _ in range(20):

@@ -10,6 +10,9 @@ from pathlib import Path
 from kvstrata.budget.sizes import size
 from kvstrata.config import MachineError
 
+MAX_TIMEOUT = 86400.0
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Far:
@@ -19,17 +22,24 @@ class Far:
     Where it is full, or the disk fails, a prompt is refused and withdrawn; plans after decoded tokens are put off, which then
     stay Near as long as there is room (``report().counts``: "plans put off", of them "plans failed").
 
-    The files have no name: nothing is left behind however the process ends. ValueError for a limit below 1 or a path that
-    is no folder.
+    A step of one token, and one that reads all, goes on while the disk brings what the system does not hold in memory: two
+    threads read it, beside whose memory, some pages, no limit counts. timeout: seconds that a page may take, from when it is
+    waited for; then the step fails.
+
+    The files have no name: nothing is left behind however the process ends. ValueError for a limit below 1, a path that is no
+    folder or a timeout that is not above 0.
     """
 
     limit: int | str | None = None
     path: str | None = None
+    timeout: float = 60.0
 
     def __post_init__(self) -> None:
         size("Far: limit", self.limit, least=1)
         if self.path is not None and not Path(self.path).is_dir():
             raise ValueError(f"Far: path is {self.path!r}, expected an existing folder")
+        if not 0.0 < self.timeout <= MAX_TIMEOUT:
+            raise ValueError(f"Far: timeout is {self.timeout}, expected seconds above 0, at most {MAX_TIMEOUT}")
 
     @property
     def bytes(self) -> int | None:
