@@ -145,14 +145,15 @@ class Summary {
                 nearer |= static_cast<uint16_t>((from_second[slot] < from_first[slot]) << slot);
             }
             nearer &= slots;
-            if (nearer == 0 || nearer == slots || nearer == second) return second;
+            if (nearer == 0 || nearer == slots || nearer == second) break;
             second = nearer;
-            if (round == ops::kSplitRounds) return second;
+            if (round == ops::kSplitRounds) break;
             const uint16_t first = slots & ~second;
             find_mean(first, std::popcount(first));
             kernels_.distances(keys_, mean_, p_.head_dim, from_first);
             find_mean(second, std::popcount(second));
         }
+        return second & slots & -slots ? static_cast<uint16_t>(slots & ~second) : second;
     }
 
     static int farthest(const float* squares, uint16_t slots) {

@@ -322,15 +322,16 @@ class Summary {
             __syncwarp();
             const float from_second = page.distance(mean_);
             const uint32_t nearer = __ballot_sync(kAllLanes, from_second < from_first) & slots;
-            if (nearer == 0 || nearer == slots || nearer == second) return second;
+            if (nearer == 0 || nearer == slots || nearer == second) break;
             second = nearer;
-            if (round == ops::kSplitRounds) return second;
+            if (round == ops::kSplitRounds) break;
             __syncwarp();
             page.mean_keys(slots & ~second, other_);
             page.mean_keys(second, mean_);
             __syncwarp();
             from_first = page.distance(other_);
         }
+        return second & slots & (~slots + 1) ? slots & ~second : second;
     }
 
     // The one of some slots that has the largest square, the first of equals; squares in lanes 0..15.

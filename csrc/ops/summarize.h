@@ -11,7 +11,7 @@
 // halves and quarters are several means in the place of one, in 4 bits, so that a key unlike the others of its page still shows:
 // the visible slots are parted in two, a pair, of quarters each half once more. The second of two are the slots nearer to b than
 // to a: at first a is the key farthest from the mean and b the key farthest from a, ties the lower slot; then, until no slot
-// moves and at most kSplitRounds times, the means of the two. Slots that cannot be parted, equal keys, are all of the first; a
+// moves and at most kSplitRounds times, the means of the two; then the first is the one with the lowest slot. Slots that cannot be parted, equal keys, are all of the first; a
 // part of no slot has codes 8, the rest 0. Of each other part
 //
 //   m = R mean(k)    s = up(max_c |m_c| / 7)    code = clamp(rne(m_c / s), -7, 7) + 8    spread = up(sum |R k_i - mu|^2 / (n D))

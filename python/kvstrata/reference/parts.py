@@ -30,7 +30,7 @@ def farthest(k: Tensor, slots: Tensor, x: Tensor) -> Tensor:
 
 
 def second_part(k: Tensor, slots: Tensor) -> Tensor:
-    """bool [..., S]: of the slots [..., S] of keys k [..., S, D] those nearer to the second of two means."""
+    """bool [..., S]: of the slots [..., S] of keys k [..., S, D] those nearer to the second of two means, not the lowest."""
     first = farthest(k, slots, mean_of(k, slots))
     other = farthest(k, slots, first)
     second = torch.zeros_like(slots)
@@ -41,7 +41,8 @@ def second_part(k: Tensor, slots: Tensor) -> Tensor:
         going = going & moved & nearer.any(-1, keepdim=True) & (nearer != slots).any(-1, keepdim=True)
         second = torch.where(going, nearer, second)
         first, other = mean_of(k, slots & ~second), mean_of(k, second)
-    return second
+    lowest = slots & (slots.cumsum(-1) == 1)
+    return torch.where((second & lowest).any(-1, keepdim=True), slots & ~second, second)
 
 
 def part_slots(k: Tensor, slots: Tensor, parts: int) -> Tensor:
