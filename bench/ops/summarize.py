@@ -67,7 +67,7 @@ def main() -> None:
     args = parser(__doc__ or "", devices=DEVICES, tokens=8192, format="f32,bf16,int8,int4,int2").parse_args()
     clock = begin(args)
     run = run_facts(args, clock)
-    kinds: tuple[SummaryKind, ...] = ("mean", "bounds", "mean_value")
+    kinds: tuple[SummaryKind, ...] = ("mean", "bounds", "mean_value", "halves", "quarters")
     rows = [case(args, clock, fmt, kind, run["read_gbps"]) for kind in kinds for fmt in args.format.split(",")]
     show("summarize", run, rows, Output(args.json))
 

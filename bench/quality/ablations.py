@@ -45,7 +45,7 @@ from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
 from kvstrata.quality.run import MODES, Config, Key, Record, Run
 from kvstrata.quality.tasks import RETRIEVAL
-from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position, TopPages, TopTokens
+from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position, SplitMeans, TopPages, TopTokens
 from kvstrata.recall.archive import Packer
 
 OQ = {"E": 0, "V": 1, "K": 2}
@@ -107,10 +107,12 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "h2o": ("Full or Evicted by accumulated mass", h2o()),
     "icecache": ("all archived, pages by meaning, so many tokens read in a step", icecache()),
     "icecache position": ("so, pages in the order of position", packed(Position())),
-    "icecache w 0": ("so, pages ranked by their means alone", icecache(spread_weight=0.0)),
+    "icecache w 0": ("so, pages ranked by the means of their parts alone", icecache(spread_weight=0.0)),
     "icecache position w 0": ("both", packed(Position(), spread_weight=0.0)),
     "icecache near K": ("so, with as few Near pages as are read", icecache(near_pages=12)),
     "icecache greedy": ("so, pages about the keys farthest from the mean", packed(Greedy())),
+    "icecache quarters": ("so, pages ranked by the means of four parts each", selected(SplitMeans(parts=4))),
+    "icecache means": ("so, pages ranked by one mean each", selected(PageMeans())),
     "icecache bounds": ("so, pages ranked by the bounds of their keys", selected(Bounds())),
     "icecache estimate": ("so, what is not read stands in by the means of its pages", selected(PageMeans(estimate=1.0))),
     "top pages": ("so, the pages of highest true mass (an oracle)", selected(TopPages())),

@@ -57,15 +57,31 @@ inline constexpr int64_t kPositionBytes = kSlots * static_cast<int64_t>(sizeof(i
 //   mean         means u8 [D / 4][16][4], then f32 [16] each of scale, spread and radius
 //   bounds       lo bf16 [D][16], hi bf16 [D][16]
 //   mean_value   as mean, then value means u8 [16][D], their scale f32 [16], and the slots they were made from u32 [16]
+//   halves       means of a pair of parts u4 [D / 4][16][4][2], the first one's in the low nibbles; then their scales bf16 [16][2]
+//                and spreads bf16 [16][2], and the slots u32 [16] of the second part in the low half
+//   quarters     likewise of two pairs: means, scales, spreads [2 pairs]...; the slots of the second part of either pair in the
+//                low half, those of the second pair in the high half
+constexpr bool is_split(SummaryKind kind) { return kind >= SummaryKind::halves; }
+constexpr int pairs_of(SummaryKind kind) { return kind == SummaryKind::quarters ? 2 : 1; }  // of parts, if it is split
 constexpr int64_t summary_bytes(int head_dim, SummaryKind kind = SummaryKind::mean) {
     const int64_t dim = head_dim, mean = kSlots * (dim + 12);
     if (kind == SummaryKind::bounds) return kSlots * 4 * dim;
+    if (is_split(kind)) return kSlots * (pairs_of(kind) * (dim + 8) + 4);
     return kind == SummaryKind::mean ? mean : mean + kSlots * (dim + 8);
 }
-inline constexpr uint8_t kZeroCode = 128;  // of a mean: what 0 is stored as
+inline constexpr uint8_t kZeroCode = 128, kZeroNibble = 8;  // of a mean, of a part's mean: what 0 is stored as
+inline constexpr uint8_t kZeroNibbles = 17 * kZeroNibble;   // in both nibbles
 
-// Offsets inside a block: hi of bounds; of mean_value the value means, their scales and their slots.
+// Offsets inside a block: hi of bounds; of so many pairs one's means, scales, spreads, and the slots; of mean_value the value means, their scales and their slots.
 constexpr int64_t upper_offset(int head_dim) { return kSlots * 2 * static_cast<int64_t>(head_dim); }
+constexpr int64_t pair_offset(int head_dim, int pair) { return pair * kSlots * static_cast<int64_t>(head_dim); }
+constexpr int64_t pair_scales_offset(int head_dim, int pairs, int pair) {
+    return pair_offset(head_dim, pairs) + 4 * kSlots * pair;
+}
+constexpr int64_t pair_spreads_offset(int head_dim, int pairs, int pair) {
+    return pair_scales_offset(head_dim, pairs, pairs + pair);
+}
+constexpr int64_t part_slots_offset(int head_dim, int pairs) { return pair_scales_offset(head_dim, pairs, 2 * pairs); }
 constexpr int64_t values_offset(int head_dim) { return summary_bytes(head_dim); }
 constexpr int64_t value_scales_offset(int head_dim) {
     return values_offset(head_dim) + kSlots * static_cast<int64_t>(head_dim);

@@ -35,8 +35,9 @@ enum class Tier : uint8_t { near = 0, far = 1 };
 enum class State : uint8_t { evicted = 0, full = 1, int8 = 2, int4 = 3, int2 = 4 };
 
 // What a summary says of its page. mean: where its keys lie and how widely; bounds: their least and largest value in every
-// channel; mean_value: mean, and the mean of its values.
-enum class SummaryKind : uint8_t { mean = 0, bounds = 1, mean_value = 2 };
+// channel; mean_value: mean, and the mean of its values; halves, quarters: where the keys of two, of four
+// parts of it lie and how widely.
+enum class SummaryKind : uint8_t { mean = 0, bounds = 1, mean_value = 2, halves = 3, quarters = 4 };
 
 // A page id is an int32: 3 bits pool, 12 bits slab, 16 bits page in the slab. -1, the only negative id, means "skip".
 using PageId = int32_t;

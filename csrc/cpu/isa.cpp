@@ -84,6 +84,7 @@ void fill(Isa level, Kernels* table) {
         name::fill_rotate(table);           \
         name::fill_scores(table);           \
         name::fill_slots(table);            \
+        name::fill_split(table);            \
         name::fill_summaries(table);        \
         name::fill_values(table);           \
         name::fill_window(table);           \

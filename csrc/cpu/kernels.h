@@ -63,11 +63,12 @@ struct WindowTile {
     float scale, softcap;
 };
 
-// Query heads as summaries read them. Means: R q = delta * codes. Bounds: q itself, its positive and its other elements.
+// Query heads as summaries read them. Means, also those of parts: R q = delta * codes. Bounds: q itself, its positive and its
+// other elements.
 struct PageQuery {
     const int8_t* codes;     // [rows, dim]
     const int16_t* pairs;    // [rows, dim] the same, dims of each quad in the order 0, 2, 1, 3
-    const int32_t* shift;    // [rows] 128 * sum of codes
+    const int32_t* shift;    // [rows] 128 * sum of codes, or 8 * it for means of parts
     const float* curvature;  // [rows] of the spread
     const float *up, *down;  // [rows, dim] q where it is above 0, else 0; and the rest of it
     const float* factor;     // [rows] scale * delta, or the scale
@@ -164,7 +165,8 @@ struct Kernels {
 
     // x[g * stride + lane] of ops/score_pages.h for a block of summaries; log_count [16], -inf where none is visible; most
     // [rows, 16]: the largest of each lane so far, NaN passed over. Returns the lanes with visible slots whose x is not finite
-    // for some head. `ahead` is a block to prefetch meanwhile. Indexed by SummaryKind; mean_value is scored as mean.
+    // for some head. `ahead` is a block to prefetch meanwhile. Indexed by SummaryKind; mean_value is scored as mean. Those
+    // of parts by score_split.
     uint16_t (*score_block[3])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
                                const float* log_count, float* x, int64_t stride, float* most);
     // vote [n] = sum, or else the largest, over rows of share[row] * e[row * stride + i]; -1 where bit i % 16 of there[i / 16]
@@ -197,6 +199,10 @@ struct Kernels {
                      float* sums);
     void (*pool_average)(const float* values, const float* before, const float* after, int32_t n, int32_t reach,
                          float divisor, float* sums);
+
+    // As score_block, of parts of pages, which count the visible slots of masks [16]. Indexed by pairs, less 1.
+    uint16_t (*score_split[2])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
+                            const uint16_t* masks, float* x, int64_t stride, float* most);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -216,6 +222,7 @@ struct Kernels {
     void fill_rotate(Kernels* table);           \
     void fill_scores(Kernels* table);           \
     void fill_slots(Kernels* table);            \
+    void fill_split(Kernels* table);            \
     void fill_summaries(Kernels* table);        \
     void fill_values(Kernels* table);           \
     void fill_window(Kernels* table);           \

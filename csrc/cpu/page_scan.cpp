@@ -73,7 +73,7 @@ void PageScan::encode_means(int g, float square) {
         sum += codes[d];
     }
     for (int d = 0; d < dim; ++d) pairs[d] = codes[d / 4 * 4 + kOrder[d % 4]];
-    shift_[g] = kZeroCode * sum;
+    shift_[g] = (is_split(s_.kind) ? kZeroNibble : kZeroCode) * sum;
     factor_[g] = s_.scale * delta + (square - square);  // NaN and Inf of the query show
     curvature_[g] = 0.5f * s_.weight * s_.scale * s_.scale * square;
 }
@@ -81,6 +81,9 @@ void PageScan::encode_means(int g, float square) {
 uint16_t PageScan::score(const unsigned char* block, const unsigned char* ahead, const uint16_t* masks, float* x,
                          int64_t stride) {
     count(masks);
+    if (is_split(s_.kind)) {
+        return kernels_.score_split[pairs_of(s_.kind) - 1](query_, block, ahead, masks, x, stride, most_);
+    }
     return kernels_.score_block[static_cast<int>(s_.kind)](query_, block, ahead, log_count_, x, stride, most_);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "common/layout.h"
@@ -14,22 +15,7 @@ namespace kvstrata::cpu {
 namespace {
 
 constexpr int kUnitItems = 16;  // of one unit of work
-
-// x [dim] becomes what its codes say, scale * c, or 0 and a scale of NaN where it is not finite. put(d, code); the scale.
-template <class Put>
-float encode(float* x, int dim, Put put) {
-    float most = 0.0f, total = 0.0f;
-    for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(x[d])), total += std::abs(x[d]);
-    const bool finite = std::isfinite(total);
-    const float scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    const float by = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int d = 0; d < dim; ++d) {
-        const float c = finite ? std::clamp(std::nearbyint(x[d] * by), -127.0f, 127.0f) : 0.0f;
-        put(d, static_cast<uint8_t>(static_cast<int>(c) + kZeroCode));
-        x[d] = scale * c;
-    }
-    return scale;
-}
+constexpr int kLine = 4 * kSlots;  // bytes from one word of a lane to the next
 
 // The bf16 at or below x, or at or above it: towards zero is to cut bits off.
 uint16_t outwards(float x, bool up) {
@@ -38,6 +24,25 @@ uint16_t outwards(float x, bool up) {
     return static_cast<uint16_t>(away ? cut + 1 : cut);
 }
 constexpr uint16_t kNanBf16 = 0x7FC0;
+float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+// x [dim] becomes what its codes in -levels..levels say, scale * c, or 0 and a scale of NaN where it is not finite. The scale is
+// a bf16 number if `narrow`. put(d, code); the scale.
+template <class Put>
+float encode(float* x, int dim, float levels, bool narrow, Put put) {
+    float most = 0.0f, total = 0.0f;
+    for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(x[d])), total += std::abs(x[d]);
+    const bool finite = std::isfinite(total);
+    float scale = finite ? most / levels : std::numeric_limits<float>::quiet_NaN();
+    if (narrow && finite) scale = from_bf16(outwards(scale, true));
+    const float by = scale > 0.0f ? 1.0f / scale : 0.0f;
+    for (int d = 0; d < dim; ++d) {
+        const float c = finite ? std::clamp(std::nearbyint(x[d] * by), -levels, levels) : 0.0f;
+        put(d, static_cast<int>(c));
+        x[d] = scale * c;
+    }
+    return scale;
+}
 
 // One worker's summary of a page: its keys are widened once, the mean is turned to where it is needed.
 class Summary {
@@ -48,6 +53,7 @@ class Summary {
         const bool seen = item.page >= 0 && item.visible;
         if (seen) full_ = is_full(format_of(item));
         if (p_.kind == SummaryKind::bounds) return write_bounds(item, seen);
+        if (is_split(p_.kind)) return write_parts(item, seen);
         write_mean(item, seen);
         if (p_.kind == SummaryKind::mean_value) write_values(item, seen);
     }
@@ -55,6 +61,7 @@ class Summary {
   private:
     Format format_of(const ops::SummaryItem& item) const { return p_.pools[page_pool(item.page)].format; }
     static uint8_t& code(uint8_t* codes, int d) { return codes[d / 4 * 4 * kSlots + d % 4]; }
+    static uint8_t byte_of(int c) { return static_cast<uint8_t>(c + kZeroCode); }
 
     void write_mean(const ops::SummaryItem& item, bool seen) {
         const int dim = p_.head_dim;
@@ -69,10 +76,97 @@ class Summary {
         widen(item, !full_ && item.centre);
         const int n = std::popcount(item.visible);
         find_mean(item.visible, n);
-        facts[0] = encode(mean_, dim, [codes](int d, uint8_t c) { code(codes, d) = c; });
+        if (full_) kernels_.rotate(mean_, dim, false);
+        facts[0] = encode(mean_, dim, 127.0f, false, [codes](int d, int c) { code(codes, d) = byte_of(c); });
         if (std::isnan(facts[0])) return;
         if (full_) kernels_.rotate(mean_, dim, true);
         measure(item.visible, n, facts[kSlots], facts[2 * kSlots]);
+    }
+
+    void write_parts(const ops::SummaryItem& item, bool seen) {
+        const int dim = p_.head_dim, pairs = pairs_of(p_.kind);
+        unsigned char* const lane = item.block + 4 * item.lane;
+        for (int line = 0; line < pairs * dim / 4; ++line) std::memset(lane + line * kLine, kZeroNibbles, 4);
+        unsigned char* const facts = lane + pair_scales_offset(dim, pairs, 0);
+        for (int line = 0; line <= 2 * pairs; ++line) std::memset(facts + line * kLine, 0, 4);
+        if (!seen) return;
+        widen(item, !full_ && item.centre);
+        find_mean(item.visible, std::popcount(item.visible));
+        const bool finite = std::all_of(mean_, mean_ + dim, [](float x) { return std::isfinite(x); });
+        const uint16_t high = finite && pairs == 2 ? second_part(item.visible) : 0;
+        uint32_t slots = static_cast<uint32_t>(high) << 16;
+        for (int pair = 0; pair < pairs; ++pair) {
+            uint16_t* const scales = reinterpret_cast<uint16_t*>(facts + pair * kLine);
+            if (!finite) {
+                scales[0] = scales[1] = kNanBf16;
+                continue;
+            }
+            uint16_t* const spreads = reinterpret_cast<uint16_t*>(facts + (pairs + pair) * kLine);
+            const uint16_t both = pair ? high : item.visible & ~high, second = second_part(both);
+            slots |= second;
+            for (int i = 0; i < 2; ++i) {
+                const uint16_t part = i ? second : both & ~second;
+                if (part) write_part(part, 4 * i, lane + pair_offset(dim, pair), scales[i], spreads[i]);
+            }
+        }
+        std::memcpy(facts + 2 * pairs * kLine, &slots, sizeof slots);
+    }
+
+    // One part's mean into the nibbles from bit `shift` on.
+    void write_part(uint16_t part, int shift, uint8_t* codes, uint16_t& scale, uint16_t& spread) {
+        const int dim = p_.head_dim, n = std::popcount(part);
+        find_mean(part, n);
+        if (full_) kernels_.rotate(mean_, dim, false);
+        const float step = encode(mean_, dim, 7.0f, true, [codes, shift](int d, int c) {
+            uint8_t& both = code(codes, d);
+            both = static_cast<uint8_t>((both & 0xF0 >> shift) | (c + kZeroNibble) << shift);
+        });
+        scale = outwards(step, true);
+        if (full_) kernels_.rotate(mean_, dim, true);
+        float wide, radius;
+        measure(part, n, wide, radius);
+        spread = outwards(wide, true);
+    }
+
+    // Of some slots those that lie nearer to the second of two means than to the first: ops/summarize.h.
+    uint16_t second_part(uint16_t slots) {
+        if (std::popcount(slots) < 2) return 0;
+        float from_first[kSlots], from_second[kSlots];
+        find_mean(slots, std::popcount(slots));
+        kernels_.distances(keys_, mean_, p_.head_dim, from_first);
+        take_key(farthest(from_first, slots), mean_);
+        kernels_.distances(keys_, mean_, p_.head_dim, from_first);
+        take_key(farthest(from_first, slots), mean_);
+        uint16_t second = 0;
+        for (int round = 0;; ++round) {
+            kernels_.distances(keys_, mean_, p_.head_dim, from_second);
+            uint16_t nearer = 0;
+            for (int slot = 0; slot < kSlots; ++slot) {
+                nearer |= static_cast<uint16_t>((from_second[slot] < from_first[slot]) << slot);
+            }
+            nearer &= slots;
+            if (nearer == 0 || nearer == slots || nearer == second) break;
+            second = nearer;
+            if (round == ops::kSplitRounds) break;
+            const uint16_t first = slots & ~second;
+            find_mean(first, std::popcount(first));
+            kernels_.distances(keys_, mean_, p_.head_dim, from_first);
+            find_mean(second, std::popcount(second));
+        }
+        return second & slots & -slots ? static_cast<uint16_t>(slots & ~second) : second;
+    }
+
+    static int farthest(const float* squares, uint16_t slots) {
+        int best = std::countr_zero(slots);
+        for (uint16_t m = slots; m; m &= m - 1) {
+            const int slot = std::countr_zero(m);
+            if (squares[slot] > squares[best]) best = slot;
+        }
+        return best;
+    }
+
+    void take_key(int slot, float* x) const {
+        for (int d = 0; d < p_.head_dim; ++d) x[d] = keys_[d * kSlots + slot];
     }
 
     void write_values(const ops::SummaryItem& item, bool seen) {
@@ -90,7 +184,7 @@ class Summary {
             kernels_.divide(mean_, static_cast<float>(std::popcount(item.visible)), dim);
             if (full_) kernels_.rotate(mean_, dim, false);
         }
-        scale = encode(mean_, dim, [codes](int d, uint8_t c) { codes[d] = c; });
+        scale = encode(mean_, dim, 127.0f, false, [codes](int d, int c) { codes[d] = byte_of(c); });
     }
 
     // Of the keys as the model has them: those of quantized pages are turned back.
@@ -134,7 +228,7 @@ class Summary {
                                                       centred ? centre_ : nullptr, keys_, squares);
     }
 
-    // The mean of the visible keys, rotated.
+    // The mean of some keys, in their domain.
     void find_mean(uint16_t visible, int n) {
         float ones[kSlots];
         std::fill_n(ones, kSlots, 1.0f);
@@ -142,7 +236,6 @@ class Summary {
         kernels_.sum_keys(keys_, ones, visible, p_.head_dim, sums_);
         kernels_.fold_keys(sums_, p_.head_dim, mean_);
         kernels_.divide(mean_, static_cast<float>(n), p_.head_dim);
-        if (full_) kernels_.rotate(mean_, p_.head_dim, false);
     }
 
     // From the mean as stored, in the domain of the keys.

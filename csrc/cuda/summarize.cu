@@ -12,6 +12,7 @@ namespace kvstrata::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kRoom = 3;                         // vectors [D] of a warp
 constexpr int kRegisters = kMaxHeadDim / kWarp;  // of a lane for one vector
 constexpr uint16_t kNanBf16 = 0x7FC0;
 
@@ -84,6 +85,14 @@ class Page {
         return sum + __shfl_xor_sync(kAllLanes, sum, kSlots);
     }
 
+    // x [D]: the key of a slot, in the domain that it is stored in.
+    __device__ void take_key(int slot, float* x) const {
+        for (int d = lane(); d < dim_; d += kWarp) {
+            const uint32_t word = key_word(page_, d / kFields<F>, slot);
+            x[d] = decode(word, field_of<F>(d % kFields<F>).bit, scale_of(slot, d), d);
+        }
+    }
+
     // mean [D] of the visible values, in the domain that they are stored in.
     __device__ void mean_values(uint32_t visible, float* mean) const {
         const auto n = static_cast<float>(__popc(visible));
@@ -132,20 +141,22 @@ class Page {
     const float* centre_;  // [D] in the domain of what is asked for, or null
 };
 
-// x [dim] becomes what its codes say, scale * c, or 0 and a scale of NaN where it is not finite. put(d, codes of d..d + 3).
-template <class Put>
+// x [dim] becomes what its codes in -Levels..Levels say, scale * c, or 0 and a scale of NaN where it is not finite. The scale of
+// few levels is a bf16 number. put(d, codes of d..d + 3, `Zero` added).
+template <int Levels, int Zero, class Put>
 __device__ float encode(float* x, int dim, Put put) {
     float most = 0.0f, total = 0.0f;
     for (int d = lane(); d < dim; d += kWarp) most = fmaxf(most, fabsf(x[d])), total += fabsf(x[d]);
     const bool finite = isfinite(warp_sum(total));
-    const float scale = finite ? __fdiv_rn(warp_max(most), 127.0f) : NAN;
+    float scale = finite ? __fdiv_rn(warp_max(most), static_cast<float>(Levels)) : NAN;
+    if (Levels < 127 && finite) scale = from_bf16(outwards(scale, true));
     const float by = scale > 0.0f ? __fdiv_rn(1.0f, scale) : 0.0f;
     __syncwarp();
     for (int d = 4 * lane(); d < dim; d += 4 * kWarp) {
         uint32_t codes = 0;
         for (int i = 0; i < 4; ++i) {
-            const int c = finite ? max(-127, min(127, __float2int_rn(x[d + i] * by))) : 0;
-            codes |= static_cast<uint32_t>(c + kZeroCode) << 8 * i;
+            const int c = finite ? max(-Levels, min(Levels, __float2int_rn(x[d + i] * by))) : 0;
+            codes |= static_cast<uint32_t>(c + Zero) << 8 * i;
             x[d + i] = scale * static_cast<float>(c);
         }
         put(d, codes);
@@ -154,11 +165,11 @@ __device__ float encode(float* x, int dim, Put put) {
     return scale;
 }
 
-// One item, by a warp; `room` is 2 D floats of its own.
+// One item, by a warp; `room` is kRoom D floats of its own.
 class Summary {
   public:
     __device__ Summary(const SummarizeArgs& args, const ops::SummaryItem& item, float* room)
-        : a_(args), item_(item), dim_(args.rotation.dim), mean_(room), centre_(room + args.rotation.dim) {}
+        : a_(args), item_(item), dim_(args.rotation.dim), mean_(room), centre_(room + dim_), other_(room + 2 * dim_) {}
 
     __device__ void write() {
         if (item_.page < 0 || item_.visible == 0) return write_nothing();
@@ -176,6 +187,9 @@ class Summary {
     // Of the item's lane: a word of codes of d..d + 3, scale, spread and radius [3, 16], bounds, a value mean's words.
     __device__ uint32_t& codes(int d) const {
         return reinterpret_cast<uint32_t*>(item_.block)[d / 4 * kSlots + item_.lane];
+    }
+    __device__ uint32_t& line_of(int line) const {
+        return reinterpret_cast<uint32_t*>(item_.block)[line * kSlots + item_.lane];
     }
     __device__ float* facts() const { return reinterpret_cast<float*>(item_.block + kSlots * dim_) + item_.lane; }
     __device__ uint16_t* bounds(int64_t from) const {
@@ -198,6 +212,12 @@ class Summary {
             }
             return;
         }
+        if (is_split(a_.kind)) {
+            const int pairs = pairs_of(a_.kind), means = pairs * dim_ / 4;
+            for (int line = lane(); line < means; line += kWarp) line_of(line) = kZeroNibbles * 0x01010101u;
+            if (lane() <= 2 * pairs) line_of(means + lane()) = 0;
+            return;
+        }
         for (int d = 4 * lane(); d < dim_; d += 4 * kWarp) codes(d) = kZeroCodes;
         if (lane() < 3) facts()[lane() * kSlots] = 0.0f;
         if (a_.kind == SummaryKind::mean) return;
@@ -217,6 +237,7 @@ class Summary {
             centre = centre_;
         }
         const Page<F> keys(page, dim_, centre);
+        if (is_split(a_.kind)) return write_parts(keys);
         write_mean(keys);
         if (a_.kind == SummaryKind::mean_value) write_values(keys);
     }
@@ -226,24 +247,112 @@ class Summary {
         page.mean_keys(item_.visible, mean_);
         __syncwarp();
         if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
-        const float scale = encode(mean_, dim_, [&](int d, uint32_t four) { codes(d) = four; });
+        const float scale = encode<127, kZeroCode>(mean_, dim_, [&](int d, uint32_t four) { codes(d) = four; });
         float spread = 0.0f, radius = 0.0f;
         if (!isnan(scale)) {
             if (is_full(F)) turn(mean_, a_.rotation, true), __syncwarp();
-            measure(page.distance(mean_), spread, radius);
+            measure(item_.visible, page.distance(mean_), spread, radius);
         }
         if (lane() == 0) facts()[0] = scale, facts()[kSlots] = spread, facts()[2 * kSlots] = radius;
         __syncwarp();
     }
 
-    // From the squares of the slots' distances, in lanes 0..15.
-    __device__ void measure(float square, float& spread, float& radius) const {
+    template <Format F>
+    __device__ void write_parts(const Page<F>& page) {
+        write_nothing();
+        __syncwarp();
+        page.mean_keys(item_.visible, mean_);
+        __syncwarp();
+        bool finite = true;
+        for (int d = lane(); d < dim_; d += kWarp) finite &= isfinite(mean_[d]);
+        const int pairs = pairs_of(a_.kind), facts = pairs * dim_ / 4;  // scales of pairs, their spreads, slots
+        if (!__all_sync(kAllLanes, finite)) {
+            if (lane() < pairs) line_of(facts + lane()) = kNanBf16 * 0x10001u;
+            return;
+        }
+        const uint32_t high = pairs == 2 ? second_part(page, item_.visible) : 0;
+        uint32_t slots = high << 16;
+        for (int pair = 0; pair < pairs; ++pair) {
+            const uint32_t both = pair ? high : item_.visible & ~high, second = second_part(page, both);
+            uint32_t scales = 0, spreads = 0;
+            slots |= second;
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t part = i ? second : both & ~second;
+                if (part == 0) continue;
+                float spread;
+                const float scale = write_part(page, part, pair * (dim_ / 4), 4 * i, spread);
+                scales |= static_cast<uint32_t>(outwards(scale, true)) << 16 * i;
+                spreads |= static_cast<uint32_t>(outwards(spread, true)) << 16 * i;
+            }
+            if (lane() == 0) line_of(facts + pair) = scales, line_of(facts + pairs + pair) = spreads;
+        }
+        if (lane() == 0) line_of(facts + 2 * pairs) = slots;
+    }
+
+    // One part's mean into the nibbles from bit `shift` on of the lines from `line` on; its scale.
+    template <Format F>
+    __device__ float write_part(const Page<F>& page, uint32_t part, int line, int shift, float& spread) {
+        __syncwarp();
+        page.mean_keys(part, mean_);
+        __syncwarp();
+        if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
+        const float scale = encode<7, kZeroNibble>(mean_, dim_, [&](int d, uint32_t four) {
+            uint32_t& both = line_of(line + d / 4);
+            both = (both & 0xF0F0F0F0u >> shift) | four << shift;
+        });
+        if (is_full(F)) turn(mean_, a_.rotation, true), __syncwarp();
+        float radius;
+        measure(part, page.distance(mean_), spread, radius);
+        return scale;
+    }
+
+    // Of some slots those that lie nearer to the second of two means than to the first: ops/summarize.h.
+    template <Format F>
+    __device__ uint32_t second_part(const Page<F>& page, uint32_t slots) {
+        if (__popc(slots) < 2) return 0;
+        __syncwarp();
+        page.mean_keys(slots, mean_);
+        __syncwarp();
+        page.take_key(farthest(page.distance(mean_), slots), other_);
+        __syncwarp();
+        float from_first = page.distance(other_);
+        page.take_key(farthest(from_first, slots), mean_);
+        uint32_t second = 0;
+        for (int round = 0;; ++round) {
+            __syncwarp();
+            const float from_second = page.distance(mean_);
+            const uint32_t nearer = __ballot_sync(kAllLanes, from_second < from_first) & slots;
+            if (nearer == 0 || nearer == slots || nearer == second) break;
+            second = nearer;
+            if (round == ops::kSplitRounds) break;
+            __syncwarp();
+            page.mean_keys(slots & ~second, other_);
+            page.mean_keys(second, mean_);
+            __syncwarp();
+            from_first = page.distance(other_);
+        }
+        return second & slots & (~slots + 1) ? slots & ~second : second;
+    }
+
+    // The one of some slots that has the largest square, the first of equals; squares in lanes 0..15.
+    __device__ static int farthest(float square, uint32_t slots) {
+        float most = 0.0f;
+        int best = __ffs(static_cast<int>(slots)) - 1;
+        for (int slot = 0; slot < kSlots; ++slot) {
+            const float of_slot = __shfl_sync(kAllLanes, square, slot);
+            if ((slots >> slot & 1) && of_slot > most) most = of_slot, best = slot;
+        }
+        return best;
+    }
+
+    // Of some slots, from the squares of the slots' distances in lanes 0..15.
+    __device__ void measure(uint32_t slots, float square, float& spread, float& radius) const {
         float total = 0.0f, most = 0.0f;
         for (int slot = 0; slot < kSlots; ++slot) {
             const float of_slot = __shfl_sync(kAllLanes, square, slot);
-            if (item_.visible >> slot & 1) total += of_slot, most = fmaxf(most, of_slot);
+            if (slots >> slot & 1) total += of_slot, most = fmaxf(most, of_slot);
         }
-        const auto n = static_cast<float>(__popc(item_.visible));
+        const auto n = static_cast<float>(__popc(slots));
         spread = __fdiv_rn(total, n * static_cast<float>(dim_));
         radius = __fsqrt_rn(most);
     }
@@ -253,7 +362,8 @@ class Summary {
         page.mean_values(item_.visible, mean_);
         __syncwarp();
         if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
-        put_value_facts(encode(mean_, dim_, [&](int d, uint32_t four) { value_codes(d) = four; }), item_.visible);
+        put_value_facts(encode<127, kZeroCode>(mean_, dim_, [&](int d, uint32_t four) { value_codes(d) = four; }),
+                        item_.visible);
     }
 
     template <Format F>
@@ -285,13 +395,13 @@ class Summary {
     const SummarizeArgs& a_;
     const ops::SummaryItem& item_;
     const int dim_;
-    float *mean_, *centre_;
+    float *mean_, *centre_, *other_;
 };
 
 __global__ void __launch_bounds__(kThreads) summarize_pages(const __grid_constant__ SummarizeArgs args) {
     const int i = static_cast<int>(blockIdx.x) * warps() + warp();
     if (i >= args.batch.count) return;
-    float* const room = reinterpret_cast<float*>(dynamic_shared()) + warp() * 2 * args.rotation.dim;
+    float* const room = reinterpret_cast<float*>(dynamic_shared()) + warp() * kRoom * args.rotation.dim;
     Summary(args, args.batch.rows[i], room).write();
 }
 
@@ -304,7 +414,7 @@ int kvstrata_cuda_summarize(const kvstrata::ops::SummarizeParams* params, void* 
     const auto& p = *params;
     const Pools pools = pools_of(p.pools);
     const Rotation r = rotation(p.head_dim);
-    const size_t room = sizeof(float) * 2 * kItems * static_cast<size_t>(p.head_dim);
+    const size_t room = sizeof(float) * kRoom * kItems * static_cast<size_t>(p.head_dim);
     return in_batches(p.items, p.n_items, [&](const RowBatch<kvstrata::ops::SummaryItem>& batch) {
         return launch("summarize", summarize_pages, dim3(blocks_for(batch.count, kItems)), dim3(kThreads), room,
                       static_cast<cudaStream_t>(stream), SummarizeArgs{batch, pools, r, p.kind});

@@ -8,8 +8,8 @@ namespace kvstrata::ops {
 namespace {
 
 void check_kind(const char* op, SummaryKind kind) {
-    check(kind <= SummaryKind::mean_value, op, ": kind is ", static_cast<int>(kind),
-          ", expected mean, bounds or mean_value");
+    check(kind <= SummaryKind::quarters, op, ": kind is ", static_cast<int>(kind),
+          ", expected mean, bounds, mean_value, halves or quarters");
 }
 
 void check_cluster(const char* op, const ClusterParams& p) {

@@ -14,6 +14,8 @@
 //
 //   kind bounds   x[g, p] = scale * sum_c max(q_c lo_c, q_c hi_c) + log n_p    q in f32, not rotated; w is not read: at
 //                           least the log of the page's mass, but for the rounding of f32 sums. scale >= 0
+//   parts         kinds halves, quarters: x = log sum exp over the parts of x as kind mean has it, by a part's own mean (codes less 8), spread and visible
+//                 slots; slots that were not visible when it was made count to the first part
 //   softcap       what the scale multiplies becomes softcap * tanh(. / softcap) before anything is added, as in attention
 //   mass          > 0: K is the least in least..most with (sum_g exp(lse_base[g] - Z[g]) + the K highest votes) / G >= mass,
 //                 most if there is none, summed in f32 by falling vote; aggregate sum only

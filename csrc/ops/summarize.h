@@ -8,14 +8,24 @@
 //
 //   lo_c = down(min_i k_ic)    hi_c = up(max_i k_ic)    down, up: the bf16 at or below, at or above
 //
+// halves and quarters are several means in the place of one, in 4 bits, so that a key unlike the others of its page still shows:
+// the visible slots are parted in two, a pair, of quarters each half once more. The second of two are the slots nearer to b than
+// to a: at first a is the key farthest from the mean and b the key farthest from a, ties the lower slot; then, until no slot
+// moves and at most kSplitRounds times, the means of the two; then the first is the one with the lowest slot. Slots that cannot be parted, equal keys, are all of the first; a
+// part of no slot has codes 8, the rest 0. Of each other part
+//
+//   m = R mean(k)    s = up(max_c |m_c| / 7)    code = clamp(rne(m_c / s), -7, 7) + 8    spread = up(sum |R k_i - mu|^2 / (n D))
+//
 // Sixteen pages to a block, laid out as common/layout.h says. An entry of -1, or without a visible slot: codes 128, the
 // rest 0. NaN or Inf in a visible key: scale NaN, codes 128, bounds NaN; in a visible value: its scale NaN, codes 128. They
-// show in no other lane.
+// show in no other lane. So it is with parts: all scales NaN, codes 8, the rest 0.
 #pragma once
 
 #include "ops/pool_view.h"
 
 namespace kvstrata::ops {
+
+inline constexpr int kSplitRounds = 4;
 
 struct SummaryItem {
     PageId page;          // -1: none

@@ -24,7 +24,7 @@ inline const char* name(DType t) {
     return kNames[static_cast<int>(t)];
 }
 inline const char* name(SummaryKind k) {
-    constexpr const char* kNames[] = {"mean", "bounds", "mean_value"};
+    constexpr const char* kNames[] = {"mean", "bounds", "mean_value", "halves", "quarters"};
     return kNames[static_cast<int>(k)];
 }
 

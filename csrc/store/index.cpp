@@ -22,6 +22,7 @@ unsigned char* create(int head_dim, SummaryKind kind) {
     std::memset(block, 0, bytes);
     const size_t codes = static_cast<size_t>(kSlots) * head_dim;
     if (kind != SummaryKind::bounds) std::memset(block, kZeroCode, codes);
+    if (is_split(kind)) std::memset(block, kZeroNibbles, pairs_of(kind) * codes);
     if (kind == SummaryKind::mean_value) std::memset(block + values_offset(head_dim), kZeroCode, codes);
     return block;
 }
@@ -39,6 +40,7 @@ void copy_elements(unsigned char* to, int to_lane, const unsigned char* from, in
 
 void copy_lane(unsigned char* to, int to_lane, const unsigned char* from, int lane, int head_dim, SummaryKind kind) {
     if (kind == SummaryKind::bounds) return copy_elements(to, to_lane, from, lane, 2 * head_dim, 2);
+    if (is_split(kind)) return copy_elements(to, to_lane, from, lane, pairs_of(kind) * (head_dim / 4 + 2) + 1, 4);
     copy_elements(to, to_lane, from, lane, head_dim / 4 + 3, 4);  // quads of the mean, then scale, spread, radius
     if (kind == SummaryKind::mean) return;
     const int64_t values = values_offset(head_dim), scales = value_scales_offset(head_dim);

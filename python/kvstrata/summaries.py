@@ -26,8 +26,8 @@ from kvstrata.pools import (
 
 Aggregate = Literal["sum", "max"]
 _AGGREGATE: dict[str, int] = {"sum": 0, "max": 1}
-SummaryKind = Literal["mean", "bounds", "mean_value"]
-_KIND: dict[str, int] = {"mean": 0, "bounds": 1, "mean_value": 2}
+SummaryKind = Literal["mean", "bounds", "mean_value", "halves", "quarters"]
+_KIND: dict[str, int] = {"mean": 0, "bounds": 1, "mean_value": 2, "halves": 3, "quarters": 4}
 
 
 def summary_bytes(head_dim: int, kind: SummaryKind = "mean") -> int:
@@ -36,6 +36,8 @@ def summary_bytes(head_dim: int, kind: SummaryKind = "mean") -> int:
     mean        means u8 [D/4, 16, 4], then scale, spread and radius f32 [16] each
     bounds      lo bf16 [D, 16], hi bf16 [D, 16]
     mean_value  as mean, then value means u8 [16, D], their scale f32 [16], and the slots they were made from u32 [16]
+    halves      means of two parts u4 [D/4, 16, 4, 2], scales and spreads bf16 [2, 16, 2], slots of parts u32 [16]
+    quarters    means of four parts u4 [2, D/4, 16, 4, 2], scales and spreads bf16 [2, 2, 16, 2], slots of parts u32 [16]
     """
     return _C.summary_bytes(head_dim, _kind("summary_bytes", kind))
 
@@ -117,7 +119,9 @@ def summarize(
 
     kind     mean: of each page the mean of its rotated keys in 8 bits with one scale, their mean variance per channel around
              it, and the distance of the farthest. bounds: the least and the largest value of its keys in every channel,
-             not rotated, in bf16 rounded outwards (Quest, arXiv 2406.10774). mean_value: mean, and the mean of its values
+             not rotated, in bf16 rounded outwards (Quest, arXiv 2406.10774). mean_value: mean, and the mean of its values.
+             halves, quarters: of each of two or four parts of the page, found by k-means, the mean in 4 bits and the variance
+             around it (ours)
 
     Formulas: ``csrc/ops/summarize.h``.
     """

@@ -70,7 +70,7 @@ def _limits(tier: Far | str | None) -> object:
 
 def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, float, int, float, int, int]:
     """As the binding takes it."""
-    kind = ("mean", "bounds", "mean_value").index(reading.kind)
+    kind = ("mean", "bounds", "mean_value", "halves", "quarters").index(reading.kind)
     return (*reading[:4], kind, *reading[5:])
 
 

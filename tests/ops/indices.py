@@ -78,6 +78,8 @@ def poison_lanes(blocks: Tensor, gone: Tensor, dim: int, kind: str) -> None:
             (mean, mean + codes, 1, dim),
             (mean + codes, mean + codes + 128, 2, 4),
         ],
+        "halves": [(0, 16 * dim + 192, dim // 4 + 3, 4)],
+        "quarters": [(0, 32 * dim + 320, dim // 2 + 5, 4)],
     }
     for start, end, lines, width in parts[kind]:  # lines of 16 lanes of so many bytes
         part = blocks[..., start:end]

@@ -20,8 +20,8 @@ from kvstrata.policy.base import Reading
 from kvstrata.recall import Archive, KMeans
 from kvstrata.recall.archive import Packer
 
-CLEAR = {"mean": 3e-4, "mean_value": 3e-4, "bounds": 2e-5}
-"""Relative error of a vote: means may be rounded either way to 8 bits, bounds of f32 keys are as they are."""
+CLEAR = {"mean": 3e-4, "mean_value": 3e-4, "bounds": 2e-5, "halves": 6e-3, "quarters": 6e-3}
+"""Relative error of a vote: means may be rounded either way to 8 bits, or to 4, bounds of f32 keys are as they are."""
 TRIALS = 4
 
 BUDGET = 32 + 16 + 15 + 4 * 16

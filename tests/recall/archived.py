@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from kvstrata import Cache, LayerSpec, Policy, Sequence, Shape
 from kvstrata.limit import TURN_ABOVE
 from kvstrata.policy import icecache
 from kvstrata.policy.base import FAR, FULL, GROUPED, NEAR, PROVISIONAL, UNGROUPED, Seen
+from kvstrata.recall import PageMeans, SplitMeans
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 2, torch.float32)
 TOPICS = 24
@@ -19,10 +20,13 @@ TOPICS = 24
 
 
 def small(pages: int = 4, **changes: Any) -> Policy:
-    """icecache that reads so many pages, with segments that a few hundred tokens fill."""
+    """icecache that reads so many pages, by their means, with segments that a few hundred tokens fill."""
     settings = {"sinks": 32, "window": 16, "segment": 256, "segment_min": 256, "interval": 16, "chunk": 512} | changes
     beside = settings["sinks"] + settings["window"] + 15
-    return icecache(int(beside + 16 * pages), **settings)
+    policy = icecache(int(beside + 16 * pages), **settings)
+    assert isinstance(policy.selector, SplitMeans)
+    by_means = {f.name: getattr(policy.selector, f.name) for f in fields(policy.selector) if f.name != "parts"}
+    return replace(policy, selector=PageMeans(**by_means))
 
 
 ALL = 1 << 12

@@ -12,7 +12,7 @@ from archived import SHAPE, fed, small
 from kvstrata import Budget, Cache, Unsupported
 from kvstrata.budget import Schedule
 from kvstrata.policy import strata
-from kvstrata.recall import Far, PageMeans
+from kvstrata.recall import Far, PageMeans, SplitMeans
 
 FALLING = Schedule("rex", interval=64, horizon=640, end=100)
 
@@ -45,7 +45,7 @@ def test_what_cannot_be_asked(budget: Budget, message: str) -> None:
 
 
 def test_a_schedule_that_does_not_fall() -> None:
-    assert Cache(SHAPE, Budget.tokens(256, schedule=Schedule()), "icecache").policy.selector == PageMeans(256)
+    assert Cache(SHAPE, Budget.tokens(256, schedule=Schedule()), "icecache").policy.selector == SplitMeans(256)
 
 
 FAR: list[tuple[Any, Any, tuple[bool, int | None]]] = [

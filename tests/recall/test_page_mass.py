@@ -14,7 +14,7 @@ from torch import Tensor
 from kvstrata import Cache, LayerSpec, Sequence, Shape, reference
 from kvstrata.policy.base import Policy, Seen
 from kvstrata.policy.strata import strata
-from kvstrata.recall import Ladder, PageMass, PageMeans, Position
+from kvstrata.recall import Ladder, PageMass, PageMeans, Position, SplitMeans
 from kvstrata.rows import Rows
 from kvstrata.sight import see
 
@@ -29,7 +29,9 @@ def policy(**changes: Any) -> Policy:
     return strata(63 + 4 * SLOTS, **settings)
 
 
-def wanted(row: Table, q: Tensor, scale: float, weight: float = 1.0, born: Table | None = None) -> Tensor:
+def wanted(
+    row: Table, q: Tensor, scale: float, weight: float = 1.0, born: Table | None = None, kind: str = "halves"
+) -> Tensor:
     """f64 [N] of a row's stored tokens in table order; q [G, W, D], its last queries.
 
     The softmax over the pages that are neither sinks nor tail, mean over queries and heads, each page's divided by its tokens.
@@ -39,9 +41,9 @@ def wanted(row: Table, q: Tensor, scale: float, weight: float = 1.0, born: Table
     mass = torch.zeros(len(row.pages), dtype=torch.float64)
     if row.sealed > first and q.shape[1]:
         k, slots = (row.k, row.slots) if born is None else as_sealed(row, born)
-        blocks = reference.recall.summarize(k[pages][None], slots[pages][None])
+        blocks = reference.recall.summarize(k[pages][None], slots[pages][None], kind)
         visible = (row.slots[pages].long() << torch.arange(SLOTS)).sum(1).to(torch.uint16)
-        x = reference.recall.score_pages(q.flatten(0, 1)[None], blocks, visible[None], scale, weight)
+        x = reference.recall.score_pages(q.flatten(0, 1)[None], blocks, visible[None], scale, weight, kind)
         mass[pages] = x[0].softmax(-1).mean(0)
     each = mass / row.slots.sum(1)
     return each[:, None].expand(-1, SLOTS)[row.slots]
@@ -131,8 +133,8 @@ def test_a_row_that_remembers_fewer_queries() -> None:
             asked.check(seqs, n)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_the_weight_of_the_selector_counts(weight: float) -> None:
+@pytest.mark.parametrize(("weight", "by"), [(0.0, SplitMeans), (0.5, PageMeans)])
+def test_the_weight_of_the_selector_counts(weight: float, by: type[PageMeans] | type[SplitMeans]) -> None:
     """Mass by the same estimate as selection."""
     roles = policy()
     mine = Policy(
@@ -143,7 +145,7 @@ def test_the_weight_of_the_selector_counts(weight: float) -> None:
         ("int8",),
         32,
         16,
-        selector=PageMeans(256, aggregate="max", spread_weight=weight),
+        selector=by(256, aggregate="max", spread_weight=weight),
     )
     asked = Asked(fed(mine, SHAPE, budget="256MiB"))
     seqs = asked.pair.new(2)
@@ -156,8 +158,9 @@ def test_the_weight_of_the_selector_counts(weight: float) -> None:
         for r, row in enumerate(tables(cache, layer, seqs)):
             q = asked.last(seqs[r // spec.kv_heads], layer, 16)[r % spec.kv_heads]
             n = int(row.slots.sum())
-            torch.testing.assert_close(got[r, :n].double(), wanted(row, q, spec.head_dim**-0.5, weight), **CLOSE)
-            apart = max(apart, float((got[r, :n] - wanted(row, q, spec.head_dim**-0.5)).abs().max()))
+            one, other = (wanted(row, q, spec.head_dim**-0.5, w, kind=by().kind) for w in (weight, 1.0))
+            torch.testing.assert_close(got[r, :n].double(), one, **CLOSE)
+            apart = max(apart, float((got[r, :n] - other).abs().max()))
     assert apart > 1e-4
 
 

@@ -11,7 +11,7 @@ from archived import EXACT, SHAPE, Fed, error, small
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Shape
-from kvstrata.recall import Bounds, KMeans, MassThreshold, PageMeans, Position
+from kvstrata.recall import Bounds, KMeans, MassThreshold, PageMeans, Position, SplitMeans
 from kvstrata.recall.archive import Packer
 
 
@@ -19,6 +19,41 @@ def differ(some: list[Account], pages: int = 4) -> None:
     """The test would see another selection: what is read is not all, and not the same pages each time."""
     assert all(len(a.chosen) == pages < len(a.made.indexed) for a in some)
     assert len({tuple(a.chosen) for a in some}) > len(some) // 2
+
+
+# --- parts of pages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far", ["auto", None])
+@pytest.mark.parametrize(("parts", "weight"), [(2, 1.0), (4, 0.5)])
+def test_the_pages_of_highest_mass_by_parts_are_read(parts: Any, weight: float, far: str | None) -> None:
+    pair = mild(policy(SplitMeans(BUDGET, parts=parts, spread_weight=weight)), far=far)
+    seqs = pair.new(2)
+    pair.feed(seqs, [1000, 740])
+    differ([a for _ in range(4) for a in judged(pair, seqs)])
+
+
+def test_parts_follow_their_pages() -> None:
+    """While decoding seals pages and plans move them; and after forks, crops and drops, which narrow them."""
+    pair = mild(policy(SplitMeans(BUDGET, parts=4)))
+    seqs = pair.new(2)
+    pair.feed(seqs, [500, 333])
+    some: list[Account] = []
+    for i in range(150):
+        some += judged(pair, seqs) if i % 30 == 0 else []
+        pair.feed(seqs, [1, 1])
+    differ(some)
+    narrow = mild(policy(SplitMeans(BUDGET)))
+    seqs, born = narrowed(narrow)
+    differ([a for _ in range(4) for a in judged(narrow, seqs, born=born)])
+
+
+def test_what_parts_refuse() -> None:
+    with pytest.raises(ValueError, match="SplitMeans: parts is 3, expected 2 or 4"):
+        SplitMeans(parts=3)  # type: ignore[arg-type]
+    for weight in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"SplitMeans: spread_weight is {weight}, expected a finite number >= 0"):
+            SplitMeans(spread_weight=weight)
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from kvstrata import Budget, Cache, LayerSpec, Policy, Sequence, Shape
 from kvstrata.budget.books import books
 from kvstrata.config import BudgetExceeded
 from kvstrata.policy.base import Policy as Composed
-from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans, TopPages
+from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans, SplitMeans, TopPages
 
 
 @pytest.fixture(params=[1, 3])
@@ -57,6 +57,7 @@ SELECTORS = [
     PageMeans(),
     Bounds(aggregate="sum"),
     PageMeans(estimate=1.0),
+    SplitMeans(),
     MassThreshold(mass=0.9, reach=4.0, estimate=0.3),
 ]
 

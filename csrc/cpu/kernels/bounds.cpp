@@ -55,7 +55,8 @@ KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned cha
     uint16_t bad = 0;
 #pragma GCC unroll 4
     for (int g = 0; g < Heads; ++g) {
-        bad |= put_score<Capped>(q, first + g, add(even[g], odd[g]), count, there, x + (first + g) * stride, most);
+        const V score = score_of<Capped>(q, first + g, add(even[g], odd[g]), count);
+        bad |= put_score(first + g, score, there, x + (first + g) * stride, most);
     }
     return bad;
 }

@@ -20,6 +20,11 @@ KV_INLINE void store_line(void* p, I x) {
     _mm256_storeu_si256(halves + 1, x.b);
 }
 KV_INLINE I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+KV_INLINE I low_nibbles(I x) {  // of every byte
+    const __m256i low = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low)};
+}
+KV_INLINE I high_nibbles(I x) { return low_nibbles({_mm256_srli_epi32(x.a, 4), _mm256_srli_epi32(x.b, 4)}); }
 KV_INLINE V to_f32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
 // The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.

@@ -13,6 +13,8 @@ KV_INLINE I none() { return {_mm512_setzero_si512()}; }
 KV_INLINE I load_line(const void* p) { return {_mm512_loadu_si512(p)}; }
 KV_INLINE void store_line(void* p, I a) { _mm512_storeu_si512(p, a.x); }
 KV_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.x, b.x)}; }
+KV_INLINE I low_nibbles(I a) { return {_mm512_and_si512(a.x, _mm512_set1_epi8(15))}; }  // of every byte
+KV_INLINE I high_nibbles(I a) { return low_nibbles({_mm512_srli_epi32(a.x, 4)}); }
 KV_INLINE V to_f32(I a) { return {_mm512_cvtepi32_ps(a.x)}; }
 
 // The codes of field K, sign-extended; of two bits, what they stand for: 2c - 3.

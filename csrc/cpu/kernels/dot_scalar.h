@@ -21,6 +21,8 @@ KV_INLINE I load_line(const void* p) {
 }
 KV_INLINE void store_line(void* p, I a) { __builtin_memcpy(p, a.x, 64); }
 KV_INLINE I add(I a, I b) { KV_LANES(I, a.x[i] + b.x[i]); }
+KV_INLINE I low_nibbles(I a) { KV_LANES(I, a.x[i] & 0x0F0F0F0F); }  // of every byte
+KV_INLINE I high_nibbles(I a) { KV_LANES(I, a.x[i] >> 4 & 0x0F0F0F0F); }
 KV_INLINE V to_f32(I a) { KV_LANES(V, static_cast<float>(a.x[i])); }
 
 // What the Bits bits from Shift on of each word stand for, in units of the scale.

@@ -6,18 +6,19 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
-// Sixteen pages of head g: x, and their largest per lane so far. `rest` is added to the logit; `there`: the pages with a visible
-// slot, the others get -inf. Returns those of them that cannot be ranked.
+// The logit of head g, and `rest` added to it.
 template <bool Capped>
-KV_INLINE uint16_t put_score(const PageQuery& q, int g, V dot, V rest, uint16_t there, float* x, float* most) {
-    const V factor = set1(q.factor[g]), minus_inf = set1(-__builtin_inff());
-    V score;
-    if constexpr (Capped) {
-        const V cap = set1(q.softcap);
-        score = add(mul(cap, tanh(div(mul(factor, dot), cap))), rest);
-    } else {
-        score = fma(factor, dot, rest);
-    }
+KV_INLINE V score_of(const PageQuery& q, int g, V dot, V rest) {
+    const V factor = set1(q.factor[g]);
+    if constexpr (!Capped) return fma(factor, dot, rest);
+    const V cap = set1(q.softcap);
+    return add(mul(cap, tanh(div(mul(factor, dot), cap))), rest);
+}
+
+// Sixteen pages of head g: x, and their largest per lane so far. `there`: the pages with a visible slot, the others get -inf.
+// Returns those of them that cannot be ranked.
+KV_INLINE uint16_t put_score(int g, V score, uint16_t there, float* x, float* most) {
+    const V minus_inf = set1(-__builtin_inff());
     const uint16_t finite = less(bits_and(score, 0x7FFFFFFFu), set1(__builtin_inff()));
     score = blend(there, score, minus_inf);
     store(x, score);

@@ -1,11 +1,8 @@
 // Sixteen page summaries against query heads, and the reductions over pages that a selection needs.
-//
-// A line of a block holds four channels of sixteen pages. VNNI multiplies its unsigned bytes as they are; the other levels
-// widen them to pairs of 16 bits, as products of bytes summed in pairs would saturate.
 #include "cpu/kernels/level.h"
 #if KV_DOT_KERNELS
 #include "common/layout.h"
-#include "cpu/kernels/dot.h"
+#include "cpu/kernels/add_means.h"
 #include "cpu/kernels/page_score.h"
 
 namespace kvstrata::cpu::KV_ISA {
@@ -13,41 +10,6 @@ namespace {
 
 constexpr int kHeads = 4;  // query heads that visit a block together
 constexpr float kMinusInf = -__builtin_inff();
-
-#if defined(KV_ISA_scalar)
-KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
-    for (int i = 0; i < 16; ++i) {
-        const uint32_t word = static_cast<uint32_t>(line.x[i]);
-        for (int c = 0; c < 4; ++c) sum.x[i] += static_cast<int32_t>(word >> (8 * c) & 0xFF) * codes[c];
-    }
-    return sum;
-}
-#elif defined(KV_ISA_avx2)
-KV_INLINE __m256i half_means(__m256i sum, __m256i x, __m256i even, __m256i odd) {
-    const __m256i low = _mm256_and_si256(x, _mm256_set1_epi16(0xFF)), high = _mm256_srli_epi16(x, 8);
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
-}
-KV_INLINE I add_means(I sum, I line, const int8_t*, const int16_t* pairs) {
-    int32_t words[2];
-    __builtin_memcpy(words, pairs, 8);
-    const __m256i even = _mm256_set1_epi32(words[0]), odd = _mm256_set1_epi32(words[1]);
-    return {half_means(sum.a, line.a, even, odd), half_means(sum.b, line.b, even, odd)};
-}
-#elif defined(KV_ISA_avx512)
-KV_INLINE I add_means(I sum, I line, const int8_t*, const int16_t* pairs) {
-    int32_t words[2];
-    __builtin_memcpy(words, pairs, 8);
-    const __m512i even = _mm512_set1_epi32(words[0]), odd = _mm512_set1_epi32(words[1]);
-    const __m512i low = _mm512_and_si512(line.x, _mm512_set1_epi16(0xFF)), high = _mm512_srli_epi16(line.x, 8);
-    return {_mm512_add_epi32(sum.x, _mm512_add_epi32(_mm512_madd_epi16(low, even), _mm512_madd_epi16(high, odd)))};
-}
-#else
-KV_INLINE I add_means(I sum, I line, const int8_t* codes, const int16_t*) {
-    int32_t word;
-    __builtin_memcpy(&word, codes, 4);
-    return {_mm512_dpbusd_epi32(sum.x, line.x, _mm512_set1_epi32(word))};
-}
-#endif
 
 template <int Heads, bool Capped>
 KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned char* block, const unsigned char* ahead,
@@ -74,7 +36,7 @@ KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned cha
         const V shift = set1(static_cast<float>(q.shift[first + g]));  // below 2^24: exact
         const V dot = mul(sub(to_f32(add(even[g], odd[g])), shift), load(scale));
         const V curved = fma(set1(q.curvature[first + g]), load(scale + kSlots), count);
-        bad |= put_score<Capped>(q, first + g, dot, curved, there, x + (first + g) * stride, most);
+        bad |= put_score(first + g, score_of<Capped>(q, first + g, dot, curved), there, x + (first + g) * stride, most);
     }
     return bad;
 }

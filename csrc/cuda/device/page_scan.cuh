@@ -66,6 +66,10 @@ class PageScan {
         uint32_t bad = 0;
         if (s_.kind == SummaryKind::bounds) {
             for (int g = 0; g < s_.group; g += kHeads) bad |= score_bounds(g, block, masks, put);
+        } else if (s_.kind == SummaryKind::halves) {
+            for (int g = 0; g < s_.group; g += 8) bad |= score_parts<1>(g, block, masks, put);
+        } else if (s_.kind == SummaryKind::quarters) {
+            for (int g = 0; g < s_.group; g += 8) bad |= score_parts<2>(g, block, masks, put);
         } else if (s_.group <= 8) {
             bad = score_means<1>(block, masks, put);
         } else {
@@ -111,25 +115,27 @@ class PageScan {
         }
         sum = __reduce_add_sync(kAllLanes, sum);
         if (lane() == 0) {
-            shift_[g] = kZeroCode * sum;
+            shift_[g] = (is_split(s_.kind) ? kZeroNibble : kZeroCode) * sum;
             factor_[g] = s_.scale * delta + poison;
             curvature_[g] = 0.5f * s_.weight * s_.scale * s_.scale * square;
         }
     }
 
-    // From the dot products of head g with two pages. `rest` is added to the logit.
+    // The logit of head g, and `rest` added to it.
+    __device__ float score_of(int g, float dot, float rest) const {
+        if (!(s_.softcap > 0)) return fmaf(factor_[g], dot, rest);
+        return s_.softcap * tanh_(__fdiv_rn(factor_[g] * dot, s_.softcap)) + rest;
+    }
+
+    // Of head g with two pages.
     template <class Put>
-    __device__ uint32_t finish(int g, int page, const float (&dot)[2], const float (&rest)[2],
-                               const uint32_t (&mask)[2], Put put) const {
+    __device__ static uint32_t finish(int g, int page, const float (&x)[2], const uint32_t (&mask)[2], Put put) {
         Pair pair;
         uint32_t bad = 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float logit = factor_[g] * dot[i];
-            const float x = s_.softcap > 0 ? s_.softcap * tanh_(__fdiv_rn(logit, s_.softcap)) + rest[i]
-                                           : fmaf(factor_[g], dot[i], rest[i]);
-            pair.x[i] = mask[i] ? x : -INFINITY;
-            if (mask[i] && !isfinite(x)) bad |= 1u << (page + i);
+            pair.x[i] = mask[i] ? x[i] : -INFINITY;
+            if (mask[i] && !isfinite(x[i])) bad |= 1u << (page + i);
         }
         put(g, page, pair);
         return bad;
@@ -166,15 +172,93 @@ class PageScan {
         for (int c = 0; c < 2 * Tiles; ++c) {
             const int g = c / 2 * 8 + 2 * b + c % 2;
             if (g >= s_.group) continue;
-            float dot[2], rest[2];
+            float x[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                dot[i] = static_cast<float>(sums[c / 2][2 * i + c % 2] - shift_[g]) * scale[i];  // below 2^24: exact
-                rest[i] = fmaf(curvature_[g], spread[i], count[i]);
+                const float dot = static_cast<float>(sums[c / 2][2 * i + c % 2] - shift_[g]) * scale[i];  // below 2^24
+                x[i] = score_of(g, dot, fmaf(curvature_[g], spread[i], count[i]));
             }
-            bad |= finish(g, page, dot, rest, mask, put);
+            bad |= finish(g, page, x, mask, put);
         }
         return bad;
+    }
+
+    // Heads first..first + 7 by the means of parts of each page, those of a pair in the nibbles of a byte.
+    template <int Pairs, class Masks, class Put>
+    __device__ uint32_t score_parts(int first, const unsigned char* block, Masks masks, Put put) const {
+        const int a = lane() / 4, b = lane() % 4, page = 2 * a;
+        constexpr int kParts = 2 * Pairs;
+        int32_t sums[kParts][4] = {};
+#pragma unroll
+        for (int pair = 0; pair < Pairs; ++pair) {
+            add_pair(first, block + pair_offset(s_.head_dim, pair), sums[2 * pair], sums[2 * pair + 1]);
+        }
+        const uint32_t mask[2] = {masks(page), masks(page + 1)};
+        float scale[2][kParts], spread[2][kParts], count[2][kParts];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const auto fact = [&](int64_t at) { return reinterpret_cast<const uint32_t*>(block + at)[page + i]; };
+            const uint32_t second = fact(part_slots_offset(s_.head_dim, Pairs)), high = second >> 16;
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                const int pair = part / 2, half = 16 * (part % 2);
+                const uint32_t slots = (pair ? high : ~high) & (half ? second : ~second);
+                scale[i][part] = from_bf16(static_cast<uint16_t>(fact(pair_scales_offset(s_.head_dim, Pairs, pair)) >> half));
+                spread[i][part] =
+                    from_bf16(static_cast<uint16_t>(fact(pair_spreads_offset(s_.head_dim, Pairs, pair)) >> half));
+                count[i][part] = static_cast<float>(__popc(mask[i] & slots));
+            }
+        }
+        uint32_t bad = 0;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int g = first + 2 * b + c;
+            if (g >= s_.group) continue;
+            float x[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float of_part[kParts];
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+                    const float dot = static_cast<float>(sums[part][2 * i + c] - shift_[g]) * scale[i][part];
+                    of_part[part] = score_of(g, dot, curvature_[g] * spread[i][part]);
+                }
+                x[i] = log_sum(count[i], of_part);
+            }
+            bad |= finish(g, page, x, mask, put);
+        }
+        return bad;
+    }
+
+    // The products of both means of a pair, as those of score_means.
+    __device__ void add_pair(int first, const unsigned char* block, int32_t (&low)[4], int32_t (&high)[4]) const {
+        constexpr uint32_t kNibbles = 0x0F0F0F0Fu;
+        const int a = lane() / 4, lines = s_.head_dim / 4;
+        const uint2* const words = reinterpret_cast<const uint2*>(block) + a;
+#pragma unroll 4
+        for (int line = lane() % 4; line < lines; line += 8) {
+            const uint2 here = words[line * 8];
+            const uint2 there = line + 4 < lines ? words[(line + 4) * 8] : make_uint2(0, 0);
+            const uint32_t* const q = codes_ + (first + a) * words_ + line;
+            const uint32_t heads[2] = {q[0], q[4]};
+            const uint32_t four[4] = {here.x, here.y, there.x, there.y};
+            const uint32_t lower[4] = {four[0] & kNibbles, four[1] & kNibbles, four[2] & kNibbles, four[3] & kNibbles};
+            const uint32_t upper[4] = {four[0] >> 4 & kNibbles, four[1] >> 4 & kNibbles, four[2] >> 4 & kNibbles,
+                                       four[3] >> 4 & kNibbles};
+            mma_u8s8(low, lower, heads);
+            mma_u8s8(high, upper, heads);
+        }
+    }
+
+    // The log of sum count e^x; a part without visible slots does not enter. NaN of another shows.
+    template <int Parts>
+    __device__ static float log_sum(const float (&count)[Parts], const float (&x)[Parts]) {
+        float most = -INFINITY, sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Parts; ++i) most = count[i] > 0.0f && x[i] > most ? x[i] : most;
+#pragma unroll
+        for (int i = 0; i < Parts; ++i) sum = count[i] > 0.0f ? fmaf(count[i], exp_(x[i] - most), sum) : sum;
+        return most + logf(sum);
     }
 
     // Heads first..first + 3. Each channel's bound is the larger of its two products: that with hi where q is positive, else
@@ -209,8 +293,9 @@ class PageScan {
         add_channels<2>(sums, 4);
         const int g = first + lane() / 8, page = 4 * quad + lane() / 4 % 2 * 2;
         const uint32_t mask[2] = {masks(page), masks(page + 1)};
-        const float dot[2] = {sums[0], sums[1]}, rest[2] = {log_count(mask[0]), log_count(mask[1])};
-        return g < s_.group ? finish(g, page, dot, rest, mask, put) : 0u;
+        if (g >= s_.group) return 0u;
+        const float x[2] = {score_of(g, sums[0], log_count(mask[0])), score_of(g, sums[1], log_count(mask[1]))};
+        return finish(g, page, x, mask, put);
     }
 
     // Adds what the lanes `step` apart hold of 2 Half sums; each keeps half of them.

@@ -35,7 +35,7 @@ STATES: Mapping[str, int] = {"int8": INT8, "int4": INT4, "int2": INT2}
 """States of the quantized formats, most bits first: a token's bits only fall."""
 
 
-SummaryKind = Literal["mean", "bounds", "mean_value"]
+SummaryKind = Literal["mean", "bounds", "mean_value", "halves", "quarters"]
 """What a summary says of its page (:func:`kvstrata.ops.summarize`)."""
 
 

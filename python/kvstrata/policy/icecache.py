@@ -26,19 +26,19 @@ def icecache(
 
     budget: tokens read per row and step, of which sinks and window, both multiples of 16, are always read: with 256, 12 pages;
     dense_layers: layers that read all and keep it Near; state, segment, segment_min: of
-    :class:`kvstrata.recall.Archive`; near_pages, aggregate, spread_weight: of :class:`kvstrata.recall.PageMeans`; interval,
+    :class:`kvstrata.recall.Archive`; near_pages, aggregate, spread_weight: of :class:`kvstrata.recall.SplitMeans`; interval,
     chunk: tokens between plans and between cuts of a prompt, multiples of 16. ValueError for parameters.
 
     Deviations: the paper indexes with a tree of random projections and token by token; here segments are clustered by k-means
-    and all page means are scanned. Its first two layers are dense and not counted; here none is, and all bytes count. A step
-    of several tokens reads everything.
+    and the means of the parts of all pages are scanned. Its first two layers are dense and not counted; here none is, and all
+    bytes count. A step of several tokens reads everything.
     """
-    from kvstrata.recall import Archive, KMeans, PageMeans  # which itself imports policy.base
+    from kvstrata.recall import Archive, KMeans, SplitMeans  # which itself imports policy.base
 
     return Policy(
         "icecache",
         Archive(KMeans(), state, segment, segment_min),
-        selector=PageMeans(budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages),
+        selector=SplitMeans(budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages),
         formats=() if state == "full" else (state,),
         dense_layers=tuple(dense_layers),
         sinks=sinks,

@@ -29,14 +29,14 @@ def strata(
     "int2"; queries: last ones by which pages are ranked; sinks, window, interval, chunk: multiples of 16; near_pages, segment,
     segment_min: as in :func:`kvstrata.policy.icecache`. ValueError for parameters.
     """
-    from kvstrata.recall import KMeans, Ladder, PageMass, PageMeans  # which itself imports policy.base
+    from kvstrata.recall import KMeans, Ladder, PageMass, SplitMeans  # which itself imports policy.base
 
     return Policy(
         "strata",
         Ladder(KMeans(), state, segment, segment_min),
         PageMass(queries),
         Uniform(),
-        selector=PageMeans(budget=budget, near_pages=near_pages),
+        selector=SplitMeans(budget=budget, near_pages=near_pages),
         formats=() if state == "full" else (state,),
         sinks=sinks,
         window=window,

@@ -4,7 +4,7 @@ from kvstrata.recall.archive import Archive
 from kvstrata.recall.far import Far
 from kvstrata.recall.ladder import Ladder, PageMass
 from kvstrata.recall.packers import Greedy, KMeans, Position
-from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans, TopPages, TopTokens
+from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans, SplitMeans, TopPages, TopTokens
 
 __all__ = [
     "Archive",
@@ -17,6 +17,7 @@ __all__ = [
     "PageMass",
     "PageMeans",
     "Position",
+    "SplitMeans",
     "TopPages",
     "TopTokens",
 ]

@@ -26,6 +26,7 @@ from kvstrata.reference.pages import (
     unpack,
     widen,
 )
+from kvstrata.reference.parts import part_codes, part_facts, part_slots, split_blocks, summary_split
 from kvstrata.reference.recall import (
     cluster,
     cluster_greedy,
@@ -62,8 +63,8 @@ __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
     "cluster", "cluster_greedy", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit",
     "group_size", "held_mass", "logits", "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means",
-    "page_spreads", "page_votes", "pool", "quantize", "query_codes", "ranks", "readable", "rotate", "round_up_bf16",
-    "score_keys", "score_max", "score_pages", "score_window", "select", "shares", "similarities", "splitmix64", "summarize",
-    "summary_bounds", "summary_codes", "summary_parts", "summary_values", "unpack", "visible_slots", "widen",
-    "window_read", "zone",
+    "page_spreads", "page_votes", "part_codes", "part_facts", "part_slots", "pool", "quantize", "query_codes",
+    "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_max", "score_pages", "score_window",
+    "select", "shares", "similarities", "split_blocks", "splitmix64", "summarize", "summary_bounds", "summary_codes",
+    "summary_parts", "summary_split", "summary_values", "unpack", "visible_slots", "widen", "window_read", "zone",
 ]  # fmt: skip

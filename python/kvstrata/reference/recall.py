@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvstrata.reference.pages import SLOTS, rotate
+from kvstrata.reference.parts import PARTS, by_lanes, split_blocks, summary_split
 
 INF = float("inf")
 BEST_PAGES = 4  # of a token, that it bids for one after the other
@@ -114,11 +115,14 @@ def page_spreads(k: Tensor, slots: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
 def summarize(k: Tensor, slots: Tensor, kind: str = "mean", v: Tensor | None = None) -> Tensor:
     """Blocks u8 [R, ceil(M / 16), bytes] of k, v [R, M, 16, D] as stored and the visible slots bool [R, M, 16].
 
-    kind mean: 16 D + 192 bytes; bounds: 64 D; mean_value, which needs v: 32 D + 320. A page with a key that is not finite:
-    codes 128, scale, spread and radius NaN, bounds NaN; with a value that is not: their codes 128, scale NaN.
+    kind mean: 16 D + 192 bytes; bounds: 64 D; mean_value, which needs v: 32 D + 320; halves: 16 D + 192, quarters: 32 D + 320.
+    A page with a key that is not finite: codes 128, scale, spread and radius NaN, bounds NaN, of parts codes 8 and scales NaN;
+    with a value that is not: their codes 128, scale NaN.
     """
     if kind == "bounds":
         return bounds_blocks(k, slots)
+    if kind in PARTS:
+        return split_blocks(k, slots, kind)
     blocks = mean_blocks(k, slots)
     if kind == "mean":
         return blocks
@@ -133,15 +137,6 @@ def mean_codes(mean: Tensor) -> tuple[Tensor, Tensor]:
     step = scale.to(mean.dtype).unsqueeze(-1)
     codes = torch.round(mean / step).clamp(-127, 127).masked_fill((step == 0) | bad.unsqueeze(-1), 0.0)
     return codes, scale.masked_fill(bad, float("nan"))
-
-
-def by_lanes(x: Tensor, empty: float) -> Tensor:
-    """x [R, M, ...] as lanes [R, B, 16, ...], `empty` in those beyond M."""
-    rows, entries, *rest = x.shape
-    count = -(-entries // SLOTS)
-    lanes = torch.full((rows, count * SLOTS, *rest), empty, dtype=x.dtype)
-    lanes[:, :entries] = x
-    return lanes.view(rows, count, SLOTS, *rest)
 
 
 def mean_blocks(k: Tensor, slots: Tensor) -> Tensor:
@@ -244,6 +239,8 @@ def score_pages(
     """
     dim, entries = q.shape[-1], visible.shape[1]
     scale = dim**-0.5 if scale is None else scale
+    if kind in PARTS:
+        return split_scores(q, blocks, visible, scale, spread_weight, softcap)
     curved = torch.zeros(())
     if kind == "bounds":
         lo, hi = (part[:, :entries].double() for part in summary_bounds(blocks, dim))
@@ -261,6 +258,23 @@ def score_pages(
         x = softcap * torch.tanh(x / softcap)
     n = counts(visible).unsqueeze(1)
     return torch.where(n == 0, torch.full_like(x, -INF), x + curved + torch.log(n.clamp_min(1).double()))
+
+
+def split_scores(
+    q: Tensor, blocks: Tensor, visible: Tensor, scale: float, spread_weight: float, softcap: float
+) -> Tensor:
+    """x of kinds halves and quarters, as `score_pages` has it: the log of what the parts of a page sum to."""
+    codes, step, spread, parts = (part[:, : visible.shape[1]] for part in summary_split(blocks, q.shape[-1]))
+    exact, delta = query_codes(q)
+    rounded = delta.double().unsqueeze(-1) * torch.round(exact).clamp(-127, 127).double()
+    x = scale * torch.einsum("rgd,rmpd->rgmp", rounded, step.double().unsqueeze(-1) * codes.double())
+    if softcap > 0:
+        x = softcap * torch.tanh(x / softcap)
+    square = (q.double() ** 2).sum(-1)
+    x = x + 0.5 * spread_weight * scale**2 * torch.einsum("rg,rmp->rgmp", square, spread.double())
+    seen = (visible.long().unsqueeze(-1) >> torch.arange(SLOTS)) & 1 == 1
+    n = (parts & seen.unsqueeze(2)).sum(-1).unsqueeze(1)  # [R, 1, M, P]
+    return torch.logsumexp(torch.where(n == 0, torch.full_like(x, -INF), x + n.clamp_min(1).double().log()), -1)
 
 
 def page_votes(x: Tensor, lse_base: Tensor | None = None, aggregate: str = "sum") -> Tensor:
