@@ -61,10 +61,11 @@ class Plans:
         seen = self._see(layer, ids, ends)
         if seen is None:
             return
-        seen = self._scored(seen, ids)
-        if self._cache.policy.allocator is not None:
-            seen = replace(seen, allowance=self.shares.equal(seen, ids))
-        self._apply(seen, ids)
+        allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
+        if allowance is not None and self.shares.leaves(seen, allowance):
+            self._leave(seen, ids)
+            return
+        self._apply(replace(self._scored(seen, ids), allowance=allowance), ids)
 
     def compact(self, layer: int, seq: int, spans: Spans) -> None:
         """One layer of a sequence, by what queries beside its own see of it; in a step, after its tokens were appended."""
@@ -116,7 +117,8 @@ class Plans:
 
     def run(self, ids: list[int], always: bool = True) -> None:
         """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan; of what
-        archives, each layer for itself. always: whether or not something waits for that."""
+        archives, each layer for itself. Sequences whose share holds all they have as it is are neither scored nor planned.
+        always: whether or not something waits for that."""
         if self._cache.policy.archives:
             for layer in self.layers:
                 self._archive(layer, ids, always and self._cache.policy.allocator is not None)
@@ -125,6 +127,14 @@ class Plans:
         ends = [self._store.length(i) for i in ids]
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
+            return
+        if left := self.shares.left_alone(found, ids):
+            self.note(left)
+            if rest := [i for i in ids if i not in left]:
+                self.run(rest)
+            else:
+                for seen in found:
+                    self._leave(seen, ids)
             return
         found = [self._scored(seen, ids) for seen in found]
         if self._cache.policy.allocator is not None:
@@ -313,6 +323,11 @@ class Plans:
         if plan.set is not None:
             changed |= plan.set.int() != sets_of(self._cache, seen, ids).int()
         self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
+
+    def _leave(self, seen: Seen, ids: list[int]) -> None:
+        """A plan of a layer that is sure to change nothing: it ends before anything is scored, and counts."""
+        self._cache._charges.plan()
+        self.counts["plans"] += 1
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the

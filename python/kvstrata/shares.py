@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
-from kvstrata.budget.costs import far_books, page_costs
+from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.protect import pages
 from kvstrata.columns import chosen_states, wide_columns
@@ -54,6 +54,47 @@ class Shares:
         if cache.policy.archives and not cache._slabs.has_far:
             return self._all_near(seen, allowance)
         return allowance
+
+    # --- what needs no plan -----------------------------------------------------------------------------------------------
+
+    def leaves(self, seen: Seen, allowance: Allowance) -> bool:
+        """Whether a plan of a layer is sure to change nothing, whatever the scores: all is Full, and its bytes hold it so."""
+        if not self._leaves_what_fits or not bool(self._as_it_is(seen).all()):
+            return False
+        return bool((_movable(seen) * allowance.page_bytes[FULL] <= allowance.bytes).all())
+
+    def left_alone(self, found: list[Seen], ids: list[int]) -> list[int]:
+        """Of sequences, seen in all layers, those where a plan is sure to change nothing, whatever the scores: all is Full,
+        and an allocator, whose bytes sum to the least of share and caps, gives every row its cap. Where those are all of them,
+        statistics that are due are measured."""
+        if not self._leaves_what_fits or self._cache.policy.allocator is None:
+            return []
+        costs = [page_costs(self._cache.shape, seen.layer, self._cache.policy) for seen in found]
+        unit = min(min(cost.values()) for cost in costs)
+        units = sum(-(-_movable(seen) * cost[FULL] // unit) for seen, cost in zip(found, costs, strict=True))
+        same = torch.stack([self._as_it_is(seen) for seen in found]).all(0)
+        of = (len(ids), -1)
+        fits = same.view(of).all(1) & (torch.as_tensor(units).view(of).sum(1) <= self.content() // unit)
+        alone = [i for i, stays in zip(ids, fits.tolist(), strict=True) if stays]
+        if len(alone) == len(ids) and "oq" in self._cache.policy.allocator.needs:
+            for seen in found:
+                self._measured(seen, ids)
+        return alone
+
+    @property
+    def _leaves_what_fits(self) -> bool:
+        """Whether the planner's word does, and no score is kept that a plan would change."""
+        policy = self._cache.policy
+        joins = keeps_scores(policy) and policy.combine != "replace"
+        return bool(getattr(policy.planner, "leaves_what_fits", False)) and not joins
+
+    def _as_it_is(self, seen: Seen) -> Tensor:
+        """bool [R]: rows whose unprotected tokens are Full, no more of all than the budget counts."""
+        full = ((seen.state == FULL) | ~seen.stored | seen.protected).all(1)
+        most = self._cache._limit.most(self._cache.policy)
+        return full if most is None else full & (seen.stored.sum(1) <= most)
+
+    # --- what is divided --------------------------------------------------------------------------------------------------
 
     def _dense(self, lengths: Tensor) -> Tensor:
         """Bytes that sequences of so many tokens hold, sinks and tails excepted, where nothing is planned."""

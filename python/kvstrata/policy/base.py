@@ -183,7 +183,8 @@ class Allocator(Protocol):
 
 
 class Planner(Protocol):
-    """Which state and tier does each token take?"""
+    """Which state and tier does each token take? One with ``leaves_what_fits`` True changes nothing, whatever the scores, where
+    all unprotected tokens are Full and the bytes of each row hold them so: it is not asked then."""
 
     def plan(self, seen: Seen) -> Plan: ...
 
