@@ -144,7 +144,7 @@ struct Store::Writing {
         bool centred = false;
         const size_t first = fresh.size();
         for (size_t b = 0; b < batch.size(); ++b) {
-            const PageId page = store.pools_[pool].take();
+            const PageId page = store.pools_[pool].take(sequence.owner);
             fresh.push_back({page, 0, batch[b].want, {}, batch[b].set});
             const PageId to = tier == Tier::far ? store.ring_of(pool)[b] : page;
             for (int slot = 0; slot < batch[b].count; ++slot) {

@@ -65,7 +65,10 @@ class Plans:
         if allowance is not None and self.shares.leaves(seen, allowance):
             self._leave(seen, ids)
             return
-        self._apply(replace(self._scored(seen, ids), allowance=allowance), ids)
+        seen = self._scored(seen, ids)
+        if allowance is not None:
+            seen = replace(seen, allowance=self.shares.chosen(seen, allowance, ids))
+        self._apply(seen, ids)
 
     def compact(self, layer: int, seq: int, spans: Spans) -> None:
         """One layer of a sequence, by what queries beside its own see of it; in a step, after its tokens were appended."""
@@ -82,6 +85,20 @@ class Plans:
             seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
             if seen is not None:
                 self._scored(seen, [seq], since)
+
+    def drop(self, layer: int, seq: int, keep: Tensor) -> None:
+        """:meth:`kvstrata.Cache.drop`."""
+        heads = self._cache.shape.layers[layer].kv_heads
+        if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
+            raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
+        columns = self._store.columns(layer, [seq])
+        if keep.shape[1] < columns:
+            raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
+        state = torch.empty(heads, columns, dtype=torch.uint8)
+        self._store.look(layer, [seq], 0, 0, state.data_ptr(), 0, 0, 0, 0, columns)
+        state *= keep[:, :columns]
+        self._store.check_plan(layer, [seq], state.data_ptr(), 0, 0, columns, False)
+        self.apply(layer, [seq], Plan(state), list(range(heads)))
 
     def regroup(self, seq: int, of: Tensor, count: int) -> None:
         """All layers of a sequence, by its scores: first how many tokens each row may show, then each layer's sets. of: i32

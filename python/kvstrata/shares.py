@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstrata.budget.allocate import RowsSeen
 from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
+from kvstrata.budget.knapsack import Knapsack
 from kvstrata.budget.protect import pages
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, Unsupported
@@ -39,6 +40,8 @@ class Shares:
         cache = self._cache
         limit, batch = self.goal or (cache._slabs.limit, max(1, len(cache._live)))
         assert limit is not None
+        if (own := cache._charges.limit()) is not None:
+            limit = min(limit, own)
         return max(0, cache._limit.content(cache.policy, limit, batch)) // batch
 
     def equal(self, seen: Seen, ids: list[int]) -> Allowance:
@@ -149,6 +152,21 @@ class Shares:
             states = None if formats is None else chosen_states(seen, formats[i], costs[i])
             out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
         return out
+
+    def chosen(self, seen: Seen, allowance: Allowance, ids: list[int]) -> Allowance:
+        """A layer by itself, where the allocator decides token by token: so within the equal shares of its rows together."""
+        allocator = self._cache.policy.allocator
+        if not isinstance(allocator, Knapsack) or seen.score is None:
+            return allowance
+        allocator = replace(allocator, layer_weight=None)  # the same for all there are
+        costs = dict(allowance.page_bytes)
+        table = self._table([seen], [costs], ids)
+        given = []
+        for rows in table.sequences():
+            share = int(allowance.bytes[rows].clamp_min(0).sum())
+            given.append(allocator.allocate(table.of(rows), share).formats)
+        formats = torch.cat([f[0] for f in given if f is not None])
+        return replace(allowance, formats=chosen_states(seen, formats, costs))
 
     def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:
         """[L, R, N] of unprotected tokens, moved to the front of each row."""
