@@ -344,12 +344,12 @@ void bind_store(py::module_& m) {
         .def(
             "plan_piece",
             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group,
-               const std::vector<int64_t>& cost, int64_t spare, Address set) {
-                const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group, set), cost, spare);
+               const std::vector<int64_t>& cost, int64_t spare, Address set, int64_t room) {
+                const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group, set), cost, spare, room);
                 return py::make_tuple(piece.entries, piece.changing, piece.pages);
             },
             py::arg("layer"), py::arg("seq"), py::arg("head"), py::arg("state"), py::arg("tier"), py::arg("group"),
-            py::arg("cost"), py::arg("spare"), py::arg("set") = 0)
+            py::arg("cost"), py::arg("spare"), py::arg("set") = 0, py::arg("room") = INT64_MAX)
         .def(
             "apply_plan",
             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most,

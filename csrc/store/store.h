@@ -100,7 +100,8 @@ struct Tally {
     int64_t entries = 0, far = 0;  // entries; slots of the Far tier
 };
 
-// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
+// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool, of which
+// no more than `spare` bytes are not free yet, by `cost`, and no more than `room` bytes are Near.
 struct PlanPiece {
     int32_t entries, changing;
     std::vector<int64_t> pages;
@@ -252,7 +253,7 @@ class Store {
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
     PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
-                         int64_t spare);
+                         int64_t spare, int64_t room);
     bool apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most);  // checked before
 
   private:

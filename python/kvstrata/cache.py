@@ -352,6 +352,7 @@ class Cache:
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
         try:
+            self._plans.seal(before)
             if not self._guard.falls():
                 self._plans.after(before)
         except BudgetExceeded:
@@ -368,8 +369,7 @@ class Cache:
         return self._slabs.nbytes()
 
     def shrink(self, limit: int) -> None:
-        """Plans for fewer bytes than the cache's limit, where its policy divides them, and returns what memory that frees.
-        BudgetExceeded, and nothing changed, where they are too few for its sequences."""
+        """Plans for fewer bytes than the limit, if the policy divides it, and trims. BudgetExceeded where they are too few."""
         if self.policy.allocator is not None and self._live and self._slabs.limit is not None:
             self._limit.admit_within(self.policy, limit, len(self._live))
             self._plans.ahead(self._live, limit, len(self._live))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
-from kvstrata.config import BudgetExceeded, MachineError
-from kvstrata.policy.base import FULL, Divides, Grouping, Plan, Seen
+from kvstrata.config import SLOTS, BudgetExceeded, MachineError
+from kvstrata.policy.base import FULL, STATES, Divides, Grouping, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows, Spans
 from kvstrata.shares import Shares
@@ -61,6 +61,7 @@ class Plans:
         seen = self._see(layer, ids, ends)
         if seen is None:
             return
+        seen = replace(seen, prompt=True)
         allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
         if allowance is not None and self.shares.leaves(seen, allowance):
             self._leave(seen, ids)
@@ -240,6 +241,22 @@ class Plans:
         except Exception as error:
             error.add_note("raised by a plan after a step: the step's tokens stand")
             raise
+
+    def seal(self, before: dict[int, int]) -> None:
+        """What has left the tails of a step's sequences, and is Full yet, takes the format of the policy's ``on_seal``. before:
+        their lengths before the step."""
+        sealing = self._cache.policy.on_seal
+        ids = [i for i, n in before.items() if n // SLOTS != self._store.length(i) // SLOTS]
+        if sealing is None or not ids:
+            return
+        for layer in self.layers:
+            seen = self._see(layer, ids, [self._store.length(i) for i in ids])
+            if seen is None:
+                continue
+            fresh = seen.stored & ~seen.protected & (seen.state == FULL)
+            self.counts["quantized"] += int(fresh.sum())
+            plan = Plan(seen.state.masked_fill(fresh, STATES[sealing]))
+            self.apply(layer, ids, plan, torch.nonzero(fresh.any(1)).flatten().tolist())
 
     def _archive_or_put_off(self, layer: int, ids: list[int]) -> None:
         """A sequence whose plan cannot be made holds up no other."""

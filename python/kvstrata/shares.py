@@ -53,7 +53,7 @@ class Shares:
             each -= far_books(cache.shape, seen.layer, cache.policy) * (_movable(seen) + FRAGMENTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
         spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
-        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
+        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare, most=self._most)
         if cache.policy.archives and not cache._slabs.has_far:
             return self._all_near(seen, allowance)
         return allowance
@@ -94,8 +94,12 @@ class Shares:
     def _as_it_is(self, seen: Seen) -> Tensor:
         """bool [R]: rows whose unprotected tokens are Full, no more of all than the budget counts."""
         full = ((seen.state == FULL) | ~seen.stored | seen.protected).all(1)
-        most = self._cache._limit.most(self._cache.policy)
-        return full if most is None else full & (seen.stored.sum(1) <= most)
+        return full if self._most is None else full & (seen.stored.sum(1) <= self._most)
+
+    @property
+    def _most(self) -> int | None:
+        """Tokens that a plan may leave in a row where the budget counts them."""
+        return self._cache._limit.most(self._cache.policy)
 
     # --- what is divided --------------------------------------------------------------------------------------------------
 
@@ -150,7 +154,7 @@ class Shares:
         for i, seen in enumerate(found):
             full = None if shares is None else shares[i]
             states = None if formats is None else chosen_states(seen, formats[i], costs[i])
-            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
+            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states, most=self._most)))
         return out
 
     def chosen(self, seen: Seen, allowance: Allowance, ids: list[int]) -> Allowance:

@@ -119,12 +119,11 @@ class Slabs:
         """
         costs, sequences = self._costs(), self._charges.sequences
         left = _UNLIMITED if sequences is None or (n := sequences.left(seq)) is None else n
-        spare = min(left, self._spare(costs))
-        entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
+        row = (layer, seq, head, *columns[:3], costs)
+        entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
         if entries < changing:
             self.trim(keep=needed)
-            spare = min(left, self._spare(costs))
-            entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
+            entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
         if sequences is not None:
             sequences.reserve_pages({seq: needed})
         self._reserve(lambda: needed)

@@ -62,8 +62,8 @@ class Knapsack:
     of the token's value)^2, fidelity 1 - e^2; needs ``seen.norms``); prior: the part in [0, 1] of a row's attention that later
     queries are taken to spread evenly, whatever the scores say (PRIOR).
     Value of a token: omega * priority * ((1 - prior) * score / sum of its row's scores over visible tokens + prior / tokens of
-    its row that are not protected), 0 where the score is NaN. A quantized token can only stay as it is or go below. The loss against the
-    optimum is at most the largest single step.
+    its row that are not protected), 0 where the score is NaN. A quantized token can only stay as it is or go below. The loss
+    against the optimum is at most the largest single step.
 
     ``bytes`` are the pages' costs: at most ``total``, in whole pages, and what no page fits into is ``slack``; ``formats``
     says what each token becomes. Needs scores that are attention mass; without scores Unsupported, as are floors and caps
