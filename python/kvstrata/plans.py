@@ -64,7 +64,7 @@ class Plans:
         seen = replace(seen, prompt=True)
         allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
         if allowance is not None and self.shares.leaves(seen, allowance):
-            self._leave(seen, ids)
+            self._leave([layer], ids)
             return
         seen = self._scored(seen, ids)
         if allowance is not None:
@@ -140,9 +140,11 @@ class Plans:
         if self._cache.policy.archives:
             for layer in self.layers:
                 self._archive(layer, ids, always and self._cache.policy.allocator is not None)
-            self.note(ids)
-            return
+            return self.note(ids)
         ends = [self._store.length(i) for i in ids]
+        if self.shares.are_roomy(ids):
+            self._leave(self.layers, ids)
+            return self.note(ids)
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
             return
@@ -151,8 +153,7 @@ class Plans:
             if rest := [i for i in ids if i not in left]:
                 self.run(rest)
             else:
-                for seen in found:
-                    self._leave(seen, ids)
+                self._leave([seen.layer for seen in found], ids)
             return
         found = [self._scored(seen, ids) for seen in found]
         if self._cache.policy.allocator is not None:
@@ -358,10 +359,12 @@ class Plans:
             changed |= plan.set.int() != sets_of(self._cache, seen, ids).int()
         self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
 
-    def _leave(self, seen: Seen, ids: list[int]) -> None:
-        """A plan of a layer that is sure to change nothing: it ends before anything is scored, and counts."""
-        self._cache._charges.plan()
-        self.counts["plans"] += 1
+    def _leave(self, layers: list[int], ids: list[int]) -> None:
+        """Plans of layers that are sure to change nothing: they end before anything is scored, and count."""
+        del ids
+        for _ in layers:
+            self._cache._charges.plan()
+            self.counts["plans"] += 1
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the

@@ -84,6 +84,36 @@ class Shares:
                 self._measured(seen, ids)
         return alone
 
+    def are_roomy(self, ids: list[int]) -> bool:
+        """Whether sequences are sure to be left alone by what native counters say, without a look at their tokens: sinks and
+        tails as if they were not protected, and no statistics are due."""
+        cache, policy = self._cache, self._cache.policy
+        if not self._leaves_what_fits or policy.allocator is None or not any(self._cache._store.length(i) for i in ids):
+            return False
+        layers = cache._plans.layers
+        costs = {layer: page_costs(cache.shape, layer, policy) for layer in layers}
+        unit, room = min(min(cost.values()) for cost in costs.values()), self.content()
+        for i in ids:
+            units = 0
+            for layer in layers:
+                rows = [cache._store.stored(i, layer, h) for h in range(cache.shape.layers[layer].kv_heads)]
+                if self._most is not None and max(rows) > self._most:
+                    return False
+                units += sum(-(-pages(n) * costs[layer][FULL] // unit) for n in rows)
+                slots, _, _ = cache._store.tally(layer, [i])
+                if slots[FULL] != sum(rows) or self._is_due(layer, i):
+                    return False
+            if units > room // unit:
+                return False
+        return True
+
+    def _is_due(self, layer: int, seq: int) -> bool:
+        """Whether a layer's statistics are to be measured, if the allocator has any."""
+        allocator = self._cache.policy.allocator
+        if not isinstance(allocator, EntropyShare) or allocator.queries == 0:
+            return False
+        return any(self._statistics.due(layer, [seq], [self._cache._store.length(seq)], allocator.every))
+
     @property
     def _leaves_what_fits(self) -> bool:
         """Whether the planner's word does, and no score is kept that a plan would change."""

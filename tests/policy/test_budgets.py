@@ -247,6 +247,22 @@ def test_layers_of_different_heads_are_refused_at_once() -> None:
     assert Cache(shape, policy="kivi").policy.formats == ("int4",), "without a division they are served"
 
 
+def test_a_knapsack_chooses_inside_prompts() -> None:
+    """A prompt in pieces, whose cuts have no bytes for all in int4: they go by mass per byte as the last plan does, where the
+    planner by itself would keep few tokens, Full."""
+    formats = ("int4", "int2")
+    policy = Policy(
+        "knapsack", ThreeStates("int4"), MeanSpread(16), Knapsack(("bf16", *formats)), formats, sinks=16, combine="max"
+    )
+    shape = Shape(LAYERS, torch.bfloat16)
+    cache = Cache(shape, budget=Budget.bytes(420 << 10), policy=policy)
+    (seq,) = cache.new()
+    feed(cache, [seq], [2000], torch.Generator().manual_seed(3))
+    states = cache.report().states
+    assert cache.report().stored_tokens > 1.5 * (420 << 10) / shape.token_bytes() * shape.rows
+    assert states["int2"] + states["int4"] > states["full"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_knapsack_holds_its_limit(dtype: torch.dtype) -> None:
     """A format for every token by mass per byte, in a cache: all formats are used, the limit holds at every step."""

@@ -26,9 +26,10 @@ def planned(cache: Cache) -> list[tuple[int, int]]:
     for name in ("_apply", "_leave"):
         acts = getattr(cache._plans, name)
 
-        def note(seen, ids, acts=acts):  # type: ignore[no-untyped-def]
-            found.extend((seen.layer, cache._store.length(i)) for i in ids)
-            acts(seen, ids)
+        def note(what, ids, acts=acts):  # type: ignore[no-untyped-def]
+            layers = what if isinstance(what, list) else [what.layer]
+            found.extend((layer, cache._store.length(i)) for layer in layers for i in ids)
+            acts(what, ids)
 
         setattr(cache._plans, name, note)
     return found
