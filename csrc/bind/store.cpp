@@ -50,7 +50,7 @@ store::Recall recall(const RecallTuple& r) {
 std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
                               int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed,
                               const RecallTuple& recalled, const std::vector<int>& dense, const std::vector<int>& far,
-                              int ring, bool sets, int device) {
+                              int ring, bool sets, int device, bool charged) {
     std::vector<store::LayerShape> shapes;
     for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
     store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
@@ -60,6 +60,7 @@ std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>&
     for (int state : far) options.far.push_back(static_cast<State>(state));
     options.ring = ring;
     options.sets = sets;
+    options.charged = charged;
     options.where = where_of(device);
     return std::make_unique<Store>(std::move(shapes), std::move(options));
 }
@@ -154,7 +155,7 @@ void bind_store(py::module_& m) {
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
              py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
              py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0,
-             py::arg("sets") = false, py::arg("device") = 0)
+             py::arg("sets") = false, py::arg("device") = 0, py::arg("charged") = false)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(
@@ -265,6 +266,20 @@ void bind_store(py::module_& m) {
                          const std::vector<int32_t>& tokens) { s.begin(seqs, starts, tokens); })
         .def("needed", &Store::needed)
         .def("missing", &Store::missing)
+        .def("needed_each", &Store::needed_each)
+        .def("owner", [](const Store& s, SeqId seq) { return s.sequence(seq).owner; })
+        .def("charges",
+             [](const Store& s) {
+                 std::vector<std::tuple<pages::Owner, int, int64_t>> out;
+                 for (const store::Charge& c : s.charges()) out.emplace_back(c.owner, c.pool, c.pages);
+                 return out;
+             })
+        .def("holdings",
+             [](Store& s, SeqId seq) {
+                 std::vector<std::tuple<int, uint32_t, int64_t>> out;
+                 for (const store::Holding& h : s.holdings(seq)) out.emplace_back(h.pool, h.holders, h.pages);
+                 return out;
+             })
         .def_property_readonly("longest", &Store::longest)
         .def("append",
              [](Store& s, int layer, const Strides& k, const Strides& v, int from, int to, int threads) {
@@ -331,12 +346,12 @@ void bind_store(py::module_& m) {
         .def(
             "plan_piece",
             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group,
-               const std::vector<int64_t>& cost, int64_t spare, Address set) {
-                const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group, set), cost, spare);
+               const std::vector<int64_t>& cost, int64_t spare, Address set, int64_t room) {
+                const auto piece = s.plan_piece(layer, seq, head, row_plan(state, tier, group, set), cost, spare, room);
                 return py::make_tuple(piece.entries, piece.changing, piece.pages);
             },
             py::arg("layer"), py::arg("seq"), py::arg("head"), py::arg("state"), py::arg("tier"), py::arg("group"),
-            py::arg("cost"), py::arg("spare"), py::arg("set") = 0)
+            py::arg("cost"), py::arg("spare"), py::arg("set") = 0, py::arg("room") = INT64_MAX)
         .def(
             "apply_plan",
             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most,

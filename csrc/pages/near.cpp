@@ -55,7 +55,7 @@ int place(NearCopies& near, int capacity, int32_t step, Pool& pool) {
         if (s.stamp != step && (oldest < 0 || s.stamp < near.slots[oldest].stamp)) oldest = i;
     }
     if (static_cast<int>(near.slots.size()) < capacity) {
-        near.slots.push_back({pool.take(), -1, step});
+        near.slots.push_back({pool.take(kCache), -1, step});
         return static_cast<int>(near.slots.size()) - 1;
     }
     assert(oldest >= 0);

@@ -8,6 +8,11 @@
 #include "common/check.h"
 
 namespace kvstrata::pages {
+namespace {
+
+constexpr int64_t kChargeBytes = 48;  // of an owner's count: its node, and its part of the buckets
+
+}  // namespace
 
 int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device) {
     check(n_pages >= 1 && n_pages <= kMaxPagesPerSlab, "lend: n_pages is ", n_pages, ", expected 1..",
@@ -28,10 +33,11 @@ int Pool::lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t*
         positions_.push_back(nullptr);
     }
     Slab& slab = slabs_[index];
-    slab = Slab{payload, positions, n_pages, n_pages, false, {}, {}};
+    slab = Slab{payload, positions, n_pages, n_pages, false, {}, {}, {}};
     slab.free_bits.assign((n_pages + 63) / 64, ~uint64_t{0});
     if (n_pages % 64) slab.free_bits.back() = (uint64_t{1} << (n_pages % 64)) - 1;
     slab.refs.assign(n_pages, 0);
+    if (charged_) slab.owners.assign(n_pages, kCache);
     payloads_[index] = payload;
     positions_[index] = on_device ? on_device : positions;
     total_ += n_pages;
@@ -61,7 +67,7 @@ void Pool::set_closed(int index, bool closed) {
     if (!closed) first_ = std::min(first_, index);
 }
 
-PageId Pool::take() {
+PageId Pool::take(Owner owner) {
     for (; first_ < static_cast<int>(slabs_.size()); ++first_) {
         Slab& slab = slabs_[first_];
         if (slab.n_free == 0 || slab.closed) continue;
@@ -73,6 +79,10 @@ PageId Pool::take() {
             slab.refs[index] = 1;
             --slab.n_free;
             --free_;
+            if (charged_) {
+                slab.owners[index] = owner;
+                ++charges_[owner];
+            }
             return make_page(id_, first_, index);
         }
     }
@@ -84,6 +94,10 @@ bool Pool::release(PageId id) {
     const int index = page_index(id);
     assert(slab.refs[index] > 0);
     if (--slab.refs[index] > 0) return false;
+    if (charged_) {
+        const auto at = charges_.find(slab.owners[index]);
+        if (--at->second == 0) charges_.erase(at);
+    }
     slab.free_bits[index / 64] |= uint64_t{1} << (index % 64);
     ++slab.n_free;
     ++(slab.closed ? closed_free_ : free_);
@@ -94,8 +108,9 @@ bool Pool::release(PageId id) {
 int64_t Pool::metadata_bytes() const {
     int64_t bytes = static_cast<int64_t>(slabs_.capacity() * sizeof(Slab) + payloads_.capacity() * sizeof(void*) * 2);
     for (const Slab& s : slabs_)
-        bytes += s.free_bits.capacity() * sizeof(uint64_t) + s.refs.capacity() * sizeof(uint32_t);
-    return bytes;
+        bytes += s.free_bits.capacity() * sizeof(uint64_t) + s.refs.capacity() * sizeof(uint32_t) +
+                 s.owners.capacity() * sizeof(Owner);
+    return bytes + static_cast<int64_t>(charges_.size() * kChargeBytes);
 }
 
 }  // namespace kvstrata::pages

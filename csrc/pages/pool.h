@@ -2,15 +2,20 @@
 //
 // Integers and addresses only. A page's refcount is the number of page-table entries that hold it; at 0 it is free and
 // can be taken in the same step. Pages are taken from the lowest slab that has one free, so that high slabs run empty
-// and can be returned.
+// and can be returned. A charged pool knows of each page in use who took it: a page is charged to that owner for its life,
+// whoever holds it.
 #pragma once
 
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 #include "common/types.h"
 
 namespace kvstrata::pages {
+
+using Owner = uint32_t;
+inline constexpr Owner kCache = 0;  // who takes what belongs to no sequence
 
 struct Slab {
     unsigned char* payload = nullptr;  // first page; 64-byte aligned
@@ -20,11 +25,12 @@ struct Slab {
     bool closed = false;              // being emptied: no page is taken from it
     std::vector<uint64_t> free_bits;  // bit i: page i is free
     std::vector<uint32_t> refs;       // [n_pages]
+    std::vector<Owner> owners;        // [n_pages] of a charged pool, of pages in use
 };
 
 class Pool {
   public:
-    explicit Pool(int id, int64_t page_bytes) : id_(id), page_bytes_(page_bytes) {}
+    Pool(int id, int64_t page_bytes, bool charged) : id_(id), page_bytes_(page_bytes), charged_(charged) {}
 
     // -> slab index. on_device: the positions that ops see, where they run elsewhere than here; else null.
     int lend(unsigned char* payload, int32_t* positions, int n_pages, int32_t* on_device = nullptr);
@@ -32,10 +38,12 @@ class Pool {
     bool empty(int slab) const { return slabs_[slab].n_free == slabs_[slab].n_pages; }
     void set_closed(int slab, bool closed);
 
-    PageId take();  // refcount 1; throws std::logic_error if no page is free: reserve first
+    PageId take(Owner owner);  // refcount 1; throws std::logic_error if no page is free: reserve first
     void share(PageId id) { ++refs(id); }
     bool release(PageId id);  // true if the page became free
     uint32_t& refs(PageId id) { return slabs_[page_slab(id)].refs[page_index(id)]; }
+    Owner owner(PageId id) const { return charged_ ? slabs_[page_slab(id)].owners[page_index(id)] : kCache; }
+    const std::unordered_map<Owner, int64_t>& charges() const { return charges_; }  // pages in use of a charged pool
 
     int32_t* positions(PageId id) { return slabs_[page_slab(id)].positions + page_index(id) * kSlots; }
     const int32_t* positions(PageId id) const { return slabs_[page_slab(id)].positions + page_index(id) * kSlots; }
@@ -54,6 +62,8 @@ class Pool {
   private:
     int id_;
     int64_t page_bytes_;
+    bool charged_;
+    std::unordered_map<Owner, int64_t> charges_;
     int64_t total_ = 0, free_ = 0;  // free_: pages that can be taken now
     int64_t closed_free_ = 0;       // free pages of closed slabs
     int first_ = 0;                 // no slab below this index has a page to take

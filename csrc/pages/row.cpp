@@ -118,10 +118,10 @@ void switch_tail(Row& row, PageId to, Pool& pool) {
     row.changed(row.entries() - 1);
 }
 
-void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots) {
+void extend(Row& row, int64_t n, Pool& pool, Owner owner, PageId* pages, uint8_t* slots) {
     for (int64_t i = 0; i < n;) {
         if (row.room() == 0) {
-            const PageId page = pool.take();
+            const PageId page = pool.take(owner);
             resize(row, row.entries() + 1);
             row.page.back() = page;
             if (row.tagged) row.set.back() = kPending, row.back.back() = kNoPage;

@@ -81,8 +81,8 @@ inline bool must_copy_tail(const Row& row, Pool& pool) { return row.room() > 0 &
 void switch_tail(Row& row, PageId to, Pool& pool);
 
 // Opens places for n tokens at the end of the row, marks them alive and visible and names them in pages [n], slots [n].
-// Their positions are the payload writer's to fill in. The tail must not be shared.
-void extend(Row& row, int64_t n, Pool& pool, PageId* pages, uint8_t* slots);
+// Their positions are the payload writer's to fill in. The tail must not be shared. New pages are the owner's.
+void extend(Row& row, int64_t n, Pool& pool, Owner owner, PageId* pages, uint8_t* slots);
 
 // Undoes extend: removes the last n alive slots of the tail.
 void withdraw(Row& row, int64_t n, Pools& pools);

@@ -27,7 +27,8 @@ struct Tally {
     int64_t entries = 0, far = 0;  // entries; slots of the Far tier
 };
 
-// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool.
+// What one call of apply_plan can do: `entries` of the `changing` pages of a row, into so many new pages of each pool, of which
+// no more than `spare` bytes are not free yet, by `cost`, and no more than `room` bytes are Near.
 struct PlanPiece {
     int32_t entries, changing;
     std::vector<int64_t> pages;

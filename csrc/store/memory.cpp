@@ -38,7 +38,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
             if (pool == kMaxPools) throw Unsupported("Store: more than 8 different formats, head dimensions and tiers");
             info_.push_back({f, head_dim, page_bytes(f, head_dim), tier});
             kinds_.push_back({is_full(f) ? State::full : kvstrata::store::state_of(f), tier});
-            pools_.emplace_back(pool, info_.back().page_bytes);
+            pools_.emplace_back(pool, info_.back().page_bytes, options_.charged);
             far_.emplace_back(info_.back().page_bytes);
             rings_.emplace_back();
         }
@@ -166,7 +166,7 @@ std::vector<int64_t> Store::ring_pages() const {
 void Store::hold_ring() {
     for (int p = 0; p < n_pools(); ++p) {
         if (info_[p].tier == Tier::near || !rings_[p].empty()) continue;
-        for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[near_of(p)].take());
+        for (int i = 0; i < options_.ring; ++i) rings_[p].push_back(pools_[near_of(p)].take(pages::kCache));
     }
 }
 
@@ -201,7 +201,7 @@ bool Store::empty_out(int pool, int slab) {
         if (page_pool(page) != pool || page_slab(page) != slab) return;
         auto [at, first] = moved.try_emplace(page, kNoPage);
         if (first) {
-            at->second = p.take();
+            at->second = p.take(p.owner(page));
             copy_page(p, page, at->second);
         } else {
             p.share(at->second);

@@ -81,7 +81,7 @@ void Store::check_set(const pages::Row& row, int entry, int64_t line, int i, pag
 // The largest piece of a row's plan whose new pages cost at most `spare` beside those that are free, cost [pools] each; one
 // changing entry at the least. All of a plan with tiers, groups or sets.
 PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
-                            int64_t spare) {
+                            int64_t spare, int64_t room) {
     const pages::Row& row = row_of(find(seq, "plan_piece"), layer, head);
     check(cost.size() == pools_.size(), "plan_piece: cost has ", cost.size(), " elements, expected ", pools_.size());
     PlanPiece piece;
@@ -94,11 +94,12 @@ PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan,
                 if (n) piece.pages[pool_of(layer, static_cast<State>(s), static_cast<Tier>(tier))] += n;
             }
         }
-        int64_t bytes = 0;
+        int64_t bytes = 0, taken = 0;
         for (size_t p = 0; p < pools_.size(); ++p) {
             bytes += std::max<int64_t>(0, piece.pages[p] - pools_[p].free()) * cost[p];
+            taken += piece.pages[p] * (kPositionBytes + (info_[p].tier == Tier::near ? info_[p].page_bytes : 0));
         }
-        return bytes <= spare;
+        return bytes <= spare && taken <= room;
     };
     if (fits(row.sealed) || plan.whole()) return piece;
     int low = 1, high = std::max(piece.changing, 1);  // `high` does not fit, unless it is 1
@@ -144,7 +145,7 @@ struct Store::Writing {
         bool centred = false;
         const size_t first = fresh.size();
         for (size_t b = 0; b < batch.size(); ++b) {
-            const PageId page = store.pools_[pool].take();
+            const PageId page = store.pools_[pool].take(sequence.owner);
             fresh.push_back({page, 0, batch[b].want, {}, batch[b].set});
             const PageId to = tier == Tier::far ? store.ring_of(pool)[b] : page;
             for (int slot = 0; slot < batch[b].count; ++slot) {

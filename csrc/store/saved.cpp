@@ -137,7 +137,7 @@ void Store::restore_row(SeqId seq, int layer, int head, const SavedRow& saved) {
         const unsigned char* from = saved.payload;
         for (size_t e = 0; e < saved.pool.size(); ++e) {
             pages::Pool& pool = pools_[saved.pool[e]];
-            const PageId page = pool.take();
+            const PageId page = pool.take(s.owner);
             fresh.push_back({page, saved.alive[e], 0, {}, options_.sets ? saved.set[e] : pages::kBackbone});
             if (far(page)) {
                 far_[saved.pool[e]].write(page, from);

@@ -57,6 +57,7 @@ std::vector<SeqId> Store::create(int n) {
     std::vector<SeqId> ids;
     for (int i = 0; i < n; ++i) {
         sequences_.emplace(next_, std::make_unique<Sequence>(blank()));
+        sequences_[next_]->owner = next_owner_++;
         ids.push_back(next_++);
     }
     return ids;
@@ -96,6 +97,7 @@ Sequence Store::clone(const Sequence& s) {
     Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices, s.view, s.sought};
     copy.rows.reserve(n_rows_);
     for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
+    copy.owner = next_owner_++;
     return copy;
 }
 

@@ -50,7 +50,7 @@ void Store::bring(int layer, SeqId seq) {
         for (int e = row.aside; e < row.sealed; ++e) {
             if (!far(row.page[e])) continue;
             pages::Pool& near = pools_[near_of(page_pool(row.page[e]))];
-            const PageId to = near.take();
+            const PageId to = near.take(pages::pool_of(pools_, row.page[e]).owner(row.page[e]));
             try {
                 read_far(row.page[e], to);
             } catch (...) {
@@ -74,7 +74,7 @@ void Store::put_aside(int layer, SeqId seq) {
             PageId to = row.back[e];
             if (to == kNoPage) {
                 pages::Pool& pool = pools_[far_of(layer, row.page[e])];
-                to = pool.take();
+                to = pool.take(pages::pool_of(pools_, row.page[e]).owner(row.page[e]));
                 try {
                     write_far(to, row.page[e]);
                 } catch (...) {

@@ -76,8 +76,8 @@ std::vector<int64_t> Store::missing(int first_layer, int last_layer, int from, i
     return need;
 }
 
-void Store::copy_tail(pages::Row& row, pages::Pool& pool) {
-    const PageId from = row.page.back(), to = pool.take();
+void Store::copy_tail(pages::Row& row, pages::Pool& pool, pages::Owner owner) {
+    const PageId from = row.page.back(), to = pool.take(owner);
     copy_page(pool, from, to);
     pages::switch_tail(row, to, pool);
 }
@@ -109,8 +109,8 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
         if (n <= 0) continue;
         for (int h = 0; h < shape.kv_heads; ++h) {
             pages::Row& row = row_of(*s.sequence, layer, h);
-            if (pages::must_copy_tail(row, pool)) copy_tail(row, pool);
-            pages::extend(row, n, pool, &pages_[place], &slots_[place]);
+            if (pages::must_copy_tail(row, pool)) copy_tail(row, pool, s.sequence->owner);
+            pages::extend(row, n, pool, s.sequence->owner, &pages_[place], &slots_[place]);
             append_rows_.push_back({at(k, options_.dtype, b, h), at(v, options_.dtype, b, h), k.token, v.token,
                                     &tokens_[s.first + first], &pages_[place], &slots_[place], n,
                                     token_pos_[s.first + first]});

@@ -27,6 +27,7 @@
 #include "pages/pool.h"
 #include "pages/row.h"
 #include "store/call.h"
+#include "store/charges.h"
 #include "store/far.h"
 #include "store/index.h"
 #include "store/look.h"
@@ -61,6 +62,7 @@ struct Options {
     std::vector<State> far = {};  // states in which tokens may go to the Far tier
     int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
     bool sets = false;            // pages belong to sets; without recall and mass
+    bool charged = false;         // pages know who took them
     Where where = {};             // where payload lies and ops run; books are the CPU's
 };
 
@@ -81,6 +83,7 @@ struct Sequence {
     std::vector<Index> indices;                    // as rows, if a step selects
     pages::View view;                              // of a store with sets
     std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
+    pages::Owner owner = pages::kCache;  // of the pages that it takes; whoever continues a sequence that ends keeps it
 };
 
 struct PoolInfo {
@@ -129,10 +132,16 @@ class Store {
     void positions(SeqId seq, int layer, int head, int32_t* out);
     void read(SeqId seq, int layer, int head, float* k, float* v);  // stored slots in table order, decoded: f32 [n, D]
 
+    // Who holds what (charges.cpp)
+    std::vector<Charge> charges() const;       // of a store that is charged
+    std::vector<Holding> holdings(SeqId seq);  // of the pages that it holds
+
     // Step (step.cpp)
     void begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, std::span<const int32_t> tokens);
     std::vector<int64_t> needed(int first_layer, int last_layer, int from, int to);   // pages per pool
     std::vector<int64_t> missing(int first_layer, int last_layer, int from, int to);  // of those, more than are free
+    // Of those, by place in the step [B, pools]; Near copies of Far pages are the cache's.
+    std::vector<int64_t> needed_each(int first_layer, int last_layer, int from, int to);
     void append(int layer, TokenTensor k, TokenTensor v, int from, int to);
     void attend(int layer, const AttendCall& call);
     void stage_queries(int layer, const TokenTensor& q);  // attend does it too; for layers attended elsewhere
@@ -207,7 +216,7 @@ class Store {
     // Plan (plan.cpp)
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
     PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
-                         int64_t spare);
+                         int64_t spare, int64_t room);
     bool apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most);  // checked before
 
   private:
@@ -300,7 +309,7 @@ class Store {
     void settle(int layer, Sequence& s, int64_t length);
     void crop_row(Sequence& s, int layer, int head, int64_t length);
     void views(PoolView* out);  // and what is queued for a device goes up
-    void copy_tail(pages::Row& row, pages::Pool& pool);
+    void copy_tail(pages::Row& row, pages::Pool& pool, pages::Owner owner);
     void* workspace(int64_t bytes);
     void settle_workspace(int queries);
     int64_t base(const Sequence& s, int64_t length) const;
@@ -329,6 +338,7 @@ class Store {
     int64_t moved_bytes_ = 0;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
+    pages::Owner next_owner_ = pages::kCache + 1;
     bool recording_ = false;
     int threads_ = 1;
 

@@ -14,10 +14,10 @@ from kvstrata.config import BudgetExceeded, Shape
 from kvstrata.guard import Guard
 from kvstrata.limit import Limit
 from kvstrata.plans import Plans
-from kvstrata.policy import Plan, Policy, resolve
+from kvstrata.policy import Policy, resolve
 from kvstrata.policy.base import LESSER_HALF, PENDING, Selector
 from kvstrata.recall import Far
-from kvstrata.report import Report
+from kvstrata.report import Report, Share
 from kvstrata.slabs import Slabs
 from kvstrata.spans import SpanStep
 from kvstrata.step import Step, packed, padded
@@ -62,7 +62,7 @@ class Cache:
         self._limit = Limit(shape, *read_tokens(self.budget, resolve(policy)))
         self.policy = self._limit.fit([0])
         tier = resolve_far(far, self.budget, self.policy)
-        self._store = make_store(shape, self.policy, hold, tier)
+        self._store = make_store(shape, self.policy, hold, tier, ledger is not None)
         self._charges = Charges(self, ledger)
         self._slabs = Slabs(
             self._store, shape.device, self._limit.fixed(), self._limit.expected(self.policy), self._charges, tier
@@ -80,11 +80,22 @@ class Cache:
         """The cache's scope in its ledger: ``ledger.report(cache.scope)``."""
         return self._charges.scope
 
+    def scope_of(self, seq: Sequence) -> Scope:
+        """The scope of a sequence in the cache's ledger, below the cache's; of a fork, below that of its source. near_bytes and
+        far_bytes: of pages that it took, whoever shares them. ValueError without a ledger."""
+        if self._charges.sequences is None:
+            raise ValueError("scope_of: the cache has no ledger, expected one")
+        return self._charges.sequences.of(seq.id).scope
+
+    def share(self, seq: Sequence) -> Share:
+        """What a sequence holds: charged, in fair shares, visible."""
+        return holdings.share(self, seq.id)
+
     # --- sequences --------------------------------------------------------------------------------------------------------
 
     def new(self, n: int = 1) -> list[Sequence]:
         """n empty sequences."""
-        return self._begun(self._store.create(n))
+        return self._begun(self._store.create(n), [None] * n)
 
     def free(self, seqs: Items[Sequence]) -> None:
         """Ends the sequences; pages that nobody else holds are free at once."""
@@ -97,7 +108,7 @@ class Cache:
         self._guard.share([*self._live, *[seq.id] * n])
         ids = self._store.fork(seq.id, n)
         self._follow(ids, [seq.id] * n)
-        found = self._begun(ids)
+        found = self._begun(ids, [self._store.owner(seq.id)] * n)
         self._counts["forks"] += n
         return found
 
@@ -105,10 +116,13 @@ class Cache:
         """Result i continues seqs[index[i]]; the given handles end. Reordering, selecting and repeating are all this."""
         gone = {s.id for s in seqs}
         self._guard.share([i for i in self._live if i not in gone] + [seqs[i].id for i in index if 0 <= i < len(seqs)])
+        owners = [self._store.owner(seqs[i].id) for i in index if 0 <= i < len(seqs)]
         ids = self._store.select([s.id for s in seqs], list(index))
         self._follow(ids, [seqs[i].id for i in index])
         self._end(seqs)
         self._live += ids
+        if self._charges.sequences is not None:
+            self._charges.sequences.begin(ids, owners)
         self._guard.settle()
         return [Sequence(i) for i in ids]
 
@@ -183,11 +197,14 @@ class Cache:
         self._forget(gone)
         self._live = [i for i in self._live if i not in gone]
 
-    def _begun(self, ids: list[int]) -> list[Sequence]:
-        """Handles of new sequences, which end again where the limit or a ledger has no room for their tables."""
+    def _begun(self, ids: list[int], sources: Items[int | None]) -> list[Sequence]:
+        """Handles of new sequences, which end again where the limit or a ledger has no room for their tables. sources: owners
+        of what they were forked from."""
         self._live += ids
         found = [Sequence(i) for i in ids]
         try:
+            if self._charges.sequences is not None:
+                self._charges.sequences.begin(ids, sources)
             self._guard.settle()
             self._slabs.check()
         except BudgetExceeded:
@@ -315,17 +332,7 @@ class Cache:
 
         keep: bool [H, N], in table order; columns past a row's last token are ignored.
         """
-        heads = self.shape.layers[layer].kv_heads
-        if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
-            raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
-        columns = self._store.columns(layer, [seq.id])
-        if keep.shape[1] < columns:
-            raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
-        state = torch.empty(heads, columns, dtype=torch.uint8)
-        self._store.look(layer, [seq.id], 0, 0, state.data_ptr(), 0, 0, 0, 0, columns)
-        state *= keep[:, :columns]
-        self._store.check_plan(layer, [seq.id], state.data_ptr(), 0, 0, columns, False)
-        self._plans.apply(layer, [seq.id], Plan(state), list(range(heads)))
+        self._plans.drop(layer, seq.id, keep)
         self._slabs.settle()
 
     def _charge(self, counts: dict[int, int], cut: list[int]) -> None:
@@ -335,7 +342,7 @@ class Cache:
         layers, policy = len(self.shape.layers), self.policy
         needed = self._store.needed(0, layers, 0, self._store.longest)
         near = self._slabs.growth(policy, self.shape, len(self._live), needed)
-        self._charges.begin(near, self._slabs.piece(), list(counts.values()), self._plans.coming(counts, cut))
+        self._charges.begin(near, self._slabs.piece(), counts, self._plans.coming(counts, cut))
 
     def _after_commit(self, before: dict[int, int], longest: int, cut: list[int]) -> None:
         """before: lengths of the step's sequences before it; longest: the most tokens it fed one; cut: those cut inside it."""
@@ -345,6 +352,7 @@ class Cache:
         self._plans.note(cut)
         self._limit.count({i: self._store.length(i) - n for i, n in before.items()})
         try:
+            self._plans.seal(before)
             if not self._guard.falls():
                 self._plans.after(before)
         except BudgetExceeded:
@@ -359,6 +367,13 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes held: slabs as lent, page tables and refcounts, kernel workspace."""
         return self._slabs.nbytes()
+
+    def shrink(self, limit: int) -> None:
+        """Plans for fewer bytes than the limit, if the policy divides it, and trims. BudgetExceeded where they are too few."""
+        if self.policy.allocator is not None and self._live and self._slabs.limit is not None:
+            self._limit.admit_within(self.policy, limit, len(self._live))
+            self._plans.ahead(self._live, limit, len(self._live))
+        self.trim()
 
     def trim(self) -> int:
         """Packs pages into fewer slabs and returns the empty ones to torch. Returns the bytes given back."""
@@ -375,14 +390,7 @@ class Cache:
 
         R: KV heads of the sequences, in order; 0 and 1 where nothing was measured. ValueError where layers differ in KV heads.
         """
-        heads = {spec.kv_heads for spec in self.shape.layers}
-        if len(heads) > 1:
-            raise ValueError(f"statistics: layers have {sorted(heads)} KV heads, expected one number")
-        known, layers, (n,) = self._plans.statistics, range(len(self.shape.layers)), heads
-        if not self._live:
-            return torch.zeros(len(layers), 0, 3), torch.ones(len(layers), 0)
-        values = torch.stack([known.values(layer, self._live, n) for layer in layers])
-        return values, torch.stack([known.oq(layer, self._live, n) for layer in layers])
+        return holdings.statistics(self)
 
     def materialize(self, layer: int, seq: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense copies for debugging, in table order.

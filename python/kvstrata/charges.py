@@ -5,10 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstrata.budget import Hold, Ledger, Scope
-from kvstrata.limit import TURN_ABOVE
+from kvstrata.scopes import Scopes
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -22,7 +23,10 @@ class Charges:
     tier's files, charged before they are made and freed as they go. decode_tokens,
     prefill_tokens, plans: reserved before a step, charged when it commits; a plan is one of one layer. Where other scopes of
     the ledger leave no room to rewrite pages, the plan after a step is put off to the next one that is due, and counted.
-    Sequences and branches have no scopes yet: pages are charged to the cache.
+    ``sequences``: the scopes of the cache's sequences, which pages and tokens are charged to, with limits of their own.
+
+    A limit of near_bytes that is set with ``shrink`` is planned for first, all sequences alike; then it divides their shares as
+    the cache's own limit does.
     """
 
     def __init__(self, cache: Cache, ledger: Ledger | None) -> None:
@@ -32,8 +36,11 @@ class Charges:
         self._spare: Hold | None = None  # pages with which the plan after a step begins
         self._apart = False
         self.scope: Scope | None = None
+        self.sequences: Scopes | None = None
         if ledger is not None:
             self.scope = ledger.open(name=f"{cache.policy.name} {id(cache):x}")
+            self.sequences = Scopes(cache, ledger, self.scope)
+            ledger.on_shrink(self.scope, partial(_shrink, weakref.ref(cache)))
             weakref.finalize(cache, ledger.abandon, self.scope).atexit = False
 
     # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -44,6 +51,12 @@ class Charges:
             return None
         left = self._ledger.left(self.scope, "near_bytes")
         return None if left is None else left - max(0, nbytes - self._used - self._held())
+
+    def limit(self) -> int | None:
+        """Near bytes of the cache's own scope at the most; None: no limit."""
+        if self._ledger is None or self.scope is None:
+            return None
+        return self._ledger.report(self.scope).near_bytes.limit
 
     def far_left(self) -> int | None:
         """Bytes that the Far tier's files may still take; None: no limit."""
@@ -69,6 +82,8 @@ class Charges:
 
     def settle(self, nbytes: int) -> None:
         """The cache holds so many bytes now. BudgetExceeded where tables grew beyond what was reserved and is left."""
+        if self.sequences is not None:
+            self.sequences.settle()
         if self._ledger is None or self.scope is None or nbytes == self._used:
             return
         if nbytes < self._used:
@@ -88,23 +103,22 @@ class Charges:
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
-    def begin(self, near_bytes: int, spare: int, counts: list[int], plans: int) -> None:
+    def begin(self, near_bytes: int, spare: int, counts: dict[int, int], plans: int) -> None:
         """A step that brings so many tokens to its sequences. BudgetExceeded with nothing changed.
 
         near_bytes: by which tables and workspace may grow; spare: that a plan after the step needs to rewrite pages.
         """
-        if self._ledger is None or self.scope is None:
+        if self._ledger is None or self.scope is None or self.sequences is None:
             return
-        decoded = sum(n for n in counts if n <= TURN_ABOVE)
-        tokens = {"decode_tokens": decoded, "prefill_tokens": sum(counts) - decoded}
-        self._hold = self._ledger.reserve(self.scope, near_bytes=near_bytes, plans=plans, **tokens)
+        self._hold = self._ledger.reserve(self.scope, near_bytes=near_bytes, plans=plans)
         self._spare = self._ledger.reserve(self.scope, near_bytes=spare if plans else 0)
+        self.sequences.reserve_tokens(counts)
 
     def commit(self) -> None:
         """The step's tokens are there; plans follow."""
         self._end_spare()
-        if self._hold is not None:
-            self._hold.draw(**{name: self._hold.left(name) for name in ("decode_tokens", "prefill_tokens")})
+        if self.sequences is not None:
+            self.sequences.commit_tokens()
 
     def plan(self) -> None:
         """One layer is planned: of what the step reserved, or BudgetExceeded."""
@@ -127,6 +141,8 @@ class Charges:
     def finish(self) -> None:
         """The step has ended; what it did not need is free."""
         self._end_spare()
+        if self.sequences is not None:
+            self.sequences.finish()
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.rollback()
@@ -135,3 +151,11 @@ class Charges:
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.rollback()
+
+
+def _shrink(cache: weakref.ref[Cache], scope: Scope, resource: str, limit: int) -> None:
+    """Before a lower limit of a cache's scope is set: what can be dropped or quantized for it is."""
+    del scope
+    found = cache()
+    if found is not None and resource == "near_bytes":
+        found.shrink(limit)

@@ -48,7 +48,16 @@ class Guard:
     def reserve(self, layers: tuple[int, int], tokens: tuple[int, int], ends: dict[int, int] | None = None) -> None:
         """The pages of a range of the open step's tokens in a range of layers. BudgetExceeded with nothing changed but what has
         left the Near tier for it; from what kept it there, if something did. ends: of sequences that are cut in the step."""
+        if (sequences := self._cache._charges.sequences) is not None:
+            sequences.reserve_pages(self._pages_of_step(layers, tokens))
         self._pressed(lambda: self._cache._slabs.reserve(*layers, *tokens), ends or {})
+
+    def _pages_of_step(self, layers: tuple[int, int], tokens: tuple[int, int]) -> dict[int, list[int]]:
+        """By sequence of the open step, the pages of each pool that a range of tokens takes in a range of layers."""
+        store = self._cache._store
+        needed, pools = store.needed_each(*layers, *tokens), store.n_pools
+        assert self._cache._step is not None
+        return {seq: needed[b * pools : (b + 1) * pools] for b, seq in enumerate(self._cache._step._ids)}
 
     def _pressed(self, need: Callable[[], None], ends: dict[int, int]) -> None:
         """Once more where what can leave the Near tier has left it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvstrata.config import SLOTS
 from kvstrata.policy.base import FULL, STATES
-from kvstrata.report import Recall, Report
+from kvstrata.report import Recall, Report, Share
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -105,6 +106,38 @@ def _states(cache: Cache, held: list[list[int]]) -> dict[str, int]:
     """Stored tokens by state, summed over rows; held: slots of each layer by native state."""
     named = {"full": FULL} | {name: STATES[name] for name in cache.policy.formats}
     return {name: sum(slots[state] for slots in held) for name, state in named.items()}
+
+
+def share(cache: Cache, seq: int) -> Share:
+    """:meth:`Cache.share`."""
+    store, shape = cache._store, cache.shape
+    near, far = Fraction(), Fraction()
+    for pool, holders, pages in store.holdings(seq):
+        sizes = cache._slabs.page_bytes(pool)
+        near += Fraction(pages * sizes[0], holders)
+        far += Fraction(pages * sizes[1], holders)
+    rows = [store.stored(seq, i, h) for i, spec in enumerate(shape.layers) for h in range(spec.kv_heads)]
+    charged = cache._charges.sequences and cache._charges.sequences.of(seq).used
+    return Share(
+        charged_bytes=charged["near_bytes"] if charged else None,
+        charged_far_bytes=charged["far_bytes"] if charged else None,
+        fair_bytes=near,
+        fair_far_bytes=far,
+        logical_tokens=store.length(seq),
+        stored_tokens=(min(rows), sum(rows) / len(rows), max(rows)),
+    )
+
+
+def statistics(cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """:meth:`Cache.statistics`."""
+    heads = {spec.kv_heads for spec in cache.shape.layers}
+    if len(heads) > 1:
+        raise ValueError(f"statistics: layers have {sorted(heads)} KV heads, expected one number")
+    known, layers, (n,) = cache._plans.statistics, range(len(cache.shape.layers)), heads
+    if not cache._live:
+        return torch.zeros(len(layers), 0, 3), torch.ones(len(layers), 0)
+    values = torch.stack([known.values(layer, cache._live, n) for layer in layers])
+    return values, torch.stack([known.oq(layer, cache._live, n) for layer in layers])
 
 
 def materialize(cache: Cache, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -105,7 +105,10 @@ class Limit:
     def admit(self, policy: Policy, lengths: Sequence[int]) -> None:
         """BudgetExceeded where the limit, or the end of its schedule, leaves nothing for sequences of so many tokens, whose
         sinks and tails are fixed by now."""
-        limit, batch = self._at(policy, lengths, None), len(lengths)
+        self.admit_within(policy, self._at(policy, lengths, None), len(lengths))
+
+    def admit_within(self, policy: Policy, limit: int, batch: int) -> None:
+        """BudgetExceeded where so many bytes leave nothing for so many sequences."""
         if self.content(policy, limit, batch) <= 0:
             raise BudgetExceeded(f"budget: {limit} bytes are too few for {batch} sequences")
 

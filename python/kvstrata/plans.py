@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
-from kvstrata.config import BudgetExceeded, MachineError
-from kvstrata.policy.base import FULL, Divides, Grouping, Plan, Seen
+from kvstrata.config import SLOTS, BudgetExceeded, MachineError
+from kvstrata.policy.base import FULL, STATES, Divides, Grouping, Plan, Seen
 from kvstrata.policy.choose import at_most
 from kvstrata.rows import Rows, Spans
 from kvstrata.shares import Shares
@@ -61,9 +61,14 @@ class Plans:
         seen = self._see(layer, ids, ends)
         if seen is None:
             return
+        seen = replace(seen, prompt=True)
+        allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
+        if allowance is not None and self.shares.leaves(seen, allowance):
+            self._leave([layer], ids)
+            return
         seen = self._scored(seen, ids)
-        if self._cache.policy.allocator is not None:
-            seen = replace(seen, allowance=self.shares.equal(seen, ids))
+        if allowance is not None:
+            seen = replace(seen, allowance=self.shares.chosen(seen, allowance, ids))
         self._apply(seen, ids)
 
     def compact(self, layer: int, seq: int, spans: Spans) -> None:
@@ -81,6 +86,20 @@ class Plans:
             seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
             if seen is not None:
                 self._scored(seen, [seq], since)
+
+    def drop(self, layer: int, seq: int, keep: Tensor) -> None:
+        """:meth:`kvstrata.Cache.drop`."""
+        heads = self._cache.shape.layers[layer].kv_heads
+        if keep.dtype != torch.bool or keep.dim() != 2 or keep.shape[0] != heads:
+            raise ValueError(f"drop: keep is {keep.dtype} {list(keep.shape)}, expected torch.bool [{heads}, N]")
+        columns = self._store.columns(layer, [seq])
+        if keep.shape[1] < columns:
+            raise ValueError(f"drop: keep has {keep.shape[1]} columns, expected at least the {columns} stored tokens")
+        state = torch.empty(heads, columns, dtype=torch.uint8)
+        self._store.look(layer, [seq], 0, 0, state.data_ptr(), 0, 0, 0, 0, columns)
+        state *= keep[:, :columns]
+        self._store.check_plan(layer, [seq], state.data_ptr(), 0, 0, columns, False)
+        self.apply(layer, [seq], Plan(state), list(range(heads)))
 
     def regroup(self, seq: int, of: Tensor, count: int) -> None:
         """All layers of a sequence, by its scores: first how many tokens each row may show, then each layer's sets. of: i32
@@ -116,15 +135,25 @@ class Plans:
 
     def run(self, ids: list[int], always: bool = True) -> None:
         """All layers: scores first, then each sequence's share of the limit divided over them, then each layer's plan; of what
-        archives, each layer for itself. always: whether or not something waits for that."""
+        archives, each layer for itself. Sequences whose share holds all they have as it is are neither scored nor planned.
+        always: whether or not something waits for that."""
         if self._cache.policy.archives:
             for layer in self.layers:
                 self._archive(layer, ids, always and self._cache.policy.allocator is not None)
-            self.note(ids)
-            return
+            return self.note(ids)
         ends = [self._store.length(i) for i in ids]
+        if self.shares.are_roomy(ids):
+            self._leave(self.layers, ids)
+            return self.note(ids)
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
+            return
+        if left := self.shares.left_alone(found, ids):
+            self.note(left)
+            if rest := [i for i in ids if i not in left]:
+                self.run(rest)
+            else:
+                self._leave([seen.layer for seen in found], ids)
             return
         found = [self._scored(seen, ids) for seen in found]
         if self._cache.policy.allocator is not None:
@@ -213,6 +242,22 @@ class Plans:
         except Exception as error:
             error.add_note("raised by a plan after a step: the step's tokens stand")
             raise
+
+    def seal(self, before: dict[int, int]) -> None:
+        """What has left the tails of a step's sequences, and is Full yet, takes the format of the policy's ``on_seal``. before:
+        their lengths before the step."""
+        sealing = self._cache.policy.on_seal
+        ids = [i for i, n in before.items() if n // SLOTS != self._store.length(i) // SLOTS]
+        if sealing is None or not ids:
+            return
+        for layer in self.layers:
+            seen = self._see(layer, ids, [self._store.length(i) for i in ids])
+            if seen is None:
+                continue
+            fresh = seen.stored & ~seen.protected & (seen.state == FULL)
+            self.counts["quantized"] += int(fresh.sum())
+            plan = Plan(seen.state.masked_fill(fresh, STATES[sealing]))
+            self.apply(layer, ids, plan, torch.nonzero(fresh.any(1)).flatten().tolist())
 
     def _archive_or_put_off(self, layer: int, ids: list[int]) -> None:
         """A sequence whose plan cannot be made holds up no other."""
@@ -313,6 +358,13 @@ class Plans:
         if plan.set is not None:
             changed |= plan.set.int() != sets_of(self._cache, seen, ids).int()
         self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
+
+    def _leave(self, layers: list[int], ids: list[int]) -> None:
+        """Plans of layers that are sure to change nothing: they end before anything is scored, and count."""
+        del ids
+        for _ in layers:
+            self._cache._charges.plan()
+            self.counts["plans"] += 1
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from rich.console import Group
@@ -31,6 +32,24 @@ class Recall:
     audited_exact: float = 1.0
     late: int = 0
     waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one sequence holds of a cache's pages, Near and Far.
+
+    charged_bytes: of pages that it took, for their life, whoever shares them (None: the cache has no ledger); fair_bytes: of
+    each page that it holds, its bytes divided by its holders, an exact rational. Both sum to the bytes of pages in use, charges
+    with those of sequences that have ended, and beside what is no sequence's: the ring, Near copies of Far pages.
+    logical_tokens: real tokens seen; stored_tokens: slots of a row: least, mean, most.
+    """
+
+    charged_bytes: int | None
+    charged_far_bytes: int | None
+    fair_bytes: Fraction
+    fair_far_bytes: Fraction
+    logical_tokens: int
+    stored_tokens: tuple[int, float, int]
 
 
 @dataclass(frozen=True)

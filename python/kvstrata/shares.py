@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget.allocate import RowsSeen
-from kvstrata.budget.costs import far_books, page_costs
+from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
+from kvstrata.budget.knapsack import Knapsack
 from kvstrata.budget.protect import pages
 from kvstrata.columns import chosen_states, wide_columns
 from kvstrata.config import SLOTS, Unsupported
@@ -39,6 +40,8 @@ class Shares:
         cache = self._cache
         limit, batch = self.goal or (cache._slabs.limit, max(1, len(cache._live)))
         assert limit is not None
+        if (own := cache._charges.limit()) is not None:
+            limit = min(limit, own)
         return max(0, cache._limit.content(cache.policy, limit, batch)) // batch
 
     def equal(self, seen: Seen, ids: list[int]) -> Allowance:
@@ -50,10 +53,85 @@ class Shares:
             each -= far_books(cache.shape, seen.layer, cache.policy) * (_movable(seen) + FRAGMENTS)
         costs = page_costs(cache.shape, seen.layer, cache.policy)
         spare = cache._slabs.spare(len(cache._live) if cache._limit.each else 1)  # batch mates change nothing
-        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare)
+        allowance = Allowance(each, costs, self._last_share(seen.layer, ids), spare=spare, most=self._most)
         if cache.policy.archives and not cache._slabs.has_far:
             return self._all_near(seen, allowance)
         return allowance
+
+    # --- what needs no plan -----------------------------------------------------------------------------------------------
+
+    def leaves(self, seen: Seen, allowance: Allowance) -> bool:
+        """Whether a plan of a layer is sure to change nothing, whatever the scores: all is Full, and its bytes hold it so."""
+        if not self._leaves_what_fits or not bool(self._as_it_is(seen).all()):
+            return False
+        return bool((_movable(seen) * allowance.page_bytes[FULL] <= allowance.bytes).all())
+
+    def left_alone(self, found: list[Seen], ids: list[int]) -> list[int]:
+        """Of sequences, seen in all layers, those where a plan is sure to change nothing, whatever the scores: all is Full,
+        and an allocator, whose bytes sum to the least of share and caps, gives every row its cap. Where those are all of them,
+        statistics that are due are measured."""
+        if not self._leaves_what_fits or self._cache.policy.allocator is None:
+            return []
+        costs = [page_costs(self._cache.shape, seen.layer, self._cache.policy) for seen in found]
+        unit = min(min(cost.values()) for cost in costs)
+        units = sum(-(-_movable(seen) * cost[FULL] // unit) for seen, cost in zip(found, costs, strict=True))
+        same = torch.stack([self._as_it_is(seen) for seen in found]).all(0)
+        of = (len(ids), -1)
+        fits = same.view(of).all(1) & (torch.as_tensor(units).view(of).sum(1) <= self.content() // unit)
+        alone = [i for i, stays in zip(ids, fits.tolist(), strict=True) if stays]
+        if len(alone) == len(ids) and "oq" in self._cache.policy.allocator.needs:
+            for seen in found:
+                self._measured(seen, ids)
+        return alone
+
+    def are_roomy(self, ids: list[int]) -> bool:
+        """Whether sequences are sure to be left alone by what native counters say, without a look at their tokens: sinks and
+        tails as if they were not protected, and no statistics are due."""
+        cache, policy = self._cache, self._cache.policy
+        if not self._leaves_what_fits or policy.allocator is None or not any(self._cache._store.length(i) for i in ids):
+            return False
+        layers = cache._plans.layers
+        costs = {layer: page_costs(cache.shape, layer, policy) for layer in layers}
+        unit, room = min(min(cost.values()) for cost in costs.values()), self.content()
+        for i in ids:
+            units = 0
+            for layer in layers:
+                rows = [cache._store.stored(i, layer, h) for h in range(cache.shape.layers[layer].kv_heads)]
+                if self._most is not None and max(rows) > self._most:
+                    return False
+                units += sum(-(-pages(n) * costs[layer][FULL] // unit) for n in rows)
+                slots, _, _ = cache._store.tally(layer, [i])
+                if slots[FULL] != sum(rows) or self._is_due(layer, i):
+                    return False
+            if units > room // unit:
+                return False
+        return True
+
+    def _is_due(self, layer: int, seq: int) -> bool:
+        """Whether a layer's statistics are to be measured, if the allocator has any."""
+        allocator = self._cache.policy.allocator
+        if not isinstance(allocator, EntropyShare) or allocator.queries == 0:
+            return False
+        return any(self._statistics.due(layer, [seq], [self._cache._store.length(seq)], allocator.every))
+
+    @property
+    def _leaves_what_fits(self) -> bool:
+        """Whether the planner's word does, and no score is kept that a plan would change."""
+        policy = self._cache.policy
+        joins = keeps_scores(policy) and policy.combine != "replace"
+        return bool(getattr(policy.planner, "leaves_what_fits", False)) and not joins
+
+    def _as_it_is(self, seen: Seen) -> Tensor:
+        """bool [R]: rows whose unprotected tokens are Full, no more of all than the budget counts."""
+        full = ((seen.state == FULL) | ~seen.stored | seen.protected).all(1)
+        return full if self._most is None else full & (seen.stored.sum(1) <= self._most)
+
+    @property
+    def _most(self) -> int | None:
+        """Tokens that a plan may leave in a row where the budget counts them."""
+        return self._cache._limit.most(self._cache.policy)
+
+    # --- what is divided --------------------------------------------------------------------------------------------------
 
     def _dense(self, lengths: Tensor) -> Tensor:
         """Bytes that sequences of so many tokens hold, sinks and tails excepted, where nothing is planned."""
@@ -106,8 +184,23 @@ class Shares:
         for i, seen in enumerate(found):
             full = None if shares is None else shares[i]
             states = None if formats is None else chosen_states(seen, formats[i], costs[i])
-            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states)))
+            out.append(replace(seen, allowance=Allowance(each[i], costs[i], full, states, most=self._most)))
         return out
+
+    def chosen(self, seen: Seen, allowance: Allowance, ids: list[int]) -> Allowance:
+        """A layer by itself, where the allocator decides token by token: so within the equal shares of its rows together."""
+        allocator = self._cache.policy.allocator
+        if not isinstance(allocator, Knapsack) or seen.score is None:
+            return allowance
+        allocator = replace(allocator, layer_weight=None)  # the same for all there are
+        costs = dict(allowance.page_bytes)
+        table = self._table([seen], [costs], ids)
+        given = []
+        for rows in table.sequences():
+            share = int(allowance.bytes[rows].clamp_min(0).sum())
+            given.append(allocator.allocate(table.of(rows), share).formats)
+        formats = torch.cat([f[0] for f in given if f is not None])
+        return replace(allowance, formats=chosen_states(seen, formats, costs))
 
     def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:
         """[L, R, N] of unprotected tokens, moved to the front of each row."""

@@ -112,18 +112,20 @@ class Slabs:
             raise
 
     def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int, int]) -> int:
-        """Makes sure of the free pages for a piece of a row's plan, as large as the limit has room for.
+        """Makes sure of the free pages for a piece of a row's plan, as large as the limits have room for.
 
         columns: addresses of the row's planned states, tiers, groups and sets, 0: none. Returns the piece's changing pages.
         BudgetExceeded with nothing changed where not even one of them can be rewritten.
         """
-        costs = self._costs()
-        spare = self._spare(costs)
-        entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
+        costs, sequences = self._costs(), self._charges.sequences
+        left = _UNLIMITED if sequences is None or (n := sequences.left(seq)) is None else n
+        row = (layer, seq, head, *columns[:3], costs)
+        entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
         if entries < changing:
             self.trim(keep=needed)
-            spare = self._spare(costs)
-            entries, changing, needed = self._store.plan_piece(layer, seq, head, *columns[:3], costs, spare, columns[3])
+            entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
+        if sequences is not None:
+            sequences.reserve_pages({seq: needed})
         self._reserve(lambda: needed)
         return entries
 
@@ -137,6 +139,11 @@ class Slabs:
         sizes = [self._near_bytes(p) for p in range(self._store.n_pools)]
         entry = self.books.per_page or ENTRY_BYTES
         return [size + entry + -(-self.books.slab // max(1, grain // size)) for size in sizes]
+
+    def page_bytes(self, pool: int) -> tuple[int, int]:
+        """Near and Far bytes that a page of a pool takes: of a slab, its positions with it, and of a file."""
+        size = int(self._store.pool(pool)["page_bytes"])
+        return (_POSITION_BYTES, size) if pool in self._far_pools else (size + _POSITION_BYTES, 0)
 
     def _near_bytes(self, pool: int) -> int:
         """Bytes of memory that a page of a pool takes in its slab: of a Far one, the positions and the checksum."""

@@ -74,8 +74,8 @@ def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, fl
     return (*reading[:4], kind, *reading[5:])
 
 
-def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Store:
-    """A store for the policy as it runs."""
+def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None, charged: bool) -> Store:
+    """A store for the policy as it runs. charged: its pages know who took them."""
     assert policy.window is not None
     selector = policy.selector
     store = Store(
@@ -94,6 +94,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None) -> Stor
         0 if far is None else policy.ring,
         policy.episodic,
         pools.device_code("Shape: device", shape.device),
+        charged,
     )
     if selector is not None:
         store.set_mass_floor(selector.mass_floor)

@@ -278,6 +278,22 @@ def test_weights_move_bytes() -> None:
     assert Knapsack(FORMATS).allocate(shielded, total).bytes[0].sum() < plain[0].sum()
 
 
+def test_scores_are_not_all_that_later_queries_read() -> None:
+    """One chunk with all the mass and three with next to none: by scores alone it is bought Full and they go; with a prior the
+    same bytes cover them. Each token's value is (1 - prior) of its share, and its part of the prior."""
+    scores = torch.full((1, 1, 64), 1e-6)
+    scores[..., :16] = 1.0
+    seen = RowsSeen(torch.tensor([[64]]), torch.tensor([[100], [25]]), ("bf16", "int4"), scores=scores)
+    for prior, kept in ((0.0, [1] * 16 + [0] * 48), (0.2, [2] * 64)):
+        got = Knapsack(("bf16", "int4"), prior=prior).allocate(seen, 100)
+        assert got.formats is not None and got.formats.flatten().tolist() == kept
+    value = Knapsack(("bf16", "int4"), prior=0.2)._value(seen).flatten()
+    share = scores.flatten() / scores.sum()
+    assert torch.allclose(value, 0.8 * share + 0.2 / 64) and abs(float(value.sum()) - 1) < 1e-6
+    with pytest.raises(ValueError, match="Knapsack: prior is 1.5, expected 0 to 1"):
+        Knapsack(prior=1.5)
+
+
 def test_nan_is_worth_nothing() -> None:
     scores = torch.ones(1, 1, 48)
     scores[0, 0, 16:32] = float("nan")

@@ -11,7 +11,9 @@ from feeding import feed
 
 from kvstrata import Budget, Cache, LayerSpec, Policy, Shape
 from kvstrata.budget import Knapsack
-from kvstrata.budget.room import fit
+from kvstrata.budget.costs import page_costs
+from kvstrata.budget.protect import limit_bytes
+from kvstrata.budget.room import fit, room
 from kvstrata.config import BudgetExceeded, Unsupported
 from kvstrata.policy import NAMED, MeanSpread, SinksAndTail, ThreeStates, arkv
 from kvstrata.policy.choose import at_most
@@ -245,6 +247,22 @@ def test_layers_of_different_heads_are_refused_at_once() -> None:
     assert Cache(shape, policy="kivi").policy.formats == ("int4",), "without a division they are served"
 
 
+def test_a_knapsack_chooses_inside_prompts() -> None:
+    """A prompt in pieces, whose cuts have no bytes for all in int4: they go by mass per byte as the last plan does, where the
+    planner by itself would keep few tokens, Full."""
+    formats = ("int4", "int2")
+    policy = Policy(
+        "knapsack", ThreeStates("int4"), MeanSpread(16), Knapsack(("bf16", *formats)), formats, sinks=16, combine="max"
+    )
+    shape = Shape(LAYERS, torch.bfloat16)
+    cache = Cache(shape, budget=Budget.bytes(420 << 10), policy=policy)
+    (seq,) = cache.new()
+    feed(cache, [seq], [2000], torch.Generator().manual_seed(3))
+    states = cache.report().states
+    assert cache.report().stored_tokens > 1.5 * (420 << 10) / shape.token_bytes() * shape.rows
+    assert states["int2"] + states["int4"] > states["full"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_knapsack_holds_its_limit(dtype: torch.dtype) -> None:
     """A format for every token by mass per byte, in a cache: all formats are used, the limit holds at every step."""
@@ -271,7 +289,21 @@ def test_a_tail_that_is_a_share_keeps_its_interval(name: str, share: float) -> N
     shape = Shape([LayerSpec(8, 32, 128)] * 4, torch.bfloat16)
     asked = replace(NAMED[name](), window=None, window_share=share)
     tokens = 8192
-    fitted = fit(asked, shape, Budget.bytes(tokens * shape.token_bytes()), [4 * tokens])
+    for budget in (Budget.bytes(tokens * shape.token_bytes()), Budget.tokens(tokens)):
+        fitted = fit(asked, shape, budget, [4 * tokens])
+        assert fitted.window is not None
+        assert 0.95 * share < fitted.window / tokens <= share
+        assert fitted.interval == asked.interval
+
+
+@pytest.mark.parametrize("tokens", [256, 384, 512, 1024, 2048])
+def test_heavy_hitters_and_recent_tokens_have_half_each(tokens: int) -> None:
+    """Where what else a limit holds is much of it, both give way: the tail is no smaller than half of what they hold, but for
+    halving; and where it is at its least, content is what is left."""
+    shape = Shape(LAYERS, torch.bfloat16)
+    fitted = fit(NAMED["h2o"](), shape, Budget.tokens(tokens), [8192])
     assert fitted.window is not None
-    assert 0.95 * share < fitted.window / tokens <= share
-    assert fitted.interval == asked.interval
+    limit = limit_bytes(Budget.tokens(tokens), shape, [8192])
+    content = room(fitted, shape, limit, 1).content // (shape.rows * page_costs(shape, 0, fitted)[1]) * 16
+    assert fitted.window == 16 or content / 4 <= fitted.window <= content
+    assert fitted.window <= tokens // 32 * 16

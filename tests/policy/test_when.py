@@ -21,15 +21,17 @@ SHAPE = Shape([LayerSpec(2, 8, 64)] * 3, torch.bfloat16)
 
 
 def planned(cache: Cache) -> list[tuple[int, int]]:
-    """From now on: layer and length of each plan that is applied."""
+    """From now on: layer and length of each plan, applied or ended as it would change nothing."""
     found: list[tuple[int, int]] = []
-    apply = cache._plans._apply
+    for name in ("_apply", "_leave"):
+        acts = getattr(cache._plans, name)
 
-    def note(seen, ids):  # type: ignore[no-untyped-def]
-        found.extend((seen.layer, cache._store.length(i)) for i in ids)
-        apply(seen, ids)
+        def note(what, ids, acts=acts):  # type: ignore[no-untyped-def]
+            layers = what if isinstance(what, list) else [what.layer]
+            found.extend((layer, cache._store.length(i)) for layer in layers for i in ids)
+            acts(what, ids)
 
-    cache._plans._apply = note  # type: ignore[method-assign]
+        setattr(cache._plans, name, note)
     return found
 
 

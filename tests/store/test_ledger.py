@@ -11,6 +11,7 @@ from feeding import feed
 
 from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.budget import Ledger, Regime, Scope
+from kvstrata.cache import Sequence
 from kvstrata.config import BudgetExceeded
 
 SHAPE = Shape([LayerSpec(2, 4, 32), LayerSpec(2, 2, 32)], torch.float32)
@@ -87,7 +88,22 @@ def checked(ledger: Ledger, drivers: list[Driver]) -> None:
         assert report.prefill_tokens.used == driver.prompt
         assert report.plans.used == cache.report().counts["plans"]
         assert all(account.reserved == 0 for account in report.accounts.values())
+        check_shares(ledger, cache)
     assert ledger.report().near_bytes.used == sum(d.cache.nbytes() for d in drivers)
+
+
+def check_shares(ledger: Ledger, cache: Cache) -> None:
+    """What is charged to scopes of sequences, living or not, and what the living hold in fair shares, are pages in use."""
+    store, below = cache._store, [n for n in ledger._nodes.values() if n.scope.level in ("sequence", "branch")]
+    mine = [n for n in below if n.chain()[-2].scope is cache.scope]
+    pools = [store.pool(p) for p in range(store.n_pools)]
+    physical = sum(pool["used"] * (pool["page_bytes"] + 64) for pool in pools)
+    assert sum(n.counters["near_bytes"].own for n in mine) == physical
+    shares = [cache.share(Sequence(i)) for i in cache._live]
+    assert sum(s.fair_bytes for s in shares) == physical
+    for i, share in zip(cache._live, shares, strict=True):
+        own = ledger.report(cache.scope_of(Sequence(i))).near_bytes.own
+        assert share.charged_bytes == own and share.logical_tokens == store.length(i)
 
 
 @pytest.mark.parametrize(

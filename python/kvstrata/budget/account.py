@@ -55,20 +55,21 @@ class Node:
     children: int = 0
     holds: int = 0
     regime: Regime = Regime.HIGH
+    apart: frozenset[str] = frozenset()  # resources that do not count above it
 
-    def chain(self) -> list[Node]:
-        """This scope and every ancestor, upwards."""
+    def chain(self, resource: str | None = None) -> list[Node]:
+        """This scope and every ancestor, upwards: those in which a resource counts, or all."""
         nodes, node = [], self
         while True:
             nodes.append(node)
-            if node.parent is None:
+            if node.parent is None or resource in node.apart:
                 return nodes
             node = node.parent
 
     def paying(self, resource: str) -> list[Node]:
         """The scopes that a reservation counts in: up to the first whose limit is held in its parent whole."""
         nodes = []
-        for node in self.chain():
+        for node in self.chain(resource):
             nodes.append(node)
             if node.counters[resource].granted is not None:
                 break
@@ -109,7 +110,8 @@ class ScopeReport:
     """All accounts of one scope at one moment, as attributes: ``report.near_bytes.remaining``.
 
     Charged bytes are the used ones (``own``: charged to the scope itself). A cache charges its slabs, tables and workspace to
-    its own scope; pages are not charged to sequences or branches yet, so there are no fair shares.
+    its own scope, and to those of its sequences the pages that they took, which count again there and nowhere above. Fair
+    shares are the cache's to tell (:meth:`kvstrata.Cache.share`).
     """
 
     scope: Scope

@@ -31,7 +31,7 @@ def may_set(node: Node, resource: str, limit: int | None) -> None:
         raise ValueError(
             f"limit: {resource} is {limit}, expected at least used {counter.used} + reserved {counter.reserved}"
         )
-    if node.parent is not None:
+    if node.parent is not None and resource not in node.apart:
         held = counter.taken if counter.granted is None else counter.granted
         fits_above(node.parent, resource, limit, held)
 

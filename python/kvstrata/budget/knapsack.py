@@ -25,6 +25,11 @@ FIDELITY: Mapping[str, float] = {
 }
 """1 less the relative error of the attention output, Gaussian data."""
 
+PRIOR = 0.2
+"""Least squares, over rows of the bundled model, of the attention that answers paid to each token on what the last 32 queries
+before them had paid (``bench/quality/priors.py``): of the sixteenth of the tokens that is read most, scores say how much; of
+the others too little, the more so the lower they are. By scores alone, bytes go to Full pages in which more tokens would do."""
+
 Step = tuple[int, float, int]
 """Bytes of a page, fidelity, and what it stands for: 0 Evicted, 1 + f the format f of ``RowsSeen.formats``."""
 
@@ -54,9 +59,11 @@ class Knapsack:
 
     formats: names out of ``RowsSeen.formats``, the first one Full, whatever the model's dtype; fidelity: of each format in
     (0, 1] (defaults: Gaussian data); layer_weight: omega [L] (None: 1); metric: "mass", or "energy" (value = (share * length
-    of the token's value)^2, fidelity 1 - e^2; needs ``seen.norms``).
-    Value of a token: omega * priority * score / sum of its row's scores over visible tokens. A quantized token can only
-    stay as it is or go below. The loss against the optimum is at most the largest single step.
+    of the token's value)^2, fidelity 1 - e^2; needs ``seen.norms``); prior: the part in [0, 1] of a row's attention that later
+    queries are taken to spread evenly, whatever the scores say (PRIOR).
+    Value of a token: omega * priority * ((1 - prior) * score / sum of its row's scores over visible tokens + prior / tokens of
+    its row that are not protected), 0 where the score is NaN. A quantized token can only stay as it is or go below. The loss
+    against the optimum is at most the largest single step.
 
     ``bytes`` are the pages' costs: at most ``total``, in whole pages, and what no page fits into is ``slack``; ``formats``
     says what each token becomes. Needs scores that are attention mass; without scores Unsupported, as are floors and caps
@@ -67,6 +74,7 @@ class Knapsack:
     fidelity: Mapping[str, float] = field(default_factory=lambda: FIDELITY)
     layer_weight: tuple[float, ...] | None = None
     metric: Literal["mass", "energy"] = "mass"
+    prior: float = PRIOR
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
 
     def __post_init__(self) -> None:
@@ -79,6 +87,8 @@ class Knapsack:
             raise ValueError(f"Knapsack: formats[0] is {self.formats[0]!r}, expected a Full format (fidelity 1)")
         if self.metric not in ("mass", "energy"):
             raise ValueError(f"Knapsack: metric is {self.metric!r}, expected 'mass' or 'energy'")
+        if not 0 <= self.prior <= 1:
+            raise ValueError(f"Knapsack: prior is {self.prior}, expected 0 to 1")
         if any(not 0 <= w < float("inf") for w in self.layer_weight or ()):
             raise ValueError("Knapsack: a layer_weight is negative or not finite")
 
@@ -122,6 +132,10 @@ class Knapsack:
         scores = masses("Knapsack", seen).clamp_min(0)
         whole = scores.sum(-1) if seen.mass is None else seen.mass
         share = torch.where(whole.unsqueeze(-1) > 0, scores / whole.unsqueeze(-1), 0.0)
+        if self.prior and seen.scores is not None:
+            evenly = (self.prior / seen.tokens.clamp_min(1)).unsqueeze(-1)
+            known = seen.present & ~seen.scores.isnan()
+            share = torch.where(known, (1 - self.prior) * share + evenly, 0.0).float()
         if self.metric == "energy":
             if seen.norms is None:
                 raise ValueError("Knapsack: metric 'energy' needs seen.norms")

@@ -1,7 +1,7 @@
 """Who holds how much: a tree of scopes, each with limits, and reservations made before the work.
 
-One lock guards all counters. They will move beside the pools into the native core; this face stays. A cache charges its own
-scope; scopes below it are there for callers, who charge them.
+One lock guards all counters. A cache charges its own scope, and those of its sequences (:mod:`kvstrata.scopes`); other scopes
+are there for callers, who charge them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from kvstrata.budget.account import CONSUMED, LEVELS, RECLAIMABLE, Account, Counter, Node, Scope, ScopeReport
@@ -54,23 +54,33 @@ class Ledger:
     # --- scopes ---------------------------------------------------------------------------------------------------------
 
     def open(
-        self, parent: Scope | None = None, name: str = "", *, grant: bool = False, **limits: int | str | None
+        self,
+        parent: Scope | None = None,
+        name: str = "",
+        *,
+        grant: bool = False,
+        apart: Sequence[str] = (),
+        **limits: int | str | None,
     ) -> Scope:
         """A new scope under ``parent`` (None: the global one), one level below it; branches nest.
 
         limits: by resource, ints (near_bytes, far_bytes, disk_bytes also as "6GiB"); absent or None: none. grant: each
-        limit is reserved in the parent whole, so that nobody else can take it. ValueError where a limit is above what an
-        ancestor has left.
+        limit is reserved in the parent whole, so that nobody else can take it. apart: resources that count up to this scope
+        and not above it, where they are counted otherwise. ValueError where a limit is above what an ancestor has left.
         """
         above = self.root if parent is None else parent
         level = LEVELS[min(LEVELS.index(above.level) + 1, len(LEVELS) - 1)]
         amounts = checked("open", limits)
+        amounts_of("open", dict.fromkeys(apart, 0))
+        if grant and set(apart) & set(amounts):
+            raise ValueError(f"open: apart is {tuple(apart)}, expected none of the resources that are granted")
         with self._lock:
             node = self._node(above)
             for resource, limit in amounts.items():
-                if limit is not None:
+                if limit is not None and resource not in apart:
                     fits_above(node, resource, limit, 0)
             scope = self._add(node, level, name, amounts)
+            self._nodes[scope.id].apart = frozenset(apart)
             if grant:
                 for resource, limit in amounts.items():
                     if limit is not None:
@@ -177,7 +187,7 @@ class Ledger:
             for resource, n in given.items():
                 node.counters[resource].own -= n
                 paying = node.paying(resource)
-                for payer in node.chain():
+                for payer in node.chain(resource):
                     payer.counters[resource].used -= n
                     if payer not in paying:  # above a grant, what returns is the grant's again
                         payer.counters[resource].reserved += n
@@ -198,7 +208,7 @@ class Ledger:
                     continue
                 hold._left[resource] -= n
                 node.counters[resource].own += n
-                for payer in node.chain():  # above a grant, it was reserved with the grant
+                for payer in node.chain(resource):  # above a grant, it was reserved with the grant
                     payer.counters[resource].reserved -= n
                     payer.counters[resource].use(n)
             if end:
@@ -266,9 +276,12 @@ class Ledger:
             node = self._nodes.pop(scope.id, None)
             if node is None or node.parent is None:
                 continue
-            for resource in RECLAIMABLE:
-                for payer in node.chain():
-                    payer.counters[resource].used -= node.counters[resource].own
+            below = [n for n in self._nodes.values() if node in n.chain()]
+            for each in [*below, node]:
+                for resource in RECLAIMABLE:
+                    for payer in each.chain(resource):
+                        payer.counters[resource].used -= each.counters[resource].own
+                self._nodes.pop(each.scope.id, None)
             node.parent.children -= 1
             self._note(node.parent)
 

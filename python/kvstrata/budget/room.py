@@ -115,6 +115,8 @@ def fit(
     """
     if policy.allocator is None and policy.formats and budget is not None and not (policy.archives or policy.episodic):
         policy = replace(policy, allocator=Uniform())  # what quantizes all keeps to a limit in equal shares
+    if getattr(policy.planner, "counts", False) and not (budget is not None and budget.count):
+        raise ValueError(f"budget: {budget}, policy {policy.name!r} expects one in tokens with count=True")
     if policy.allocator is None:
         if falls is not None:
             raise Unsupported(
@@ -130,11 +132,12 @@ def fit(
         )
     if budget.unit == "share" and budget.at is None:
         lengths = [max(n, REFERENCE) for n in lengths]
-    if policy.window is None and budget.unit == "tokens":
+    shared = policy.window is None
+    if shared and budget.unit == "tokens":
         share = int(budget.value * policy.window_share) // SLOTS * SLOTS
         policy = replace(policy, window=max(SLOTS, share))
     limit = limit_bytes(budget, shape, lengths) if falls is None else falls[1]
-    return fitted(policy, shape, limit, len(lengths), falls)
+    return fitted(policy, shape, limit, len(lengths), falls, shared)
 
 
 def _far_books(policy: Policy, shape: Shape, tokens: int) -> int:
@@ -156,17 +159,25 @@ def limit_now(policy: Policy, shape: Shape, budget: Budget, lengths: Sequence[in
     return limit
 
 
-def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[int, int] | None = None) -> Policy:
+def fitted(
+    policy: Policy,
+    shape: Shape,
+    limit: int,
+    batch: int,
+    falls: tuple[int, int] | None = None,
+    shared: bool = False,
+) -> Policy:
     """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit
     are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics
     read go. An eighth and the books of REFERENCE tokens are enough where what is not held Near is not lost. ValueError where
     even then nothing is left.
 
-    A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit is
-    what the policy wants: three quarters of the rest are left then.
+    A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit
+    (shared, and always where the policy has no window yet) is what the policy wants: three quarters of the rest are left then,
+    and it gives way only as long as it holds more than its share of what tail and content hold.
     """
-    shared = policy.window is None
-    if shared:
+    shared = shared or policy.window is None
+    if policy.window is None:
         policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
     while True:
         tail = _tail_bytes(policy, shape, batch) if shared else 0
@@ -177,6 +188,12 @@ def fitted(policy: Policy, shape: Shape, limit: int, batch: int, falls: tuple[in
         enough = 5 if smaller is not None and smaller.queries == 0 < policy.queries else 6
         if smaller is None or content >= enough * (limit - tail) // 8:
             break
+        if (
+            shared
+            and smaller.window != policy.window
+            and content * policy.window_share >= tail * (1 - policy.window_share)
+        ):
+            break  # the tail gives way only until the others have their part beside it
         policy = smaller
     if content <= 0:
         smallest = policy

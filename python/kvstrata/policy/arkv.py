@@ -57,6 +57,7 @@ def arkv(
     sinks: int = 16,
     interval: int = 64,
     chunk: int = 2048,
+    legacy: bool = False,
 ) -> Policy:
     """Keeps what matters most Full, quantizes the middle, evicts the rest.
 
@@ -64,7 +65,10 @@ def arkv(
     :class:`kvstrata.policy.keydiff.KeyDiversity` over KERNEL neighbours; allocator: None is
     ``EntropyShare(full_share=FULL_SHARE)``; combine, decay: how a new score joins the last one, "replace" for scores
     that are no attention mass; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three
-    multiples of 16; sinks: first tokens kept. ValueError for parameters.
+    multiples of 16; sinks: first tokens kept; legacy: what the paper's public code does
+    (:mod:`kvstrata.policy.legacy`), under a budget in tokens with count=True: its window of 32 and no sinks, its scores,
+    statistics and trims, whatever those would do better; only that quantized tokens, int8 each by itself, stay and are read.
+    It takes interval and chunk alone. ValueError for parameters.
 
     The paper's settings: ``arkv("int8", cover=False, scorer=MeanSpread(spread="variance", divide="kernel"), window=32,
     sinks=0, allocator=EntropyShare(stats="code", every=0))``. Deviations: the paper ranks by what the last queries attend
@@ -73,8 +77,13 @@ def arkv(
     stay Full, and where int4 would hold few of the tokens they are int2, because coverage answers more than precision does.
     Its code cuts the prompt without quantizing, decides by one query while decoding, and overwrites what it has quantized;
     here quantized tokens live on, and one plan serves prompt and decoding. Its FP8 with one scale for all heads is int8 per
-    token. The code's own count budget is not rebuilt.
+    token.
     """
+    if legacy:
+        given = (quantized, cover, scorer, allocator, combine, window, sinks)
+        if given != (("int4", "int2"), True, None, None, "replace", 64, 16):
+            raise ValueError(f"arkv: legacy with {given}, expected no argument but interval and chunk")
+        return _legacy(interval, chunk)
     planner = ThreeStates(quantized, cover)
     return Policy(
         "arkv",
@@ -88,4 +97,15 @@ def arkv(
         chunk=chunk,
         combine=combine,
         decay=decay,
+    )
+
+
+def _legacy(interval: int, chunk: int) -> Policy:
+    from kvstrata.policy.legacy import CodeStates, CodeVotes  # which is made of this file's scorer
+
+    planner, votes = CodeStates(), CodeVotes()
+    allocator = EntropyShare(stats="code", every=0)
+    formats = (planner.quantized,)
+    return Policy(
+        "arkv", planner, votes, allocator, formats=formats, sinks=0, window=32, interval=interval, chunk=chunk
     )

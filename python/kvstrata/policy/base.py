@@ -91,7 +91,7 @@ class Allowance:
     bytes: i64 [R]; page_bytes: bytes of one page by state, metadata included; full_share: f32 [R], the share r of a row's
     pages that stay Full where not all fit (None: the planner's own); formats: u8 [R, N], the state of each token where the
     allocator decides token by token (None: the planner does); spare: bytes of new pages that may stand beside those which they
-    replace.
+    replace; most: tokens of any state that a plan may leave in a row, where the budget counts them (None: it does not).
     """
 
     bytes: Tensor
@@ -99,6 +99,7 @@ class Allowance:
     full_share: Tensor | None = None
     formats: Tensor | None = None
     spare: int = 0
+    most: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ class Seen:
     score: f32 [R, N], higher is kept, as the scorer found it; allowance: what the rows may hold (None: no limit);
     read: asks for more; tier: u8 [R, N], NEAR or FAR, grouped: u8 [R, N], UNGROUPED, PROVISIONAL or GROUPED, and entry:
     i32 [R, N], the place of its page in the row's table: all three for planners that archive; grouping: for planners that name
-    sets. A scorer finds no score and no allowance yet.
+    sets; prompt: whether a prompt's tokens are planned inside their step. A scorer finds no score and no allowance yet.
     """
 
     layer: int
@@ -137,6 +138,7 @@ class Seen:
     grouped: Tensor | None = None
     entry: Tensor | None = None
     grouping: Grouping | None = None
+    prompt: bool = False
 
     @property
     def protected(self) -> Tensor:
@@ -183,7 +185,9 @@ class Allocator(Protocol):
 
 
 class Planner(Protocol):
-    """Which state and tier does each token take?"""
+    """Which state and tier does each token take? One with ``leaves_what_fits`` True changes nothing, whatever the scores, where
+    all unprotected tokens are Full and the bytes of each row hold them so: it is not asked then. One with ``counts`` True needs
+    a budget that counts tokens."""
 
     def plan(self, seen: Seen) -> Plan: ...
 
@@ -249,7 +253,8 @@ class Policy:
     plans; chunk: prompt tokens between cuts; combine: how a new score joins the last one, "replace", "sum" or "max" (the
     larger of the new one and ``decay`` times the old one); selector: which pages a step of one token reads (None: all);
     dense_layers: layers where everything is read and stays Near all the same; ring: Near pages of each Far pool in which pages
-    are put together, and read through by steps of several tokens, at least 2. Policies with a planner need a budget unless
+    are put together, and read through by steps of several tokens, at least 2; on_seal: one of ``formats``, which tokens take
+    when they leave the tail (None: they stay Full until a plan). Policies with a planner need a budget unless
     their window is given and they have no allocator.
     """
 
@@ -268,6 +273,7 @@ class Policy:
     selector: Selector | None = None
     dense_layers: tuple[int, ...] = ()
     ring: int = 64
+    on_seal: str | None = None
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
@@ -284,6 +290,12 @@ class Policy:
             raise ValueError(
                 f"policy {self.name}: combine is {self.combine!r}, expected replace: scores of {type(self.scorer).__name__} may"
                 " be negative and are comparable within one plan only"
+            )
+        if self.on_seal is not None and self.on_seal not in self.formats:
+            raise ValueError(f"policy {self.name}: on_seal is {self.on_seal!r}, expected None or one of {self.formats}")
+        if self.on_seal is not None and (self.planner is None or self.archives or self.episodic):
+            raise Unsupported(
+                f"policy {self.name}: on_seal without a planner, or beside an archive or sets, is not built"
             )
         if self.ring < 2:
             raise ValueError(f"policy {self.name}: ring is {self.ring}, expected at least 2 pages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ class KeepTop:
     that another policy has quantized is evicted. ValueError without scores, and for an allocator that names a quantized
     format.
     """
+
+    leaves_what_fits: ClassVar[bool] = True
 
     def plan(self, seen: Seen) -> Plan:
         allowance = seen.allowance

@@ -43,9 +43,18 @@ def kivi(format: str = "int4", *, window: int = 128, sinks: int = 16, interval: 
     ValueError for parameters.
 
     Deviations: the paper quantizes keys per channel over 32 tokens and values per token, both asymmetrically; here keys and
-    values are rotated and quantized per token, so that a token can change state by itself. Tokens that leave the window stay
-    Full until the next plan, ``interval`` decoded tokens at the most.
+    values are rotated and quantized per token, so that a token can change state by itself. Tokens are quantized as they leave
+    the window, 16 at a time.
     """
     planner = QuantizeAll(format)
     formats = (format,)
-    return Policy("kivi", planner, formats=formats, sinks=sinks, window=window, interval=interval, chunk=chunk)
+    return Policy(
+        "kivi",
+        planner,
+        formats=formats,
+        sinks=sinks,
+        window=window,
+        interval=interval,
+        chunk=chunk,
+        on_seal=format,
+    )

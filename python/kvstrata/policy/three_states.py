@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class ThreeStates:
     cover: bool = True
     full_share: float = 1.0
     held: float = HELD
+    leaves_what_fits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         states = [STATES.get(f, 0) for f in self.formats]
