@@ -133,7 +133,7 @@ PARTS |= dict.fromkeys(
         "views",
         "stored",
         "registry",
-        "capture",
+        "graph",
     ),
     "cache",
 )

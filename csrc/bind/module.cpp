@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
     kvstrata::bind::bind_choices(m);
     kvstrata::bind::bind_recall(m);
     kvstrata::bind::bind_store(m);
+    kvstrata::bind::bind_graph(m);
 }
