@@ -52,7 +52,7 @@ class Graph:
         self._cache = cache
         self._seqs = list(seqs)
         self._entries = -(-tokens // SLOTS) + 1 if tokens else 0
-        self._layout = _C.Layout()
+        self._layout = _C.make_layout(cache._store)
 
     @property
     def epoch(self) -> int:
@@ -124,7 +124,7 @@ class GraphStep(Step):
         q_, k_, v_, out_ = (self._strides(x) for x in (q, k, v, out))
         address = 0 if sinks is None else sinks.data_ptr()
         _C.attend_laid(self._store, self._layout, layer, q_, k_, v_, out_, address, DTYPES[out.dtype], scale, cap)
-        if not torch.cuda.is_current_stream_capturing():
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._attended.add(layer)
         return out
 

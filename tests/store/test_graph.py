@@ -145,14 +145,14 @@ class Pair:
 
 def test_replays_have_the_bits_of_eager_steps(device: Device) -> None:
     pair = Pair(device, [37, 5, 100])
-    for _ in range(40):
+    for _ in range(20):
         pair.decode()
-    assert pair.captures == 1  # from 5 to 45 tokens a list of 16 entries has room
+    assert pair.captures == 1  # up to 120 tokens a list of 16 entries has room
 
 
 def test_a_thousand_replays(device: Device) -> None:
     pair = Pair(device, [3, 40], tokens=2000)
-    for _ in range(60 if device.emulated else 1000):
+    for _ in range(12 if device.emulated else 1000):
         pair.decode()
     assert pair.captures == 1
 
@@ -174,10 +174,10 @@ def test_lists_that_outgrow_their_room_raise_the_epoch(device: Device) -> None:
     pair.decode()
 
 
-@pytest.mark.parametrize(("policy", "budget"), [("streaming", "64tok"), ("kivi", None), ("snapkv", "128tok")])
+@pytest.mark.parametrize(("policy", "budget"), [("streaming", "64tok"), ("kivi", None), ("snapkv", "256tok")])
 def test_lists_that_policies_rewrite(device: Device, policy: str, budget: str | None) -> None:
     pair = Pair(device, [150, 70], policy, budget)
-    for _ in range(24):
+    for _ in range(18):
         pair.decode()
     assert pair.captures <= 3
 
@@ -306,7 +306,6 @@ def test_what_the_host_does_per_step(emulated: Device) -> None:
 
 def test_a_capture_asks_for_no_memory_and_waits_for_nothing(emulated: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait fails in a capture; memory is asked of Python."""
-    pair = Pair(emulated, [40], "snapkv", "128tok")
     taken, lent = loans.taken, []
 
     def lend(nbytes: int, where: torch.device) -> Tensor:
@@ -314,8 +313,9 @@ def test_a_capture_asks_for_no_memory_and_waits_for_nothing(emulated: Device, mo
         return taken(nbytes, where)
 
     monkeypatch.setattr(loans, "taken", lend)
+    pair = Pair(emulated, [40], "snapkv", "256tok")
+    assert lent
     with pair.graph.step() as step:
-        assert lent  # lists and a workspace of its own
         lent.clear()
         pair.replay(step)
     assert pair.captures == 1 and not lent
