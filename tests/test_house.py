@@ -132,6 +132,8 @@ PARTS |= dict.fromkeys(
         "spans",
         "views",
         "stored",
+        "registry",
+        "graph",
     ),
     "cache",
 )

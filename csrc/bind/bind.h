@@ -13,5 +13,6 @@ void bind_recall(pybind11::module_& m);   // of them, those that find pages for 
 void bind_isa(pybind11::module_& m);      // instruction-set levels, threads, settings
 void bind_store(pybind11::module_& m);    // Store: tables, pools, steps
 void bind_faults(pybind11::module_& m);   // for tests
+void bind_graph(pybind11::module_& m);    // and those steps of it that a CUDA graph may hold
 
 }  // namespace kvstrata::bind

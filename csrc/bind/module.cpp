@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
     kvstrata::bind::bind_recall(m);
     kvstrata::bind::bind_store(m);
     kvstrata::bind::bind_faults(m);
+    kvstrata::bind::bind_graph(m);
 }

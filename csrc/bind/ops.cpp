@@ -21,8 +21,9 @@ constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16, DType
 void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, py::sequence pools_,
             py::handle position_, int threads) {
     const Call call("append", k_);
+    const bool there = !call.on_host() && !Call("append", position_).on_host();
     const Argument k(call, "k", k_), v(call, "v", v_), pages(call, "pages", pages_), slots(call, "slots", slots_),
-        position("append", "position", position_);  // on the CPU
+        position(there ? call : Call("append"), "position", position_);
     k.expect_rank({"R", "T", "D"});
     const int64_t R = k.shape(0), T = k.shape(1), D = k.shape(2);
     k.expect(kFloats, {{"R", R}, {"T", T}, {"D", D}});
@@ -30,6 +31,7 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
     pages.expect({DType::i32}, {{"R", R}, {"T", T}}, "set by k");
     slots.expect({DType::u8}, {{"R", R}, {"T", T}}, "set by k");
     position.expect({DType::i32}, {{"R", R}}, "set by k").expect_contiguous();
+    check(!there || T == 1, "append: position is on cuda, expected the CPU for T=", T, " tokens");
     const Pools pools(call, pools_);
     if (!call.on_host()) pools.expect_head_dim(static_cast<int>(D));
     std::vector<ops::AppendRow> rows(static_cast<size_t>(R));
@@ -49,7 +51,8 @@ void append(py::handle k_, py::handle v_, py::handle pages_, py::handle slots_, 
                    ids,
                    at,
                    static_cast<int32_t>(T),
-                   position.data<int32_t>()[r]};
+                   there ? 0 : position.data<int32_t>()[r],
+                   there ? position.data<int32_t>() + r : nullptr};
     }
     const ops::AppendParams params{rows.data(), static_cast<int32_t>(R), static_cast<int32_t>(D),
                                    k.dtype(),   pools.views(),           threads};

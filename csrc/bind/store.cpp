@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/bind.h"
+#include "bind/calls.h"
 #include "bind/tensors.h"
 #include "store/store.h"
 
@@ -10,25 +11,11 @@ namespace py = pybind11;
 using namespace kvstrata;
 using store::SeqId;
 using store::Store;
-using store::TokenTensor;
 
 namespace kvstrata::bind {
 namespace {
 
-using Address = uintptr_t;
-using Strides = std::tuple<Address, int64_t, int64_t, int64_t>;  // data, elements per sequence, token, head
 using NoGil = py::call_guard<py::gil_scoped_release>;
-
-TokenTensor tensor(const Strides& s) {
-    const auto [data, batch, token, head] = s;
-    return {reinterpret_cast<void*>(data), batch, token, head};
-}
-
-store::AttendCall call(const Strides& q, const Strides& out, const Strides& lse, Address sinks, int out_dtype,
-                       float scale, float softcap, int threads) {
-    return {tensor(q), tensor(out), tensor(lse), reinterpret_cast<const float*>(sinks), static_cast<DType>(out_dtype),
-            scale,     softcap,     threads};
-}
 
 using RecallTuple = std::tuple<int, int, float, int, int, int, float, int, float, int, int>;  // as store::Recall
 

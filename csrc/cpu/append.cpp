@@ -53,7 +53,9 @@ class Writer {
     void set_position(int t) {
         const PageId id = row_.pages[t];
         int32_t* const* slabs = p_.pools[page_pool(id)].positions;
-        if (slabs) slabs[page_slab(id)][page_index(id) * kSlots + row_.slots[t]] = row_.position + t;
+        if (slabs)
+            slabs[page_slab(id)][page_index(id) * kSlots + row_.slots[t]] =
+                row_.positions ? row_.positions[t] : row_.position + t;
     }
 
     const void* element(const void* base, int64_t stride, int t, Format to, unsigned char* staging) const {

@@ -16,7 +16,7 @@
 namespace kvstrata::cuda {
 
 // Raised whenever a signature or a params struct changes; the caller compares it before the first call.
-inline constexpr int kAbiVersion = 3;
+inline constexpr int kAbiVersion = 4;
 inline constexpr int kInvalid = -1;
 
 // merge: at most this many partials in one call (their pointers travel as kernel arguments).

@@ -41,7 +41,8 @@ __device__ void find_rows(const Pools& pools, const ops::AppendRow& row, const R
     const int64_t index = row.tokens ? row.tokens[t] : t;
     from.k[slot] = static_cast<const unsigned char*>(row.k) + index * row.k_stride * format_bytes(From);
     from.v[slot] = static_cast<const unsigned char*>(row.v) + index * row.v_stride * format_bytes(From);
-    if (int32_t* const position = position_of(pools, run.page, slot)) *position = row.position + t;
+    int32_t* const position = position_of(pools, run.page, slot);
+    if (position) *position = row.positions ? row.positions[t] : row.position + t;
 }
 
 // Equal types of 16 bits are one: their bits are copied.

@@ -17,11 +17,12 @@ struct AppendRow {     // one (sequence, KV head)
     const void* v;     // [T, D]
     int64_t k_stride;  // elements between tokens
     int64_t v_stride;
-    const int32_t* tokens;  // [T] index of token t along the strided axis, or null: 0, 1, 2, ...
-    const PageId* pages;    // [T] destination page, -1 = skip
-    const uint8_t* slots;   // [T] destination slot, 0..15
-    int32_t count;          // T
-    int32_t position;       // position of token 0; token t has position + t
+    const int32_t* tokens;     // [T] index of token t along the strided axis, or null: 0, 1, 2, ...
+    const PageId* pages;       // [T] destination page, -1 = skip
+    const uint8_t* slots;      // [T] destination slot, 0..15
+    int32_t count;             // T
+    int32_t position;          // position of token 0; token t has position + t
+    const int32_t* positions;  // [T] of each token, where ops run, or null: by `position`
 };
 
 struct AppendParams {

@@ -30,6 +30,7 @@ struct DeviceList {
     unsigned char* memory = nullptr;
     int32_t capacity = 0;  // entries
     int32_t current = 0;   // leading entries that stand there as they do here
+    int32_t padded = 0;    // from this one on there is no page
     uint32_t epoch = 0;    // of the device's memory as a whole
 };
 

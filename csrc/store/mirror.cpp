@@ -11,6 +11,8 @@ namespace {
 constexpr int32_t kLeastEntries = 16;
 constexpr int64_t kEntryBytes = sizeof(PageId) + sizeof(uint16_t);
 constexpr int64_t kLeastBlock = 64 << 10;
+constexpr int64_t kLeastSlabs = 16;
+constexpr int32_t kPadAtOnce = 1024;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -30,15 +32,15 @@ unsigned char* Mirror::table(int64_t bytes) {
     return at;
 }
 
-const PageId* Mirror::pages(pages::Row& row) {
+const PageId* Mirror::pages(pages::Row& row, int32_t least) {
     if (!on()) return row.page.data();
     pages::DeviceList& list = row.list;
     const int32_t entries = row.entries();
-    if (list.epoch != epoch_) list.current = 0;
+    if (list.epoch != epoch_) list.current = 0, list.padded = list.capacity;
     list.epoch = epoch_;
-    if (entries > list.capacity) {
+    if (const int32_t wanted = std::max(entries, least); wanted > list.capacity) {
         const auto capacity =
-            static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(std::max(entries, kLeastEntries))));
+            static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(std::max(wanted, kLeastEntries))));
         const size_t size = static_cast<size_t>(std::countr_zero(static_cast<uint32_t>(capacity)));
         leave(row);
         if (spare_.size() <= size) spare_.resize(size + 1);
@@ -48,7 +50,7 @@ const PageId* Mirror::pages(pages::Row& row) {
             list.memory = spare_[size].back();
             spare_[size].pop_back();
         }
-        list.capacity = capacity;
+        list.capacity = list.padded = capacity;
         list.epoch = epoch_;
     }
     auto* const page = reinterpret_cast<PageId*>(list.memory);
@@ -58,8 +60,18 @@ const PageId* Mirror::pages(pages::Row& row) {
         queue_.push_back({page + first, row.page.data() + first, n * int64_t{sizeof(PageId)}});
         queue_.push_back({mask + first, row.visible.data() + first, n * int64_t{sizeof(uint16_t)}});
         list.current = entries;
+        list.padded = std::max(list.padded, entries);
     }
     return page;
+}
+
+void Mirror::pad(pages::Row& row) {
+    static const std::vector<PageId> none(kPadAtOnce, kNoPage);
+    auto* const page = reinterpret_cast<PageId*>(row.list.memory);
+    for (int32_t first = row.entries(); first < row.list.padded; first += kPadAtOnce) {
+        put(page + first, none.data(), std::min(kPadAtOnce, row.list.padded - first) * int64_t{sizeof(PageId)});
+    }
+    row.list.padded = row.entries();
 }
 
 const uint16_t* Mirror::visible(const pages::Row& row) const {
@@ -75,25 +87,31 @@ void Mirror::leave(pages::Row& row) {
 }
 
 void Mirror::pools(PoolView* out, size_t n, uint64_t version) {
+    constexpr int64_t kEach = sizeof(void*);
+    std::array<int64_t, kMaxPools> room = slab_room_;
     int64_t bytes = 0;
-    for (size_t p = 0; p < n; ++p) bytes += out[p].n_slabs * int64_t{sizeof(void*)} * 2;
-    if (bytes == 0) return;
-    const bool grown = bytes > pools_size_;
+    for (size_t p = 0; p < n; ++p) {
+        if (out[p].n_slabs > room[p]) room[p] = std::max<int64_t>(kLeastSlabs, std::bit_ceil(2u * out[p].n_slabs));
+        bytes += 2 * kEach * room[p];
+    }
+    const bool grown = room != slab_room_;
     if (grown) {
-        pools_size_ = aligned(2 * bytes);
-        pools_ = lend_(Loan::pools, pools_size_);
+        pools_ = lend_(Loan::pools, bytes);
+        slab_room_ = room;
     }
     unsigned char* at = pools_;
     for (size_t p = 0; p < n; ++p) {
-        const int64_t size = out[p].n_slabs * int64_t{sizeof(void*)};
-        if (size == 0) continue;
-        if (grown || version != pools_version_) {
-            queue_.push_back({at, out[p].slabs, size});
-            queue_.push_back({at + size, out[p].positions, size});
+        const int64_t size = out[p].n_slabs * kEach;
+        unsigned char* const positions = at + kEach * room[p];
+        if (size > 0 && (grown || version != pools_version_)) {
+            put(at, out[p].slabs, size);
+            put(positions, out[p].positions, size);
         }
-        out[p].slabs = reinterpret_cast<unsigned char* const*>(at);
-        out[p].positions = reinterpret_cast<int32_t* const*>(at + size);
-        at += 2 * size;
+        if (size > 0) {
+            out[p].slabs = reinterpret_cast<unsigned char* const*>(at);
+            out[p].positions = reinterpret_cast<int32_t* const*>(positions);
+        }
+        at += 2 * kEach * room[p];
     }
     pools_version_ = version;
 }

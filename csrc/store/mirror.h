@@ -6,6 +6,7 @@
 // is given up or written anew is still what earlier work needs it to be.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -33,12 +34,14 @@ class Mirror {
     bool on() const { return !where.on_host(); }
     void set_lend(Lend lend) { lend_ = std::move(lend); }
 
-    // A row's list as it stands now, where ops read it; queued where it has changed.
-    const PageId* pages(pages::Row& row);
+    // A row's list as it stands now, where ops read it; queued where it has changed. It has room for `least` entries.
+    const PageId* pages(pages::Row& row, int32_t least = 0);
     const uint16_t* visible(const pages::Row& row) const;  // after pages
+    void pad(pages::Row& row);                             // after pages: no page in the rest of its room
     void leave(pages::Row& row);                           // it ends: its list serves another
 
-    // The views of all pools for a call; `out` names the host's tables.
+    // The views of all pools for a call; `out` names the host's tables. Those of a pool stay where they are until one has twice as
+    // many slabs as it had room for.
     void pools(PoolView* out, size_t n, uint64_t version);
 
     // Lists of one call, written by it alone: bytes of all of them first, then each, before any row's. What an earlier call
@@ -59,7 +62,8 @@ class Mirror {
     void settle_workspace(bool large);  // what decoding needs is kept; what a call of several queries needed is not
     float* constant(std::span<const float> from);          // for good
     std::shared_ptr<unsigned char> shared(int64_t bytes);  // memory where ops run, until its last holder ends
-    void flush();                                          // what is queued goes up
+    void put(void* to, const void* from, int64_t bytes) { queue_.push_back({to, from, bytes}); }  // into `shared`
+    void flush();  // what is queued goes up
 
   private:
     void* place(const void* from, int64_t bytes);
@@ -73,7 +77,8 @@ class Mirror {
     std::vector<std::vector<unsigned char*>> spare_;       // [log2 capacity] lists that rows have left
     std::map<int64_t, std::vector<unsigned char*>> idle_;  // by bytes: what `shared` has lent and has back
     unsigned char *lists_ = nullptr, *workspace_ = nullptr, *pools_ = nullptr;
-    int64_t lists_size_ = 0, lists_used_ = 0, workspace_size_ = 0, kept_workspace_ = 0, pools_size_ = 0;
+    int64_t lists_size_ = 0, lists_used_ = 0, workspace_size_ = 0, kept_workspace_ = 0;
+    std::array<int64_t, kMaxPools> slab_room_{};  // slabs for which `pools_` has room
     uint64_t pools_version_ = 0;
     uint32_t epoch_ = 1;  // lists of an older one have to go up again
 };

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kCentreTokens = 256;    // fewer stored tokens do not tell a mean
 constexpr double kCentreRatio = 2.0;  // of |mean| to standard deviation, from which a channel is centred
+constexpr int kDecodedAtOnce = 256;   // pages, where each piece is a wait
 
 }  // namespace
 
@@ -259,17 +260,29 @@ void Store::freeze_centre(Sequence& s, int layer, int head) {
     if (centre.frozen) return;
     const pages::Row& row = row_of(s, layer, head);
     const int dim = layers_[layer].head_dim;
-    std::vector<float> k(static_cast<size_t>(kSlots) * dim), v(k.size());
+    const size_t vectors = static_cast<size_t>(kSlots) * dim;
+    const int each = mirror_.on() ? kDecodedAtOnce : 1;  // the host waits for what it reads of a device
+    std::vector<float> k, v;
     std::vector<double> sum(dim, 0.0), squares(dim, 0.0);
+    std::vector<PageId> full;
+    std::vector<uint16_t> alive;
     int64_t n = 0;
     for (int e = 0; e < row.entries(); ++e) {
         if (kinds_[page_pool(row.page[e])] != Kind{State::full, Tier::near}) continue;
-        decode({&row.page[e], 1}, nullptr, dim, k.data(), v.data());
-        for (uint16_t m = row.alive[e]; m; m &= m - 1, ++n) {
-            const float* key = &k[static_cast<size_t>(std::countr_zero(m)) * dim];
-            for (int d = 0; d < dim; ++d) {
-                sum[d] += key[d];
-                squares[d] += static_cast<double>(key[d]) * key[d];
+        full.push_back(row.page[e]);
+        alive.push_back(row.alive[e]);
+    }
+    for (size_t first = 0; first < full.size(); first += each) {
+        const size_t pages = std::min<size_t>(each, full.size() - first);
+        k.resize(pages * vectors), v.resize(k.size());
+        decode({&full[first], pages}, nullptr, dim, k.data(), v.data());
+        for (size_t i = 0; i < pages; ++i) {
+            for (uint16_t m = alive[first + i]; m; m &= m - 1, ++n) {
+                const float* key = &k[i * vectors + static_cast<size_t>(std::countr_zero(m)) * dim];
+                for (int d = 0; d < dim; ++d) {
+                    sum[d] += key[d];
+                    squares[d] += static_cast<double>(key[d]) * key[d];
+                }
             }
         }
     }

@@ -43,6 +43,7 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
         for (int32_t t = 0; t < count; ++t) token_pos_[starts[b] + t] = static_cast<int32_t>(s.length + t);
         step_.push_back({&s, starts[b], count});
     }
+    laid_ = false;
     longest_ = 0;
     for (const StepSequence& s : step_) longest_ = std::max(longest_, s.count);
     open_ = true;
@@ -113,7 +114,7 @@ void Store::append(int layer, TokenTensor k, TokenTensor v, int from, int to) {
             pages::extend(row, n, pool, s.sequence->owner, &pages_[place], &slots_[place]);
             append_rows_.push_back({at(k, options_.dtype, b, h), at(v, options_.dtype, b, h), k.token, v.token,
                                     &tokens_[s.first + first], &pages_[place], &slots_[place], n,
-                                    token_pos_[s.first + first]});
+                                    token_pos_[s.first + first], nullptr});
             place += n;
         }
     }
@@ -162,7 +163,6 @@ void Store::attend(int layer, const AttendCall& call) {
     check(open_, "attend: no step is open");
     check_layer(layer, "attend");
     const LayerShape& shape = layers_[layer];
-    const int group = shape.q_heads / shape.kv_heads;
     const bool windowed = shape.window > 0;
     stage_queries(layer, call.q);
     const int32_t *tokens = tokens_.data(), *q_pos = token_pos_.data();
@@ -180,19 +180,8 @@ void Store::attend(int layer, const AttendCall& call) {
               " holds a part of the step's tokens");
         for (int h = 0; h < shape.kv_heads; ++h) {
             ops::AttendRow r = attend_row(*s.sequence, layer, h);
-            r.q = at(call.q, options_.dtype, b, static_cast<int64_t>(h) * group);
-            r.q_stride_t = call.q.token;
-            r.q_stride_g = call.q.head;
-            r.out = const_cast<void*>(at(call.out, call.out_dtype, b, static_cast<int64_t>(h) * group));
-            r.out_stride_t = call.out.token;
-            r.out_stride_g = call.out.head;
-            if (call.lse.data) {
-                r.lse = static_cast<float*>(const_cast<void*>(at(call.lse, DType::f32, b, int64_t{h} * group)));
-                r.lse_stride_t = call.lse.token;
-                r.lse_stride_g = call.lse.head;
-            }
+            fill_attend_row(r, layer, static_cast<int>(b), h, call);
             r.tokens = tokens + s.first;
-            r.sinks = call.sinks ? call.sinks + static_cast<int64_t>(h) * group : nullptr;
             r.q_pos = windowed ? q_pos + s.first : nullptr;
             r.queries = s.count;
             r.own = done_[layer] > 0 ? s.count : 0;
@@ -202,6 +191,22 @@ void Store::attend(int layer, const AttendCall& call) {
     if (recalls(layer) && longest_ == 1) return attend_selected(layer, call);
     if (any_far(layer)) return attend_streamed(layer, call);
     run_attend(layer, call);
+}
+
+// Where the row of sequence b of the step has its queries and results.
+void Store::fill_attend_row(ops::AttendRow& r, int layer, int b, int head, const AttendCall& call) const {
+    const int64_t first = int64_t{head} * (layers_[layer].q_heads / layers_[layer].kv_heads);
+    r.q = at(call.q, options_.dtype, b, first);
+    r.q_stride_t = call.q.token;
+    r.q_stride_g = call.q.head;
+    r.out = const_cast<void*>(at(call.out, call.out_dtype, b, first));
+    r.out_stride_t = call.out.token;
+    r.out_stride_g = call.out.head;
+    r.sinks = call.sinks ? call.sinks + first : nullptr;
+    if (!call.lse.data) return;
+    r.lse = static_cast<float*>(const_cast<void*>(at(call.lse, DType::f32, b, first)));
+    r.lse_stride_t = call.lse.token;
+    r.lse_stride_g = call.lse.head;
 }
 
 ops::AttendRow Store::attend_row(Sequence& s, int layer, int head) {

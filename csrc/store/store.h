@@ -30,6 +30,7 @@
 #include "store/charges.h"
 #include "store/far.h"
 #include "store/index.h"
+#include "store/layout.h"
 #include "store/look.h"
 #include "store/mirror.h"
 #include "store/queries.h"
@@ -152,6 +153,11 @@ class Store {
     void commit();
     void rollback();
     bool in_step() const { return open_; }
+
+    // Steps that do not change what they launch (graph.cpp)
+    void lay_out(Layout& layout, int entries);  // appends one token of each sequence to all layers, but for its bytes
+    void attend_laid(const Layout& layout, int layer, TokenTensor k, TokenTensor v, const AttendCall& call);
+
     int64_t seen(int layer, const Sequence& s) const;  // tokens, those of an open step that a layer has appended too
     int longest() const { return longest_; }           // most tokens that one sequence feeds in the open step
 
@@ -237,6 +243,13 @@ class Store {
     void check_layer(int layer, const char* verb) const;
     pages::Row& row_of(Sequence& s, int layer, int head) { return s.rows[first_row_[layer] + head]; }
     ops::AttendRow attend_row(Sequence& s, int layer, int head);
+    void fill_attend_row(ops::AttendRow& r, int layer, int b, int head, const AttendCall& call) const;
+    void extend_rows(int& place);
+    void lay_lists(Layout& layout);
+    void lay_queries(const TokenTensor* q, int layer);
+    Layout::Names names_of(int entries);
+    int64_t laid_workspace();
+    void laid_rows(int layer);
     void note_positions(const ops::AppendRow& row);
     void lists_of_appends();
     void copy_page(pages::Pool& pool, PageId from, PageId to);
@@ -342,7 +355,7 @@ class Store {
     bool recording_ = false;
     int threads_ = 1;
 
-    bool open_ = false;
+    bool open_ = false, laid_ = false;  // all layers have their tokens, whose bytes are to come
     int32_t longest_ = 0;
     std::vector<StepSequence> step_;
     std::vector<int32_t> tokens_;                  // index of each token along the T axis of the call's tensors

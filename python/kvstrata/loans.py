@@ -43,6 +43,11 @@ class Loans:
         held = (*self._tables, *self._others.values(), *self._positions.values())
         return sum(t.untyped_storage().nbytes() for t in held)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether ops run elsewhere than on the CPU."""
+        return self._on_device
+
     def join_stream(self) -> None:
         """The store's ops join the caller's stream from now on."""
         if self._on_device:

@@ -23,6 +23,7 @@ from kvstrata.pools import (
     QUANTIZED,
     SLOTS,
     Pool,
+    device_number,
     host_view,
     make_page,
     maybe_view,
@@ -74,20 +75,21 @@ def append(
                even, or copied bit for bit where the types are equal
     pages      i32 [R, T] destination page, -1 skips the token
     slots      u8 [R, T] destination slot, 0 to 15
-    position   i32 [R] position of token 0; token t has position + t. From a device it is fetched first
+    position   i32 [R] position of token 0; token t has position + t. From a device it is fetched first, unless T = 1
 
     Dimensions up to the next multiple of 16 become zero. Slots that are not named keep their bytes. No two tokens of a
     call may name the same slot, a row's tokens of one page follow each other, and rows do not share pages.
     """
     native = native_pools("append", pools)
-    start = on_host("append", "position", position)
+    one = k.dim() == 3 and k.shape[1] == 1 and device_number("append", "position", position) > 0
+    here = position if one else on_host("append", "position", position)
     _C.append(
         view("append", "k", k),
         view("append", "v", v),
         view("append", "pages", pages),
         view("append", "slots", slots),
         native,
-        host_view("append", "position", start),
+        (view if one else host_view)("append", "position", here),
         thread_count("append", threads),
     )
 

@@ -24,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <source_location>
 #include <tuple>
 
@@ -54,6 +55,10 @@ void copy_async_commit();                                    // closes a group
 void copy_async_wait(int pending);                           // all groups but the last `pending`
 [[noreturn]] void fault(const char* what, const char* why);  // names the launch, the block and the thread
 
+// What the host asks of the device: counted by name, and done; or, while a graph is captured, kept for its replays (graph.cpp).
+cudaError_t ask(const char* name, std::function<cudaError_t()> work);
+cudaError_t wait(const char* name);  // counted; refused while a graph is captured
+
 // Runs body(context) as every thread of the grid; a cudaError for a shape that no device takes.
 cudaError_t run(const char* op, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 
@@ -67,7 +72,7 @@ cudaError_t launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, 
         auto& c = *static_cast<Call*>(context);
         std::apply(c.kernel, c.args);
     };
-    return run(op, grid, block, shared_bytes, body, &call);
+    return ask(op, [=]() mutable { return run(op, grid, block, shared_bytes, body, &call); });
 }
 
 }  // namespace kvstrata::cuda::emulate

@@ -1,7 +1,7 @@
 // The functions of the CUDA runtime that the library calls, with one device whose memory is the host's.
-#include <cuda_runtime.h>
-
 #include <cstring>
+
+#include "cuda/emulate/emulate.h"
 
 namespace {
 constexpr int kMultiprocessors = 2;  // few: a kernel that shares its work among them shows it in small tests
@@ -13,7 +13,9 @@ extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int index) { return index == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }  // launches have ended when they return
+cudaError_t cudaStreamSynchronize(cudaStream_t) {  // launches have ended when they return
+    return kvstrata::cuda::emulate::wait("cudaStreamSynchronize");
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: return *value = kMultiprocessors, cudaSuccess;
@@ -29,23 +31,26 @@ const char* cudaGetErrorString(cudaError_t code) {
     switch (code) {
         case cudaSuccess: return "no error";
         case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
         case cudaErrorInvalidConfiguration: return "invalid configuration argument";
         default: return "an error that the emulation does not know";
     }
 }
 
 cudaError_t cudaMemsetAsync(void* at, int value, size_t count, cudaStream_t) {
-    return std::memset(at, value, count), cudaSuccess;
+    return kvstrata::cuda::emulate::ask("cudaMemsetAsync", [=] { return std::memset(at, value, count), cudaSuccess; });
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t count, cudaMemcpyKind, cudaStream_t) {
-    return std::memmove(to, from, count), cudaSuccess;
+    return kvstrata::cuda::emulate::ask("cudaMemcpyAsync", [=] { return std::memmove(to, from, count), cudaSuccess; });
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                               size_t height, cudaMemcpyKind, cudaStream_t) {
-    for (size_t i = 0; i < height; ++i) {
-        std::memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
-    }
-    return cudaSuccess;
+    return kvstrata::cuda::emulate::ask("cudaMemcpy2DAsync", [=] {
+        for (size_t i = 0; i < height; ++i) {
+            std::memmove(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
+        }
+        return cudaSuccess;
+    });
 }
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }

@@ -17,7 +17,7 @@ class Feed:
     """The facts that the layers of a cache share.
 
     columns: padded positions fed so far, one number per cache.
-    valid: bool [B, columns], kept once a pad was seen; None while every column was a real token.
+    valid: bool [B, columns] of the CPU, kept once a pad was seen; None while every column was a real token.
     forward: the open forward, or None.
     """
 
@@ -56,7 +56,7 @@ class Feed:
     def admit(
         self, mask: torch.Tensor | None, batch: int, length: int, positions: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Check the inputs of a forward of `length` columns; bool [B, T] of its real tokens, None if all are.
+        """Check the inputs of a forward of `length` columns; bool [B, T] of its real tokens, of the CPU, None if all are.
 
         ValueError with expected and actual: no tokens; a mask that is not [B, columns + T]; a mask whose stored
         columns changed; without a mask, positions that do not go on where the cache ends.
@@ -75,7 +75,7 @@ class Feed:
                 f"attention_mask must be [B, cached columns + T] = {list(expected)}, got {list(mask.shape)}: "
                 f"{self.columns} columns are cached and {length} are new; reset() starts anew"
             )
-        mask = mask.bool()
+        mask = mask.bool().cpu()  # from a device at once: all that follows would wait for it
         self._check_past(mask[:, : self.columns])
         new = mask[:, self.columns :]
         return None if bool(new.all()) else new
@@ -95,7 +95,7 @@ class Feed:
                 )
 
     def _check_past(self, past: torch.Tensor) -> None:
-        same = past.all() if self.valid is None else (past == self.valid.to(past.device)).all()
+        same = past.all() if self.valid is None else (past == self.valid).all()
         if not bool(same):
             stored = self.columns if self.valid is None else self.valid.sum(1).tolist()
             raise ValueError(
@@ -106,10 +106,8 @@ class Feed:
     def extend(self, new: torch.Tensor | None, batch: int, length: int) -> None:
         """Commit `length` columns with validity `new` (bool [B, T], None: all real)."""
         if new is not None or self.valid is not None:
-            device = new.device if new is not None else self.valid.device  # type: ignore[union-attr]
-            old = self.valid
-            old = torch.ones(batch, self.columns, dtype=torch.bool, device=device) if old is None else old
-            new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new
+            old = torch.ones(batch, self.columns, dtype=torch.bool) if self.valid is None else self.valid
+            new = torch.ones(batch, length, dtype=torch.bool) if new is None else new
             self.valid = torch.cat([old, new], dim=1)
         self.columns += length
 
@@ -128,7 +126,7 @@ class Feed:
     def select(self, index: list[int]) -> None:
         """Row i continues row index[i]."""
         if self.valid is not None:
-            self.valid = self.valid[torch.tensor(index, dtype=torch.long, device=self.valid.device)]
+            self.valid = self.valid[torch.tensor(index, dtype=torch.long)]
 
     def clear(self) -> None:
         """Nothing was fed."""
