@@ -263,7 +263,7 @@ class Cache:
 
     def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False, ahead: bool = False) -> None:
         """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their
-        better halves alone; None: every set. Where there is a Far tier, the others are there, and while the limit has room Near.
+        better halves alone; None: every set. Others are in the Far tier, if there is one, and Near while the limit has room.
         BudgetExceeded or RuntimeError, the view as it was, where they cannot move. ahead: the next step waits for them."""
         self._views.turn(seq.id, sets is None, list(sets or ()), halves, ahead)
 
