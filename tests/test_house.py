@@ -134,6 +134,7 @@ PARTS |= dict.fromkeys(
         "stored",
         "registry",
         "graph",
+        "adopted",
     ),
     "cache",
 )

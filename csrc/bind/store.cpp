@@ -4,6 +4,7 @@
 
 #include "bind/bind.h"
 #include "bind/calls.h"
+#include "bind/sets.h"
 #include "bind/tensors.h"
 #include "store/store.h"
 
@@ -111,21 +112,6 @@ void score_max(Store& s, int layer, const std::vector<SeqId>& seqs, const SpanTu
                 {scale, softcap}, reinterpret_cast<float*>(out), columns);
 }
 
-// A row that was kept elsewhere; centre: frozen, and its mean.
-void restore_row(Store& s, SeqId seq, int layer, int head, const std::vector<int32_t>& pool,
-                 const std::vector<uint16_t>& alive, const std::vector<pages::SetTag>& set, int sealed, Address payload,
-                 int64_t payload_bytes, Address positions, const std::tuple<bool, std::vector<float>>& centre) {
-    const auto& [frozen, mean] = centre;
-    s.restore_row(seq, layer, head,
-                  {pool, alive, set, sealed, reinterpret_cast<const unsigned char*>(payload), payload_bytes,
-                   reinterpret_cast<const int32_t*>(positions), frozen, mean});
-}
-
-py::tuple centre(const Store& s, SeqId seq, int layer, int head) {
-    const store::Centre found = s.centre_of(seq, layer, head);
-    return py::make_tuple(found.frozen, found.mean ? *found.mean : std::vector<float>{});
-}
-
 // (pages, alive, hidden, sealed entries) of one row, for tests and debugging.
 py::tuple row(const Store& s, SeqId seq, int layer, int head) {
     const pages::Row& r = s.row(seq, layer, head);
@@ -137,7 +123,8 @@ py::tuple row(const Store& s, SeqId seq, int layer, int head) {
 }  // namespace
 
 void bind_store(py::module_& m) {
-    py::class_<Store>(m, "Store")
+    py::class_<Store> store(m, "Store");
+    store
         .def(py::init(&create), py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
              py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
@@ -344,42 +331,13 @@ void bind_store(py::module_& m) {
             [](Store& s, int layer, SeqId seq, int head, Address state, Address tier, Address group, int most,
                Address set) {
                 return s.apply_plan(layer, seq, head, row_plan(state, tier, group, set),
-                                    reinterpret_cast<uint8_t*>(state), most);
+                                    reinterpret_cast<uint8_t*>(state), reinterpret_cast<pages::SetTag*>(set), most);
             },
             py::arg("layer"), py::arg("seq"), py::arg("head"), py::arg("state"), py::arg("tier"), py::arg("group"),
             py::arg("most"), py::arg("set") = 0)
         .def("seen", [](const Store& s, int layer, SeqId seq) { return s.seen(layer, s.sequence(seq)); })
-        .def("set_view", [](Store& s, SeqId seq, bool all, const std::vector<pages::SetTag>& sets,
-                            bool halves) { s.set_view(seq, {all, halves, sets}); })
-        .def("view",
-             [](const Store& s, SeqId seq) {
-                 const pages::View& view = s.sequence(seq).view;
-                 return py::make_tuple(view.all, view.sets, view.halves);
-             })
-        .def("show", &Store::show)
-        .def("moving", &Store::moving)
-        .def("bring", &Store::bring, NoGil())
-        .def("put_aside", &Store::put_aside, NoGil())
-        .def_property_readonly("moved_bytes", &Store::moved_bytes)
-        .def("look_sets",
-             [](Store& s, int layer, const std::vector<SeqId>& seqs, Address out, int64_t columns) {
-                 s.look_sets(layer, seqs, reinterpret_cast<pages::SetTag*>(out), columns);
-             })
-        .def("row_sets",
-             [](const Store& s, SeqId seq, int layer, int head) {
-                 const pages::Row& r = s.row(seq, layer, head);
-                 return py::make_tuple(r.set, r.aside, r.back);
-             })
-        .def("attend_beside", &attend_beside)
-        .def("centre", &centre)
-        .def("copy_out",
-             [](Store& s, SeqId seq, int layer, int head, const std::vector<int32_t>& entries, Address payload,
-                Address positions) {
-                 s.copy_out(seq, layer, head, entries, reinterpret_cast<unsigned char*>(payload),
-                            reinterpret_cast<int32_t*>(positions));
-             })
-        .def("restore_row", &restore_row)
-        .def("restore_length", &Store::restore_length);
+        .def("attend_beside", &attend_beside);
+    bind_sets(m, store);
 }
 
 }  // namespace kvstrata::bind

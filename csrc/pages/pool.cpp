@@ -89,6 +89,23 @@ PageId Pool::take(Owner owner) {
     throw std::logic_error("take: no free page; the step did not reserve what it uses");
 }
 
+PageId Pool::take(int slab, int index, Owner owner) {
+    check(slab >= 0 && slab < static_cast<int>(slabs_.size()) && index >= 0 && index < slabs_[slab].n_pages,
+          "take: page ", index, " of slab ", slab, ", expected one that is lent");
+    Slab& s = slabs_[slab];
+    const uint64_t bit = uint64_t{1} << (index % 64);
+    check(s.free_bits[index / 64] & bit, "take: page ", index, " of slab ", slab, " is taken, expected a free one");
+    s.free_bits[index / 64] &= ~bit;
+    s.refs[index] = 1;
+    if (charged_) {
+        s.owners[index] = owner;
+        ++charges_[owner];
+    }
+    --s.n_free;
+    --(s.closed ? closed_free_ : free_);
+    return make_page(id_, slab, index);
+}
+
 bool Pool::release(PageId id) {
     Slab& slab = slabs_[page_slab(id)];
     const int index = page_index(id);

@@ -39,6 +39,7 @@ class Pool {
     void set_closed(int slab, bool closed);
 
     PageId take(Owner owner);  // refcount 1; throws std::logic_error if no page is free: reserve first
+    PageId take(int slab, int index, Owner owner);  // that one, which must be free, of a closed slab too
     void share(PageId id) { ++refs(id); }
     bool release(PageId id);  // true if the page became free
     uint32_t& refs(PageId id) { return slabs_[page_slab(id)].refs[page_index(id)]; }

@@ -11,6 +11,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "common/check.h"
 #include "common/checksum.h"
@@ -40,8 +41,8 @@ void whole(Call call, const char* name, int64_t n, int64_t place) {
 
 void check_sum(const FarPage& page, const void* read) {
     if (checksum(read, page.bytes) == page.sum) return;
-    throw MachineError(message("far tier: the ", page.bytes, " bytes at ", page.place,
-                               " are not those that were written: the file was changed or is damaged"));
+    throw MachineError(message("far tier: ", page.name ? *page.name + ": the " : "the ", page.bytes, " bytes at ",
+                               page.place, " are not those that were written: the file was changed or is damaged"));
 }
 
 bool lies_in_memory([[maybe_unused]] int file) {
@@ -57,8 +58,9 @@ bool lies_in_memory([[maybe_unused]] int file) {
 
 void read_page(const FarPage& page, void* to) {
     auto* const bytes = static_cast<char*>(to);
+    const std::string call = page.name ? "pread of " + *page.name : "pread";
     whole([&](int64_t done) { return trouble::pread(page.file, bytes + done, page.bytes - done, page.place + done); },
-          "pread", page.bytes, page.place);
+          call.c_str(), page.bytes, page.place);
     check_sum(page, to);
 }
 
@@ -84,12 +86,25 @@ void FarSlabs::lend(int slab, int file, int64_t offset, int n_pages) {
     slabs_[slab] = {file, offset, lies_in_memory(file), std::vector<uint64_t>(n_pages, 0)};
 }
 
+void FarSlabs::lend_named(int slab, int file, int64_t offset, std::vector<int32_t> places, std::vector<uint64_t> sums,
+                          std::string name) {
+    if (static_cast<size_t>(slab) >= slabs_.size()) slabs_.resize(slab + 1);
+    slabs_[slab] = {file,
+                    offset,
+                    lies_in_memory(file),
+                    std::move(sums),
+                    std::move(places),
+                    std::make_unique<const std::string>(std::move(name))};
+}
+
 void FarSlabs::give_back(int slab) { slabs_[slab] = {}; }
 
 FarPage FarSlabs::at(PageId page) const {
     const Slab& slab = slabs_[page_slab(page)];
     const int index = page_index(page);
-    return {slab.file, slab.offset + index * page_bytes_, page_bytes_, slab.sums[index], slab.in_memory};
+    const int64_t place = slab.places.empty() ? index : slab.places[index];
+    return {slab.file,      slab.offset + place * page_bytes_, page_bytes_, slab.sums[index], slab.in_memory,
+            slab.name.get()};
 }
 
 void FarSlabs::write(PageId page, const void* from) {
@@ -103,7 +118,9 @@ void FarSlabs::write(PageId page, const void* from) {
 
 int64_t FarSlabs::metadata_bytes() const {
     int64_t bytes = static_cast<int64_t>(slabs_.capacity() * sizeof(Slab));
-    for (const Slab& s : slabs_) bytes += static_cast<int64_t>(s.sums.capacity() * sizeof(uint64_t));
+    for (const Slab& s : slabs_) {
+        bytes += static_cast<int64_t>(s.sums.capacity() * sizeof(uint64_t) + s.places.capacity() * sizeof(int32_t));
+    }
     return bytes;
 }
 

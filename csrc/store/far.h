@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "common/types.h"
@@ -16,7 +18,8 @@ struct FarPage {
     int file = -1;
     int64_t place = 0, bytes = 0;
     uint64_t sum = 0;
-    bool in_memory = false;  // the file is no disk's: reading it never waits
+    bool in_memory = false;             // the file is no disk's: reading it never waits
+    const std::string* name = nullptr;  // of a file of others
 };
 
 void read_page(const FarPage& page,
@@ -30,6 +33,9 @@ class FarSlabs {
     explicit FarSlabs(int64_t page_bytes) : page_bytes_(page_bytes) {}
 
     void lend(int slab, int file, int64_t offset, int n_pages);  // space that the file has already
+    // Pages of a file of others, [pages] places behind `offset`, and their checksums: only read.
+    void lend_named(int slab, int file, int64_t offset, std::vector<int32_t> places, std::vector<uint64_t> sums,
+                    std::string name);
     void give_back(int slab);
 
     void write(PageId page, const void* from);  // MachineError where that fails
@@ -41,7 +47,9 @@ class FarSlabs {
         int file = -1;
         int64_t offset = 0;
         bool in_memory = false;
-        std::vector<uint64_t> sums;  // [pages]
+        std::vector<uint64_t> sums;        // [pages]
+        std::vector<int32_t> places = {};  // [pages], or none: as they are numbered
+        std::unique_ptr<const std::string> name = nullptr;
     };
 
     int64_t page_bytes_;

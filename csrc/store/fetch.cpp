@@ -63,6 +63,7 @@ void Store::set_ahead(bool on, std::chrono::milliseconds limit) {
     ahead_.on = on;
     ahead_.limit = limit;
     ahead_.copier.reset();
+    reader_.patience = std::chrono::duration<double>(limit).count();
 }
 
 // The bytes of a Far page into a Near one, for row r of the call: whose copy of `entry` that is, or -1. They are there, or due.

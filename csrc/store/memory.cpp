@@ -138,6 +138,19 @@ int Store::lend_far(int pool, int file, int64_t offset, int32_t* positions, int 
     return slab;
 }
 
+// Pages that a file of others holds, which rows take one by one as they are restored: nothing else is ever put there.
+int Store::lend_named(int pool, int file, int64_t offset, int32_t* positions, std::vector<int32_t> places,
+                      std::vector<uint64_t> sums, std::string name) {
+    check(pool >= 0 && pool < n_pools() && info_[pool].tier == Tier::far, "lend_named: pool is ", pool,
+          ", expected one of the Far tier");
+    check(places.size() == sums.size(), "lend_named: ", places.size(), " places, ", sums.size(),
+          " sums, expected as many");
+    const int slab = pools_[pool].lend(nullptr, positions, static_cast<int>(places.size()));
+    pools_[pool].set_closed(slab, true);
+    far_[pool].lend_named(slab, file, offset, std::move(places), std::move(sums), std::move(name));
+    return slab;
+}
+
 void Store::give_back(int pool, int slab) {
     check(pool >= 0 && pool < n_pools(), "give_back: pool is ", pool, ", expected 0..", n_pools() - 1);
     pools_[pool].give_back(slab);
@@ -194,7 +207,7 @@ bool Store::empty_out(int pool, int slab) {
     const pages::Slab& s = p.slabs()[slab];
     check(s.n_pages > 0, "empty_out: slab ", slab, " is not lent");
     const int64_t live = s.n_pages - s.n_free;
-    if (p.free() - s.n_free < live) return false;
+    if (p.free() - s.n_free < live || !land_reads(pool, slab)) return false;
     p.set_closed(slab, true);
     std::unordered_map<PageId, PageId> moved;
     const auto move = [&](PageId& page) {
@@ -221,6 +234,9 @@ bool Store::empty_out(int pool, int slab) {
     }
     for (auto& ring : rings_) {
         for (PageId& page : ring) move(page);
+    }
+    for (const auto& delivery : deliveries_) {
+        for (Fetch& f : delivery->fetches) move(f.near);
     }
     return true;
 }
@@ -257,10 +273,13 @@ int64_t Store::metadata_bytes() const {
                                       sequence->rings.capacity() * sizeof(QueryRing));
         for (const Centre& c : sequence->centres) bytes += c.mean ? c.mean->size() * sizeof(float) : 0;
         for (const QueryRing& ring : sequence->rings) bytes += ring.bytes();
-        bytes += static_cast<int64_t>(sequence->indices.capacity() * sizeof(Index));
+        bytes += static_cast<int64_t>(sequence->indices.capacity() * sizeof(Index) +
+                                      sequence->routed.capacity() * sizeof(uint32_t));
         for (const Index& index : sequence->indices) bytes += index.bytes();
     }
     for (const FarSlabs& far : far_) bytes += far.metadata_bytes();
+    for (const auto& delivery : deliveries_)
+        bytes += static_cast<int64_t>(delivery->fetches.capacity() * sizeof(Fetch));
     for (const QueryRing& ring : staged_) bytes += ring.bytes();
     for (const auto& mass : staged_mass_) bytes += static_cast<int64_t>(mass.capacity() * sizeof(float));
     return bytes;

@@ -2,8 +2,8 @@
 // the old ones. What a plan comes to: repack.h.
 //
 // Where memory is short, a row is rewritten piece by piece: the changing pages of fewest survivors first, each piece written
-// and switched before the next, which finds the pages that it freed. Plans with tiers, groups or sets are applied whole: what goes
-// Far takes no Near page but those of the ring, where it is put together.
+// and switched before the next, which finds the pages that it freed. Plans with tiers or groups are applied whole: what goes Far
+// takes no Near page but those of the ring, where it is put together.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -22,6 +22,37 @@ namespace {
 constexpr int kCentreTokens = 256;    // fewer stored tokens do not tell a mean
 constexpr double kCentreRatio = 2.0;  // of |mean| to standard deviation, from which a channel is centred
 constexpr int kDecodedAtOnce = 256;   // pages, where each piece is a wait
+
+// Columns of a plan as they were, to be found by position: a tagged row's table is in the order of its sets. None of others.
+struct Reordering {
+    struct Planned {
+        int32_t position;
+        uint8_t state;
+        pages::SetTag set;
+    };
+    std::vector<Planned> planned;
+    std::vector<int32_t> now;
+
+    Reordering(const pages::Row& row, const RowPlan& plan, pages::Pools& pools) : now(row.tagged ? row.stored : 0) {
+        if (!row.tagged) return;
+        pages::positions(row, pools, now.data());
+        for (int32_t i = 0; i < row.stored; ++i) {
+            planned.push_back({now[i], plan.state[i], plan.set ? plan.set[i] : pages::kBackbone});
+        }
+        std::sort(planned.begin(), planned.end(),
+                  [](const Planned& a, const Planned& b) { return a.position < b.position; });
+    }
+
+    void follow(const pages::Row& row, pages::Pools& pools, uint8_t* state, pages::SetTag* set) {
+        pages::positions(row, pools, now.data());
+        for (int32_t i = 0; i < row.stored; ++i) {
+            const auto at = std::lower_bound(planned.begin(), planned.end(), now[i],
+                                             [](const Planned& p, int32_t position) { return p.position < position; });
+            state[i] = at->state;
+            if (set) set[i] = at->set;
+        }
+    }
+};
 
 }  // namespace
 
@@ -80,7 +111,7 @@ void Store::check_set(const pages::Row& row, int entry, int64_t line, int i, pag
 }
 
 // The largest piece of a row's plan whose new pages cost at most `spare` beside those that are free, cost [pools] each; one
-// changing entry at the least. All of a plan with tiers, groups or sets.
+// changing entry at the least. All of a plan with tiers or groups.
 PlanPiece Store::plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
                             int64_t spare, int64_t room) {
     const pages::Row& row = row_of(find(seq, "plan_piece"), layer, head);
@@ -217,8 +248,10 @@ struct Store::Writing {
 };
 
 // A piece of one row's plan, all or nothing: at most `most` of its changing entries. Its new pages must be free: plan_piece
-// says how many. Then `state` is put into the order of the table as it stands. Returns whether anything is left to change.
-bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most) {
+// says how many. Then `state` and `set`, if given, are put into the order of the table as it stands. Returns whether anything
+// is left to change.
+bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, pages::SetTag* set,
+                       int most) {
     Sequence& s = find(seq, "apply_plan");
     pages::Row& row = row_of(s, layer, head);
     if (plan.whole()) most = row.sealed;
@@ -227,9 +260,10 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
     fault::hit("plan.after_check");
     if (recalls(layer)) summarize_sealed(s, layer, head);
     std::vector<uint8_t> left;
+    Reordering columns(row, plan, pools_);
     Writing writing(*this, s, layer, head);
     try {
-        left = reordered(row, plan, r);
+        if (!row.tagged) left = reordered(row, plan, r);
         for (int tier = 0; tier < kTiers; ++tier) {
             for (int to = 1; to < kStates; ++to) writing.write(r, tier, to);
         }
@@ -243,6 +277,7 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
     if (row.tagged) pages::tag(row, r.tag);
     pages::replace(row, r.keep, writing.fresh, pools_);
     pages::arrange(row, s.view);
+    if (row.tagged) columns.follow(row, pools_, state, set);
     std::copy(left.begin(), left.end(), state);
     if (row.stored != before) s.floor = std::max(s.floor, base(s, seen(layer, s)));
     return r.changing > most;

@@ -18,7 +18,7 @@ class Packing {
         for (int e = 0; e < row_.entries(); ++e) r_.first[e + 1] = r_.first[e] + std::popcount(row_.alive[e]);
         for (int e : rewritten(most)) collect(e);
         for (int e = 0; row_.tagged && e < row_.sealed; ++e) {
-            if (!r_.gone(e)) retag(e);
+            if (!r_.gone(e) && holds(e)) retag(e);  // of others a later piece says more
         }
         for (int e = 0; e < row_.sealed; ++e) {
             if (joins(e)) collect(e);

@@ -24,7 +24,7 @@ struct RowPlan {
     const int32_t* group;                // tokens of one number share pages; -1: as it is; or null
     const pages::SetTag* set = nullptr;  // of its page; or null: as it is
 
-    bool whole() const { return tier || group || set; }  // it is applied in one piece
+    bool whole() const { return tier || group; }  // it is applied in one piece
 };
 
 inline constexpr int32_t kProvisionalGroup =

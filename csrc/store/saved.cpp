@@ -75,6 +75,8 @@ void Store::check_saved(int layer, const SavedRow& saved) const {
     const int32_t n = static_cast<int32_t>(saved.pool.size());
     check(static_cast<int32_t>(saved.alive.size()) == n && saved.set.size() == (options_.sets ? saved.pool.size() : 0),
           "restore_row: ", n, " pools, ", saved.alive.size(), " masks, ", saved.set.size(), " sets, expected as many");
+    check(saved.page.empty() || saved.page.size() == saved.pool.size(), "restore_row: ", saved.page.size(),
+          " pages, expected none or ", n);
     check(saved.sealed >= 0 && saved.sealed <= n, "restore_row: sealed is ", saved.sealed, ", expected 0..", n);
     int64_t bytes = 0;
     int32_t last = -1;  // of the open tail
@@ -97,7 +99,9 @@ void Store::check_saved(int layer, const SavedRow& saved) const {
             if (open) last = position;
             seen.push_back(position);
         });
-        bytes += info_[pool].page_bytes;
+        check(saved.page.empty() || saved.page[e] == kNoPage || page_pool(saved.page[e]) == pool, "restore_row: entry ",
+              e, " has a page of another pool than ", pool);
+        if (!saved.lies(e)) bytes += info_[pool].page_bytes;
     }
     check(saved.payload_bytes == bytes, "restore_row: payload has ", saved.payload_bytes, " bytes, expected ", bytes);
     std::sort(seen.begin(), seen.end());
@@ -126,7 +130,7 @@ void Store::restore_row(SeqId seq, int layer, int head, const SavedRow& saved) {
           " holds tokens, expected none");
     check_saved(layer, saved);
     int64_t need[kMaxPools] = {};
-    for (int32_t pool : saved.pool) ++need[pool];
+    for (size_t e = 0; e < saved.pool.size(); ++e) need[saved.pool[e]] += !saved.lies(e);
     for (int p = 0; p < n_pools(); ++p) {
         if (need[p] <= pools_[p].free()) continue;
         throw std::logic_error(message("restore_row: needs ", need[p], " pages of pool ", p, ", ", pools_[p].free(),
@@ -137,8 +141,11 @@ void Store::restore_row(SeqId seq, int layer, int head, const SavedRow& saved) {
         const unsigned char* from = saved.payload;
         for (size_t e = 0; e < saved.pool.size(); ++e) {
             pages::Pool& pool = pools_[saved.pool[e]];
-            const PageId page = pool.take(s.owner);
+            const PageId lies = saved.lies(e) ? saved.page[e] : kNoPage;
+            const PageId page =
+                lies == kNoPage ? pool.take(s.owner) : pool.take(page_slab(lies), page_index(lies), s.owner);
             fresh.push_back({page, saved.alive[e], 0, {}, options_.sets ? saved.set[e] : pages::kBackbone});
+            if (lies != kNoPage) continue;
             if (far(page)) {
                 far_[saved.pool[e]].write(page, from);
             } else {

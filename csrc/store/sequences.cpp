@@ -88,6 +88,7 @@ void Store::free(std::span<const SeqId> seqs) {
     check(!open_, "free: a step is open, expected none");
     check_sequences(seqs, "free");
     for (SeqId id : seqs) {
+        end_ahead(id);
         release(find(id, "free"));
         sequences_.erase(id);
     }
@@ -95,6 +96,7 @@ void Store::free(std::span<const SeqId> seqs) {
 
 Sequence Store::clone(const Sequence& s) {
     Sequence copy{s.length, s.confirmed, s.floor, {}, s.centres, s.rings, s.indices, s.view, s.sought};
+    copy.routed = s.routed;
     copy.rows.reserve(n_rows_);
     for (const pages::Row& row : s.rows) copy.rows.push_back(pages::share(row, pools_));
     copy.owner = next_owner_++;
@@ -179,9 +181,12 @@ void Store::confirm(SeqId seq) {
 void Store::clear(SeqId seq) {
     check(!open_, "clear: a step is open, expected none");
     Sequence& s = find(seq, "clear");
+    end_ahead(seq);
     release(s);
     s.length = s.confirmed = s.floor = 0;
     s.view = {};
+    s.routed.clear();
+    s.unread = false;
 }
 
 }  // namespace kvstrata::store

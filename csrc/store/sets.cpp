@@ -1,6 +1,8 @@
 // Sets of pages: what a view shows, and queries beside a sequence's own that say what its pages are worth.
 #include <algorithm>
 #include <bit>
+#include <optional>
+#include <tuple>
 
 #include "common/check.h"
 #include "common/layout.h"
@@ -16,13 +18,25 @@ void Store::set_view(SeqId seq, pages::View view) {
     }
     Sequence& s = find(seq, "set_view");
     s.view = std::move(view);
-    for (pages::Row& row : s.rows) pages::arrange(row, s.view);
+    s.unread = false;
+    ++views_;
+    for (pages::SetTag set : s.view.sets) {
+        if (set >= s.routed.size()) s.routed.resize(set + 1, 0);
+        s.routed[set] = views_;
+    }
+    for (pages::Row& row : s.rows) turn(row, s.view);
+}
+
+// Pages that come into sight and are Near still need no read.
+void Store::turn(pages::Row& row, const pages::View& view) {
+    for (int e = 0; e < row.aside; ++e) hits_ += view.shows(row.set[e]) && !far(row.page[e]);
+    pages::arrange(row, view);
 }
 
 void Store::show(int layer, SeqId seq, bool all) {
     check_layer(layer, "show");
     Sequence& s = find(seq, "show");
-    for (int h = 0; h < layers_[layer].kv_heads; ++h) pages::arrange(row_of(s, layer, h), all ? pages::View{} : s.view);
+    for (int h = 0; h < layers_[layer].kv_heads; ++h) turn(row_of(s, layer, h), all ? pages::View{} : s.view);
 }
 
 // A page that is shared with another row, or has a Far page of its own, needs no new one there.
@@ -53,28 +67,29 @@ void Store::bring(int layer, SeqId seq) {
             const PageId to = near.take(pages::pool_of(pools_, row.page[e]).owner(row.page[e]));
             try {
                 read_far(row.page[e], to);
-            } catch (...) {
+            } catch (const MachineError& error) {
                 near.release(to);
-                throw;
+                throw MachineError(of_set(error.what(), row.set[e]));
             }
             pages::come_near(row, e, to);
             moved_bytes_ += near.page_bytes();
+            ++misses_count_;
         }
     }
 }
 
-// Likewise: an error leaves those that were not written Near, out of sight all the same.
-void Store::put_aside(int layer, SeqId seq) {
+// Likewise: an error leaves those that were not written Near, out of sight all the same. What is written is clean for good, and
+// may stay until its place is needed.
+void Store::put_aside(int layer, SeqId seq, bool stay) {
     check_layer(layer, "put_aside");
     Sequence& s = find(seq, "put_aside");
     for (int h = 0; h < layers_[layer].kv_heads && !options_.far.empty(); ++h) {
         pages::Row& row = row_of(s, layer, h);
         for (int e = 0; e < row.aside; ++e) {
             if (!goes_far(row, e)) continue;
-            PageId to = row.back[e];
-            if (to == kNoPage) {
+            if (row.back[e] == kNoPage) {
                 pages::Pool& pool = pools_[far_of(layer, row.page[e])];
-                to = pool.take(pages::pool_of(pools_, row.page[e]).owner(row.page[e]));
+                const PageId to = pool.take(pages::pool_of(pools_, row.page[e]).owner(row.page[e]));
                 try {
                     write_far(to, row.page[e]);
                 } catch (...) {
@@ -82,10 +97,39 @@ void Store::put_aside(int layer, SeqId seq) {
                     throw;
                 }
                 moved_bytes_ += pool.page_bytes();
+                row.back[e] = to;
             }
-            pages::go_far(row, e, to, pools_);
+            if (!stay) pages::go_far(row, e, row.back[e], pools_);
         }
     }
+}
+
+// Near pages out of sight that are clean leave, those of one layer of one set: the set that a view named least lately, of its
+// layers the last, as the first ones are read first. Nothing is written, so this cannot fail.
+bool Store::give_way() {
+    using Place = std::tuple<uint32_t, int, SeqId, pages::SetTag>;  // age of the set, layers from the end, whose it is
+    const auto idle = [this](const pages::Row& row, int e) { return row.back[e] != kNoPage && goes_far(row, e); };
+    const auto each = [&](auto see) {
+        for (auto& [id, s] : sequences_) {
+            for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+                for (int h = 0; h < layers_[l].kv_heads; ++h) {
+                    pages::Row& row = row_of(*s, l, h);
+                    for (int e = 0; e < row.aside; ++e) {
+                        if (!idle(row, e)) continue;
+                        const pages::SetTag set = pages::set_of(row.set[e]);
+                        see(Place{set < s->routed.size() ? s->routed[set] : 0, -l, id, set}, row, e);
+                    }
+                }
+            }
+        }
+    };
+    if (!options_.sets || options_.far.empty()) return false;
+    std::optional<Place> first;
+    each([&](const Place& place, pages::Row&, int) { first = first ? std::min(*first, place) : place; });
+    each([&](const Place& place, pages::Row& row, int e) {
+        if (place == *first) pages::go_far(row, e, row.back[e], pools_);
+    });
+    return first.has_value();
 }
 
 // Whether a page of the Near tier has a place in the Far one.

@@ -41,7 +41,7 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
         const int32_t count = starts[b + 1] - starts[b];
         check(s.length + count <= INT32_MAX, "begin: sequence ", seqs[b], " would pass ", INT32_MAX, " tokens");
         for (int32_t t = 0; t < count; ++t) token_pos_[starts[b] + t] = static_cast<int32_t>(s.length + t);
-        step_.push_back({&s, starts[b], count});
+        step_.push_back({seqs[b], &s, starts[b], count});
     }
     laid_ = false;
     longest_ = 0;
@@ -164,6 +164,7 @@ void Store::attend(int layer, const AttendCall& call) {
     check_layer(layer, "attend");
     const LayerShape& shape = layers_[layer];
     const bool windowed = shape.window > 0;
+    for (size_t b = 0; !deliveries_.empty() && b < step_.size(); ++b) land(layer, step_[b].id);
     stage_queries(layer, call.q);
     const int32_t *tokens = tokens_.data(), *q_pos = token_pos_.data();
     if (mirror_.on()) {

@@ -37,6 +37,7 @@
 #include "store/reading.h"
 #include "store/repack.h"
 #include "store/saved.h"
+#include "store/swap.h"
 
 namespace kvstrata::store {
 
@@ -85,6 +86,8 @@ struct Sequence {
     pages::View view;                              // of a store with sets
     std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
     pages::Owner owner = pages::kCache;  // of the pages that it takes; whoever continues a sequence that ends keeps it
+    std::vector<uint32_t> routed = {};   // of each set: when a view last named it
+    bool unread = false;                 // what was fetched ahead for the view did not come
 };
 
 struct PoolInfo {
@@ -109,6 +112,8 @@ class Store {
     void set_lend(Mirror::Lend lend) { mirror_.set_lend(std::move(lend)); }
     void set_stream(void* stream) { mirror_.where.stream = stream; }
     int lend_far(int pool, int file, int64_t offset, int32_t* positions, int n_pages);
+    int lend_named(int pool, int file, int64_t offset, int32_t* positions, std::vector<int32_t> places,
+                   std::vector<uint64_t> sums, std::string name);
     void give_back(int pool, int slab);
     std::vector<int64_t> ring_pages() const;  // by pool, that hold_ring takes
     void hold_ring();
@@ -204,7 +209,14 @@ class Store {
     void show(int layer, SeqId seq, bool all);   // a layer by itself: all sets, or those of the view
     std::vector<int64_t> moving(int layer, SeqId seq);  // pages of each pool that bring and put_aside take
     void bring(int layer, SeqId seq);                   // Far pages that the layer shows come Near
-    void put_aside(int layer, SeqId seq);  // pages that it does not show go Far; nothing without a Far tier
+    void put_aside(int layer, SeqId seq, bool stay);    // others get a Far page, and go there or stay
+    bool give_way();                                    // of one layer of a set they leave; whether any did
+    // Fetched beside other work (ahead.cpp): tables say Far until it has landed, which attending to the layer waits for.
+    void bring_ahead(int layer, SeqId seq);  // as bring
+    void land(int layer, SeqId seq);         // MachineError where it did not come; the pages stay Far
+    void end_ahead(SeqId seq);               // of all layers; what did not come stays Far, without an error
+    bool ahead(SeqId seq) const;             // whether any is on its way
+    Reader& reader() { return reader_; }
     int64_t moved_bytes() const { return moved_bytes_; }  // by these, so far
     void look_sets(int layer, std::span<const SeqId> seqs, pages::SetTag* out,
                    int64_t columns);  // [R, N]; 0 beyond a row
@@ -223,10 +235,11 @@ class Store {
     void check_plan(int layer, std::span<const SeqId> seqs, const PlanColumns& plan, bool protect);
     PlanPiece plan_piece(int layer, SeqId seq, int head, const RowPlan& plan, std::span<const int64_t> cost,
                          int64_t spare, int64_t room);
-    bool apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, int most);  // checked before
+    bool apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint8_t* state, pages::SetTag* set, int most);
 
   private:
     struct StepSequence {
+        SeqId id;
         Sequence* sequence;
         int32_t first, count;  // its tokens: tokens_[first .. first + count)
     };
@@ -274,6 +287,9 @@ class Store {
     int near_of(int far_pool) const;
     int far_of(int layer, PageId page) const;
     bool goes_far(const pages::Row& row, int entry) const;
+    void turn(pages::Row& row, const pages::View& view);
+    void take_in(Delivery& delivery), let_go(Delivery& delivery), drop_ended();
+    bool land_reads(int pool, int slab);
     void write_far(PageId page, PageId from);
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
@@ -349,6 +365,9 @@ class Store {
     int32_t clock_ = 0;  // steps that selected
     Ahead ahead_;
     int64_t moved_bytes_ = 0;
+    uint32_t views_ = 0;  // that were set
+    std::vector<std::shared_ptr<Delivery>> deliveries_;
+    Reader reader_;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
     pages::Owner next_owner_ = pages::kCache + 1;

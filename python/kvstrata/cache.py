@@ -261,12 +261,11 @@ class Cache:
         self._plans.regroup(seq.id, of, count)
         self._slabs.settle()
 
-    def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False) -> None:
+    def view(self, seq: Sequence, sets: Items[int] | None, *, halves: bool = False, ahead: bool = False) -> None:
         """What steps of a sequence read from now on: backbone, pending tokens, and the private sets named (1..E), or their
-        better halves alone; None: every set. Where there is a Far tier, the others are there. BudgetExceeded or
-        RuntimeError, and the view as it was, where they cannot move.
-        """
-        self._views.turn(seq.id, sets is None, list(sets or ()), halves)
+        better halves alone; None: every set. Others are in the Far tier, if there is one, and Near while the limit has room.
+        BudgetExceeded or RuntimeError, the view as it was, where they cannot move. ahead: the next step waits for them."""
+        self._views.turn(seq.id, sets is None, list(sets or ()), halves, ahead)
 
     @property
     def moved_bytes(self) -> int:
@@ -289,6 +288,7 @@ class Cache:
     def _leave(self, step: Step) -> None:
         assert self._step is step
         self._step = None
+        self._views.after_step()
 
     def set_selector(self, selector: Selector, *, summarize: bool = False) -> None:
         """Another selector for the live cache, from the next step on.

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from kvstrata._C import Store
 from kvstrata.config import MachineError
 
 
@@ -17,7 +18,8 @@ def taken(nbytes: int, device: torch.device) -> torch.Tensor:
         raise MachineError(f"slab: no memory for {nbytes} bytes on {device}: {error}") from error
 
 
-def close(files: dict[tuple[int, int], tuple[int, int]]) -> None:
-    """Descriptors and bytes by slab: the space of files without a name is free at once."""
+def close(store: Store, files: dict[tuple[int, int], tuple[int, int]]) -> None:
+    """Descriptors and bytes by slab: the space of files without a name is free at once. Nothing is read any more."""
+    store.stop_reading()
     while files:
         os.close(files.popitem()[1][0])

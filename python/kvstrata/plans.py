@@ -367,12 +367,12 @@ class Plans:
             self.counts["plans"] += 1
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
-        """The plan with its columns checked; the state within what the budget counts, and of its own: it is brought into the
-        order of the tables as they change. No tier where the cache has no Far tier."""
+        """The plan with its columns checked; the state within what the budget counts. State and set are of its own: they are
+        brought into the order of the tables as these change. No tier where the cache has no Far tier."""
         plan = replace(plan, state=seen.state if plan.state is None else plan.state)
         plan = checked(plan, seen.positions.shape, self._cache._slabs.has_far)
         assert plan.state is not None
-        return replace(plan, state=self._capped(seen, plan.state))
+        return replace(plan, state=self._capped(seen, plan.state), set=None if plan.set is None else plan.set.clone())
 
     def _capped(self, seen: Seen, state: Tensor) -> Tensor:
         """A copy of the planned states, within the tokens that a row may hold where the budget counts them."""
@@ -384,7 +384,7 @@ class Plans:
 
     def apply(self, layer: int, ids: list[int], plan: Plan, rows: list[int]) -> None:
         """Changes the given rows to the plan's columns, which were checked, one after another: each whole, or where memory is
-        short piece by piece, each piece whole. Rows of the state column follow their tables' new order."""
+        short piece by piece, each piece whole. Rows of the state and set columns follow their tables' new order."""
         heads = self._cache.shape.layers[layer].kv_heads
         assert plan.state is not None
         try:

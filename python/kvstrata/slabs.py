@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -56,7 +57,7 @@ class Slabs:
         self._far = far
         self._far_pools = [p for p in range(store.n_pools) if store.pool(p)["far"]]
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # of Far slabs: descriptor, bytes
-        weakref.finalize(self, close, self._files)
+        weakref.finalize(self, close, store, self._files)
         self.limit = limit
         self.books = Books()
         self.loans = Loans(store, device)
@@ -70,15 +71,15 @@ class Slabs:
         step = (first_layer, last_layer, first, last)
         if not any(self._store.missing(*step)):
             return
-        self._reserve(lambda: self._store.needed(*step))
+        self.make_room(lambda: self._store.needed(*step))
 
-    def _reserve(self, needed: Callable[[], list[int]]) -> None:
-        """Makes sure of so many free pages in each pool; Near copies give way before it is refused."""
+    def make_room(self, needed: Callable[[], list[int]]) -> None:
+        """As reserve_pages; pages of sets out of sight, and Near copies, give way before it is refused."""
         while True:
             try:
                 return self.reserve_pages(needed())
             except BudgetExceeded:
-                if not self._store.shrink_near():
+                if not (self._store.give_way() or self._store.shrink_near()):
                     raise
 
     def admit(self, queries: int) -> None:
@@ -93,7 +94,7 @@ class Slabs:
 
         if short() > 0:
             self.trim()
-        while short() > 0 and self._store.shrink_near():
+        while short() > 0 and (self._store.give_way() or self._store.shrink_near()):
             self.trim()
         if (more := short()) > 0:
             raise self._exceeded(self.bound() or 0, more)
@@ -114,19 +115,26 @@ class Slabs:
     def reserve_plan(self, layer: int, seq: int, head: int, columns: tuple[int, int, int, int]) -> int:
         """Makes sure of the free pages for a piece of a row's plan, as large as the limits have room for.
 
-        columns: addresses of the row's planned states, tiers, groups and sets, 0: none. Returns the piece's changing pages.
-        BudgetExceeded with nothing changed where not even one of them can be rewritten.
+        columns: addresses of the row's planned states, tiers, groups and sets, 0: none; of sets the whole row is tried first.
+        Returns the piece's changing pages. BudgetExceeded with nothing changed where not even one of them can be rewritten.
         """
         costs, sequences = self._costs(), self._charges.sequences
         left = _UNLIMITED if sequences is None or (n := sequences.left(seq)) is None else n
         row = (layer, seq, head, *columns[:3], costs)
+        if columns[3]:
+            entries, _, needed = self._store.plan_piece(*row, _UNLIMITED, columns[3], left)
+            with suppress(BudgetExceeded):
+                return self._reserve_piece(seq, entries, needed)
         entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
         if entries < changing:
             self.trim(keep=needed)
             entries, changing, needed = self._store.plan_piece(*row, self._spare(costs), columns[3], left)
-        if sequences is not None:
-            sequences.reserve_pages({seq: needed})
-        self._reserve(lambda: needed)
+        return self._reserve_piece(seq, entries, needed)
+
+    def _reserve_piece(self, seq: int, entries: int, needed: list[int]) -> int:
+        if self._charges.sequences is not None:
+            self._charges.sequences.reserve_pages({seq: needed})
+        self.make_room(lambda: needed)
         return entries
 
     def piece(self) -> int:
@@ -147,9 +155,7 @@ class Slabs:
 
     def _near_bytes(self, pool: int) -> int:
         """Bytes of memory that a page of a pool takes in its slab: of a Far one, the positions and the checksum."""
-        if pool in self._far_pools:
-            return _POSITION_BYTES + 8
-        return self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
+        return self.page_bytes(pool)[0] + (8 if pool in self._far_pools else 0)
 
     def spare(self, parts: int = 1) -> int:
         """Bytes of pages that a plan may have lent before it frees any; of a limit that is so many limits, by one of them."""
@@ -206,8 +212,8 @@ class Slabs:
         index, pages, _ = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
         if sum(free for _, _, free in slabs) - pages < keep:
             return False
-        emptied = self._store.empty_out(pool, index)
-        assert emptied, "the other slabs have room for its pages"
+        if not self._store.empty_out(pool, index):  # a read into it does not end
+            return False
         self._return((pool, index))
         return True
 
@@ -272,11 +278,6 @@ class Slabs:
     def has_far(self) -> bool:
         """Whether there is a Far tier."""
         return bool(self._far_pools)
-
-    def by_tier(self, needed: list[int]) -> tuple[list[int], list[int]]:
-        """Pages of each pool, those of the Near tier and those of the Far one apart."""
-        far = [n if p in self._far_pools else 0 for p, n in enumerate(needed)]
-        return [n - m for n, m in zip(needed, far, strict=True)], far
 
     @property
     def far_bytes(self) -> int:
@@ -347,10 +348,10 @@ class Slabs:
 
     def settle(self) -> None:
         """After books and workspace may have grown: where they did so past the limit, free pages go."""
-        bound, now = self.bound(), self.nbytes()
-        if bound is not None and now > bound:
-            self.trim()
-            now = self.nbytes()
+        bound = self.bound()
+        while bound is not None and self.nbytes() > bound and (self.trim() or self._store.give_way()):
+            pass
+        now = self.nbytes()
         self.peak = max(self.peak, now)
         self._charges.settle(now)
 

@@ -75,6 +75,8 @@ class SpanStep:
     ) -> None:
         if self._step is not None:
             self._step.__exit__(kind, error, trace)
+        else:
+            self._cache._views.after_step()
         self._cache._slabs.settle()
         if kind is None and self._step is None and (missing := self._missing()):
             raise ValueError(f"read: layers {missing} did not attend, expected all")

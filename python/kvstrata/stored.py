@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvstrata.adopted import PageFile, lend
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.config import SLOTS
 from kvstrata.holdings import FORMATS
 from kvstrata.policy.base import BACKBONE, FULL, LESSER_HALF, PENDING, STATES
+from kvstrata.slabs import MAX_PAGES_PER_SLAB
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
+
+NO_PAGE = -1
 
 
 @dataclass(frozen=True)
@@ -76,30 +81,34 @@ def restore(
     cache: Cache,
     seq: int,
     rows: Sequence[StoredRow],
-    pages: Callable[[int], tuple[Tensor, Tensor]],
+    pages: Callable[[int, Sequence[int]], tuple[Tensor, Tensor]],
     length: int,
     floor: int,
+    lies: Callable[[int, int], tuple[PageFile, int]] | None = None,
 ) -> None:
     """Puts rows back into a sequence without a token, in the order of :func:`places`, under the cache's limit. Private sets
     that its view leaves out are Far, if there is such a tier.
 
-    pages(number of the row): payload u8, page behind page in the order of its entries, and positions i32 [entries, 16]; one
-    row's at a time is held beside the cache. length: tokens seen; floor: :meth:`Cache.crop_floor`. BudgetExceeded where there
-    is no room, ValueError for what is no row; then the sequence is as it was.
+    pages(number of the row, some of its entries): their payload u8, page behind page, and the row's positions i32 [entries,
+    16]; one row's at a time is held beside the cache. lies(number, entry): the file that holds a page, and its place there:
+    given, pages that would be Far stay where they are until they are read. length: tokens seen; floor:
+    :meth:`Cache.crop_floor`. BudgetExceeded where there is no room, ValueError for what is no row; then the sequence is as it
+    was.
     """
     where, store = places(cache), cache._store
     if len(rows) != len(where):
         raise ValueError(f"restore: {len(rows)} rows, expected {len(where)}")
     pools = [_tiered(cache, seq, layer, row) for (layer, _), row in zip(where, rows, strict=True)]
-    needed = [0] * store.n_pools
-    for of_row in pools:
-        for pool in of_row:
-            needed[pool] += 1
-    cache._slabs.reserve_pages(needed)
     view = store.view(seq)
     try:
+        there = _adopted(cache, pools, lies)
+        needed = [0] * store.n_pools
+        for of_row, lying in zip(pools, there, strict=True):
+            for pool, page in zip(of_row, lying, strict=True):
+                needed[pool] += page == NO_PAGE
+        cache._slabs.make_room(lambda: needed)
         for number, (row, (layer, head)) in enumerate(zip(rows, where, strict=True)):
-            payload, positions = pages(number)
+            payload, positions = pages(number, [e for e, page in enumerate(there[number]) if page == NO_PAGE])
             if positions.dtype != torch.int32 or positions.shape != (len(row.pools), SLOTS):
                 raise ValueError(
                     f"restore: positions is {positions.dtype} {list(positions.shape)}, expected torch.int32"
@@ -108,7 +117,7 @@ def restore(
             payload, positions = payload.contiguous(), positions.contiguous()
             table = (pools[number], row.alive, row.sets, row.sealed)
             content = (payload.data_ptr(), payload.nbytes, positions.data_ptr())
-            store.restore_row(seq, layer, head, *table, *content, (row.frozen, list(row.mean)))
+            store.restore_row(seq, layer, head, *table, *content, (row.frozen, list(row.mean)), there[number])
         store.restore_length(seq, length, floor)
     except BaseException:
         store.clear(seq)
@@ -116,6 +125,27 @@ def restore(
         cache.trim()
         raise
     cache._slabs.settle()
+
+
+def _adopted(
+    cache: Cache, pools: Sequence[Sequence[int]], lies: Callable[[int, int], tuple[PageFile, int]] | None
+) -> list[list[int]]:
+    """Of each row's entries the page that lies in a file, lent for it, or NO_PAGE."""
+    found = [[NO_PAGE] * len(of_row) for of_row in pools]
+    some: dict[tuple[PageFile, int], list[tuple[int, int, int]]] = defaultdict(list)
+    for number, of_row in enumerate(pools) if lies else ():
+        for entry, pool in enumerate(of_row):
+            if pool in cache._slabs._far_pools:
+                assert lies is not None
+                file, place = lies(number, entry)
+                some[file, pool].append((number, entry, place))
+    for (file, pool), entries in some.items():
+        for first in range(0, len(entries), MAX_PAGES_PER_SLAB):
+            part = entries[first : first + MAX_PAGES_PER_SLAB]
+            pages = lend(cache._slabs, pool, file, [place for *_, place in part])
+            for (number, entry, _), page in zip(part, pages, strict=True):
+                found[number][entry] = page
+    return found
 
 
 def _tiered(cache: Cache, seq: int, layer: int, row: StoredRow) -> list[int]:

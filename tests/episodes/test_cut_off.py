@@ -158,9 +158,11 @@ def test_a_real_kill(tmp_path: Path) -> None:
 
 
 def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
-    """In every region of every file: the head's size, the head, the data from first to last; the manifest wherever."""
+    """In every region of every file: the head's size, the head, the data from first to last; the manifest wherever. In a
+    page of a set: when a question reads it."""
     full(80, 1).save(tmp_path / "c")
-    found = 0
+    found = later = 0
+    private = {f"pages-1-{e}.safetensors" for e in range(1, 5)}
     for file in sorted((tmp_path / "c").iterdir()):
         text = file.read_bytes()
         if file.name == LOCK:
@@ -170,10 +172,18 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
         spread = range(0, len(text), max(1, len(text) // 24)) if file.name == MANIFEST else ()
         for at in {0, 9, head, (head + len(text)) // 2, len(text) - 1, *spread}:
             file.write_bytes(text[:at] + bytes([text[at] ^ 0x10]) + text[at + 1 :])
-            with pytest.raises(
-                RuntimeError, match=rf"{file.name}: (its sha256 is .*, expected|its content is damaged)"
-            ):
-                loaded(tmp_path / "c", 1)
+            if page := file.name in private and head <= at < len(text) - 1:
+                match = rf"{file.name}: the \d+ bytes at \d+ are not .*, where a page of set \d was read"
+            else:
+                match = (
+                    rf"{file.name}: (its sha256 is .*, expected|its content is damaged|its head|there is no|.* lies)"
+                )
+            with pytest.raises(RuntimeError, match=match):
+                chat = loaded(tmp_path / "c", 1)
+                assert page
+                later += 1
+                for e in range(4):
+                    chat._store.show([e])
             found += 1
         for wrong in (text[:-1], text + b"\n"):
             file.write_bytes(wrong)
@@ -183,7 +193,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match=rf"{file.name}: .*expected"):
             loaded(tmp_path / "c", 1)
         file.write_bytes(text)
-    assert found > 40
+    assert found > 40 and later >= 4
     loaded(tmp_path / "c", 1)
 
 
@@ -224,7 +234,7 @@ def test_other_models_and_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer is 't', expected None"):
         Conversation.load(tmp_path / "c", model, embedder=CountedWords())
     rewritten(tmp_path / "c", lambda m: m.update(format=1))
-    with pytest.raises(ValueError, match="format is 1, expected 3"):
+    with pytest.raises(ValueError, match="format is 1, expected 4"):
         loaded(tmp_path / "c", 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from hashlib import sha256
 from io import FileIO
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from feeding import check_pages
-from keeping import answers, content, elsewhere, entries, full, loaded, made
+from keeping import QUESTIONS, answers, content, elsewhere, entries, full, loaded, made
 from plain import PlainChat
 from topics import CountedWords, talk
 
+from kvstrata import stored, testing
 from kvstrata.episodes import InputEmbedding, Router, Turn
 from kvstrata.episodes.conversation import Conversation
 from kvstrata.episodes.folder import LOCK, MANIFEST, Folder
@@ -65,6 +67,8 @@ def test_a_set_that_was_loaded_is_clean(tmp_path: Path) -> None:
     other = loaded(tmp_path / "c")
     view, moved = chat._turned.episodes, other._store.moved_bytes
     other._store.show([])
+    while other._store.cache._store.give_way():
+        pass
     assert other._store.moved_bytes == moved
     other._store.show(view)
     assert other._store.moved_bytes > moved and content(other) == before
@@ -88,13 +92,13 @@ def test_settings_come_back(options: dict[str, Any], tmp_path: Path) -> None:
     chat.ask("What of the boat?", max_new_tokens=2)
     chat.save(tmp_path / "c")
     other = load_conversation(tmp_path / "c", PlainChat(2), embedder=CountedWords())
+    assert other._store.cache.report().far_tokens > 0 or "episodes" in options
     assert content(other) == content(chat)
     assert (other._how, other._router, other._sizes) == (chat._how, chat._router, chat._sizes)
     assert answers(other) == answers(chat)
     assert content(other) == content(chat)
     if "private" in options:
         assert other._store.cache.report().states["int8"] > 0
-    assert other._store.cache.report().far_tokens > 0 or "episodes" in options
 
 
 def test_before_any_token_and_before_topics(tmp_path: Path) -> None:
@@ -129,8 +133,80 @@ def test_the_limit_holds_while_loading(tmp_path: Path) -> None:
     now, limit = other.report(), other._sizes.limit_bytes(other._model.shape)
     assert now.limit == limit and now.near <= now.peak <= limit
     check_pages(other._store.cache)
-    assert 0 < other._store.moved_bytes < now.far  # the set that is read came Near
+    assert now.far == 0 < other._store.moved_bytes  # the set that is read came Near, the others are in their files
     assert now.file == sum(f.stat().st_size for f in (tmp_path / "c").iterdir() if f.name not in (MANIFEST, LOCK))
+
+
+def test_sets_stay_in_their_files_until_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load reads the pages that are shown; whole files are hashed if pages are Near that no set brings."""
+    chat = full()
+    chat.save(tmp_path / "c")
+    hashed, check = list[str](), Folder.check
+
+    def noted(file: FileIO, facts: Any) -> None:
+        hashed.append(Path(str(file.name)).name)
+        check(file, facts)
+
+    monkeypatch.setattr(Folder, "check", staticmethod(noted))
+    with testing.fault("far.read", 1 << 30) as read:
+        other = loaded(tmp_path / "c")
+    page = other._store.cache._store.pool(0)["page_bytes"]
+    assert chat._turned.episodes is not None and 0 < read.visits == other._store.moved_bytes // page
+    assert {name for name in hashed if name.startswith("pages")} == {
+        f"pages-1-{tag}.safetensors" for tag in ("0", "pending")
+    }
+    unread = set(range(4)) - set(chat._turned.episodes)
+    with testing.fault("far.read", 1 << 30) as read:
+        other._store.show(sorted(unread)[:1])
+        assert other._store.moved_bytes == page * (other._store.cache._store.fetched()[1])
+        other._store.show(chat._turned.episodes)
+    assert read.visits > 0 and content(other) == content(chat)
+    shutil.rmtree(tmp_path / "c")  # what is open stays
+    assert answers(other) == answers(chat)
+    check_pages(other._store.cache)
+    other.close()
+    check_pages(other._store.cache)
+
+
+def test_a_damaged_set_fails_alone(tmp_path: Path) -> None:
+    """The question that is routed there raises, with file and set, and is taken back; others are answered; repair mends."""
+    chat = full(layers=2)
+    chat.build()
+    chat._store.compact()
+    chat.save(tmp_path / "c")
+    routes = {q: route.episodes for q in QUESTIONS if (route := chat.route(q)) is not None}
+    assert chat._turned.episodes is not None
+    bad = min({e for found in routes.values() for e in found} - set(chat._turned.episodes))
+    file = tmp_path / "c" / f"pages-1-{bad + 1}.safetensors"
+    text = file.read_bytes()
+    first = 8 + int.from_bytes(text[:8], "little")
+    pages = TensorFile(FileIO(str(file))).tensor("f32x32.payload", None, None).numel()
+    file.write_bytes(text[:first] + bytes(pages) + text[first + pages :])
+    other = loaded(tmp_path / "c", 2)
+
+    def state() -> list[Any]:
+        store = other._store
+        tables = [store.cache._store.row_sets(store._seq.id, *place)[:2] for place in stored.places(store.cache)]
+        return [other.turns, other._turned, store.length, store._view, store.cache._store.view(store._seq.id), tables]
+
+    before = state()
+    there, elsewhere_ = ([q for q, found in routes.items() if (bad in found) is there] for there in (True, False))
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=rf"{file.name}: the \d+ bytes at \d+ are not .* page of set {bad + 1} was read"
+        ):
+            other.ask(there[0], max_new_tokens=4, remember=False)
+        assert state() == before
+    for question in elsewhere_[:3]:
+        assert (
+            other.ask(question, max_new_tokens=4, remember=False).ids
+            == chat.ask(question, max_new_tokens=4, remember=False).ids
+        )
+    check_pages(other._store.cache)
+    with pytest.raises(RuntimeError, match=f"{file.name}: "):
+        other.save(tmp_path / "d")
+    mended = loaded(tmp_path / "c", 2, repair=True)
+    mended.ask(there[0], max_new_tokens=4, remember=False)
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_rows_come_back(far: str | None) -> None:
     names, there = stored.kinds(cache), stored.kinds(other)
     rows = [replace(row, pools=[there.index(names[p]) for p in row.pools]) for row in rows]
     other.view(twin, [1])
-    stored.restore(other, twin.id, rows, lambda n: pages[n], cache.logical_length(seq), cache.crop_floor(seq))
+    stored.restore(other, twin.id, rows, lambda n, _: pages[n], cache.logical_length(seq), cache.crop_floor(seq))
     assert same((cache, seq), (other, twin)) and read(other, twin)[0] == rows
     assert other.logical_length(twin) == 230 and other.crop_floor(twin) == cache.crop_floor(seq)
     check_pages(other)
@@ -125,7 +125,7 @@ def test_what_is_no_row_is_refused(what: dict[str, Any], text: str) -> None:
     other, twin = made()
     assert stored.kinds(other)[OTHER] == "f32x64"
     with pytest.raises(ValueError, match=text):
-        stored.restore(other, twin.id, changed(rows, **what), lambda n: pages[n], 230, cache.crop_floor(seq))
+        stored.restore(other, twin.id, changed(rows, **what), lambda n, _: pages[n], 230, cache.crop_floor(seq))
     refused_whole(other, twin)
 
 
@@ -152,7 +152,7 @@ def test_pages_that_do_not_fit_are_refused() -> None:
     ):
         other, twin = made()
         with pytest.raises(ValueError, match=text):
-            stored.restore(other, twin.id, rows, lambda n, first=first: pages[n] if n else first, 230, floor)
+            stored.restore(other, twin.id, rows, lambda n, _, first=first: pages[n] if n else first, 230, floor)
         refused_whole(other, twin)
     for length, low, text in (
         (229, floor, "position 229, expected below the length of 229"),
@@ -160,7 +160,7 @@ def test_pages_that_do_not_fit_are_refused() -> None:
     ):
         other, twin = made()
         with pytest.raises(ValueError, match=text):
-            stored.restore(other, twin.id, rows, lambda n: pages[n], length, low)
+            stored.restore(other, twin.id, rows, lambda n, _: pages[n], length, low)
         refused_whole(other, twin)
     with pytest.raises(ValueError, match="holds tokens, expected none"):
         other = cache
@@ -174,7 +174,7 @@ def test_faults_while_rows_come_back() -> None:
         other, twin = made()
         other.view(twin, [1])
         with testing.fault(point, 2), pytest.raises(RuntimeError, match="fault injected"):
-            stored.restore(other, twin.id, rows, lambda n: pages[n], 230, cache.crop_floor(seq))
+            stored.restore(other, twin.id, rows, lambda n, _: pages[n], 230, cache.crop_floor(seq))
         refused_whole(other, twin)
-        stored.restore(other, twin.id, rows, lambda n: pages[n], 230, cache.crop_floor(seq))
+        stored.restore(other, twin.id, rows, lambda n, _: pages[n], 230, cache.crop_floor(seq))
         assert same((cache, seq), (other, twin))

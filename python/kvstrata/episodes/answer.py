@@ -76,7 +76,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class ConversationReport:
-    """A snapshot. near, peak, limit: bytes; far: of the Far tier's files; moved: between the two, so far; full: of a cache that
+    """A snapshot. near, peak, limit: bytes; far: of the Far tier's files; moved: between the two, so far; found: pages of
+    sets that came into sight and were Near still, and those that were read; full: of a cache that
     keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
     pending: tokens that no compaction has seen; unread: tokens that were added and are not read yet; switches: questions that
     read other episodes than the one before; uncertain: of the last 50 questions, the share that no window was like; advice: a
@@ -86,6 +87,7 @@ class ConversationReport:
     near: int
     far: int
     moved: int
+    found: tuple[int, int]
     peak: int
     limit: int
     full: int
@@ -118,6 +120,7 @@ class ConversationReport:
             "turns, tokens": f"{self.turns:,}, {self.tokens:,} ({self.pending:,} pending)",
             "near bytes": f"{self.near:,} (peak {self.peak:,}, limit {self.limit:,})",
             "far bytes": f"{self.far:,} ({self.moved:,} moved)",
+            "pages of sets": f"{self.found[0]:,} found near, {self.found[1]:,} read",
             "bytes, full cache": f"{self.full:,}",
             "bytes, E caches of B": f"{self.separate:,}",
             "stored slots": f"{self.stored:,}",

@@ -181,7 +181,7 @@ class Conversation:
             mark, out, before = self._store.mark(), list[int](), self._turned
             try:
                 self._turned = before.to(self._history.route(question, *self._routing))
-                self._store.show(self._turned.episodes)
+                self._store.show(self._turned.episodes, ahead=True)
                 logits = self._store.read(ids, logits=True)
                 done = yield from self._generate(logits, out, most, sampler)
                 text = self._keep(asked, ids, out, mark, remember)
@@ -285,13 +285,13 @@ class Conversation:
     def report(self) -> ConversationReport:
         """What is held now."""
         held, store, topics = self._store.cache.report(), self._store, self._history.topics
-        assert held.limit_bytes is not None
         return ConversationReport(
             near=held.nbytes,
             far=held.far_bytes,
             moved=store.moved_bytes,
+            found=store.cache._store.fetched(),
             peak=held.peak_bytes,
-            limit=held.limit_bytes,
+            limit=held.limit_bytes or 0,
             full=store.length * self._model.shape.token_bytes(),
             separate=store.episodes * self._sizes.budget * self._model.shape.token_bytes(),
             turns=len(self._history.turns),

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvstrata.testing import fault_point
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, WRITTEN, LOCK = "MANIFEST.json", "MANIFEST.tmp", "LOCK"
 NAME = re.compile(r"(?:turns|index|pages)-(\d+)(?:-\w+)?\.(?:jsonl|safetensors)", re.ASCII)
 REMEMBERED = 64
@@ -114,8 +114,9 @@ class Folder:
                 raise ValueError(f"load: {path} names the file {name!r}, expected one of the folder, as turns-1.jsonl")
         return dict(found)
 
-    def open(self, name: str, facts: Mapping[str, Any]) -> FileIO:
-        """A file whose bytes are those that the manifest speaks of; RuntimeError for any others."""
+    def open(self, name: str, facts: Mapping[str, Any], *, whole: bool = True) -> FileIO:
+        """A file whose bytes are those that the manifest speaks of; RuntimeError for any others. whole: without, it is of so
+        many bytes, and :meth:`check` is the caller's."""
         path = self.path / name
         try:
             file = FileIO(path, opener=_no_link)
@@ -125,14 +126,24 @@ class Folder:
         if found != facts.get("bytes"):
             file.close()
             raise RuntimeError(f"{path}: it has {found} bytes, expected {facts.get('bytes')}")
+        try:
+            if whole:
+                self.check(file, facts)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @staticmethod
+    def check(file: FileIO, facts: Mapping[str, Any]) -> None:
+        """RuntimeError for a file of other bytes than the manifest speaks of."""
         seen = hashlib.sha256()
+        file.seek(0)
         while part := file.read(PART):
             seen.update(part)
         if seen.hexdigest() != facts.get("sha256"):
-            file.close()
-            raise RuntimeError(f"{path}: its sha256 is {seen.hexdigest()}, expected {facts.get('sha256')}")
+            raise RuntimeError(f"{file.name!s}: its sha256 is {seen.hexdigest()}, expected {facts.get('sha256')}")
         file.seek(0)
-        return file
 
     def has(self, name: str, size: int) -> bool:
         """Whether there is a file of so many bytes."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache as cached
+from functools import lru_cache
 from io import FileIO
 from typing import NamedTuple
 
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kvstrata import stored
+from kvstrata.adopted import PageFile, checksums
 from kvstrata.cache import Cache
 from kvstrata.config import SLOTS
 from kvstrata.episodes.folder import Facts, Folder
-from kvstrata.episodes.tensors import TensorFile, data, head
+from kvstrata.episodes.tensors import Described, TensorFile, data, head
 from kvstrata.policy.base import LESSER_HALF, PENDING
 from kvstrata.stored import StoredRow
 
@@ -73,7 +76,9 @@ class PageFiles:
             given |= set(pages)
             if pages:
                 name = f"pages-{generation}-{'pending' if tag == PENDING else tag}.safetensors"
+                self._books = hashlib.sha256()
                 self._folder.write(name, self._parts(name, pages), facts)
+                facts[name]["books"] = self._books.hexdigest()
 
     @property
     def files(self) -> list[str]:
@@ -143,22 +148,30 @@ class PageFiles:
         by_kind: dict[int, list[tuple[Key, Held]]] = defaultdict(list)
         for key, page in pages.items():
             by_kind[self.rows[page.row].pools[page.entry]].append((key, page))
-        described = {}
+        described: dict[str, Described] = {}
         for pool, some in by_kind.items():
             kind, n = self._kinds[pool], len(some)
             described[f"{kind}.payload"] = torch.uint8, (n, stored.page_bytes(self._cache, pool))
             described[f"{kind}.positions"] = torch.int32, (n, SLOTS)
             described[f"{kind}.sha256"] = torch.uint8, (n, HASH)
-        yield head(described)
+            described[f"{kind}.sums"] = torch.int64, (n,)
+        yield self._noted(head(described))
         for some in by_kind.values():
-            at = []
+            at, sums = [], []
             for number, entries in _by_row(page for _, page in some):
                 for _, payload, positions in self._blocks(number, entries):
                     at.append(positions)
+                    sums.append(checksums(payload))
                     yield data(payload)
-            yield data(torch.cat(at))
-            yield b"".join(content for (_, content), _ in some)
+            yield self._noted(data(torch.cat(at)))
+            yield self._noted(b"".join(content for (_, content), _ in some))
+            yield self._noted(data(torch.cat(sums)))
             self._there |= {key: (name, i) for i, (key, _) in enumerate(some)}
+
+    def _noted(self, part: bytes | memoryview) -> bytes | memoryview:
+        """What is not payload, by which the file is known before pages are read."""
+        self._books.update(part)
+        return part
 
 
 def _generation(file: str) -> tuple[int, str]:
@@ -195,15 +208,24 @@ def hashes(folder: Folder, file: str) -> Iterator[tuple[Key, int]]:
 class Shelf:
     """Rows as files hold them: for :func:`kvstrata.stored.restore`.
 
-    cache: of the same shape and policy as that of the pages; files: open and checked, as ``entries`` numbers them; kinds:
-    likewise; entries: i32 [entries, 5] of all rows; rows: i64 [rows, 3], of each entries, those sealed, and 0, or 1 where its
-    centre is frozen, 2 with means, which are f32 [D] each in ``means``. RuntimeError for what does not fit together.
+    cache: of the same shape and policy as that of the pages; files: open, as ``entries`` numbers them; check(i): asked before
+    the first page of a file is read here, pages that stay there have checksums; kinds: as files; entries: i32 [entries, 5] of
+    all rows; rows: i64 [rows, 3], of each entries, those sealed, and 0, or 1 where its centre is frozen, 2 with means, which
+    are f32 [D] each in ``means``. RuntimeError for what does not fit together.
     """
 
     def __init__(
-        self, cache: Cache, files: Sequence[FileIO], kinds: Sequence[str], entries: Tensor, rows: Tensor, means: Tensor
+        self,
+        cache: Cache,
+        files: Sequence[TensorFile],
+        check: Callable[[int], None],
+        kinds: Sequence[str],
+        entries: Tensor,
+        rows: Tensor,
+        means: Tensor,
     ) -> None:
-        self._files = [TensorFile(file) for file in files]
+        self._files = files
+        self._check = cached(check)
         self._kinds = kinds
         self._entries = entries
         there = stored.kinds(cache)
@@ -217,6 +239,8 @@ class Shelf:
             fits = high[0] < len(files) and high[1] < len(kinds) and max(high[3:]) <= PENDING
             if min(low) < 0 or not fits:
                 raise RuntimeError(f"pages: entries are {low} to {high}, of {len(files)} files and {len(kinds)} kinds")
+        self._lying = cached(self._opened)
+        self._table = lru_cache(1)(self._row)
         self._pools = [there.index(kind) for kind in kinds]
         self._bytes = [stored.page_bytes(cache, pool) for pool in self._pools]
         self._firsts = [0, *rows[:, 0].cumsum(0).tolist()]
@@ -231,21 +255,52 @@ class Shelf:
             pools = [self._pools[kind] for kind in table[1]]
             self.rows.append(StoredRow(pools, table[3], table[4], sealed, frozen > 0, mean))
 
-    def pages(self, number: int) -> tuple[Tensor, Tensor]:
-        """Payload u8 and positions i32 [entries, 16] of one row."""
-        table = self._entries[self._firsts[number] : self._firsts[number + 1]].tolist()
-        payload = torch.empty(sum(self._bytes[kind] for _, kind, *_ in table), dtype=torch.uint8)
+    def pages(self, number: int, entries: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Payload u8 of some entries and positions i32 [entries, 16] of one row."""
+        table = self._table(number)
+        wanted = [table[e] for e in entries]
+        payload = torch.empty(sum(self._bytes[kind] for _, kind, *_ in wanted), dtype=torch.uint8)
         positions = torch.empty(len(table), SLOTS, dtype=torch.int32)
-        at = first = 0
-        while first < len(table):
-            file, kind, place = table[first][:3]
-            n = 1
-            while first + n < len(table) and table[first + n][:3] == [file, kind, place + n]:
-                n += 1
+        for first, n, (file, kind, place) in _runs(table):
+            self._files[file].rows(f"{self._kinds[kind]}.positions", place, positions[first : first + n])
+        at = 0
+        for _, n, (file, kind, place) in _runs(wanted):
+            self._check(file)
             size = n * self._bytes[kind]
-            name = self._kinds[kind]
-            self._files[file].rows(f"{name}.payload", place, payload[at : at + size].view(n, -1))
-            self._files[file].rows(f"{name}.positions", place, positions[first : first + n])
+            self._files[file].rows(f"{self._kinds[kind]}.payload", place, payload[at : at + size].view(n, -1))
             at += size
-            first += n
         return payload, positions
+
+    def lies(self, number: int, entry: int) -> tuple[PageFile, int]:
+        """The file that holds a page, and its place there."""
+        file, kind, place, *_ = self._table(number)[entry]
+        found = self._lying(file, kind)
+        if place >= len(found.sums):
+            raise RuntimeError(f"{found.name}: it holds {len(found.sums)} pages, expected one at {place}")
+        return found, place
+
+    def _row(self, number: int) -> list[list[int]]:
+        """Entries of one row."""
+        found: list[list[int]] = self._entries[self._firsts[number] : self._firsts[number + 1]].tolist()
+        return found
+
+    def _opened(self, file: int, kind: int) -> PageFile:
+        tensors, name = self._files[file], self._kinds[kind]
+        positions = tensors.tensor(f"{name}.positions", None, SLOTS)
+        n = len(positions)
+        offset, sums = tensors.offset(f"{name}.payload", n, self._bytes[kind]), tensors.tensor(f"{name}.sums", n)
+        if positions.dtype != torch.int32 or sums.dtype != torch.int64:
+            raise RuntimeError(f"{tensors.name}: {name} has positions {positions.dtype}, sums {sums.dtype}")
+        return PageFile(tensors.name, tensors.descriptor, offset, positions, sums)
+
+
+def _runs(table: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """Entries whose pages lie one behind the other: the first, how many, and (file, kind, place) of the first."""
+    first = 0
+    while first < len(table):
+        file, kind, place = table[first][:3]
+        n = 1
+        while first + n < len(table) and list(table[first + n][:3]) == [file, kind, place + n]:
+            n += 1
+        yield first, n, (file, kind, place)
+        first += n

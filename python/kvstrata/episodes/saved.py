@@ -188,11 +188,13 @@ def load_conversation(
     embedder: Embedder | Literal["auto"] = "auto",
     repair: bool = False,
 ) -> Conversation:
-    """The conversation that was saved last in a folder, as it was, under its own limit. All hashes are checked.
+    """The conversation that was saved last in a folder, as it was, under its own limit. Sets that the last question did not
+    read stay in their files, and are read, each page by its checksum, when a question is first routed there, or a compaction
+    reads all; a damaged one is a RuntimeError then, with file and set. Of all else hashes are checked now.
 
     model, embedder: those that it had; ValueError with field and both values where they, or the format, are others.
     RuntimeError for a damaged or missing file, with expected and actual; repair: damage to anything but manifest and turns
-    is mended: the text is read again, as if added in one call.
+    is mended: the text is read again, as if added in one call. All is read then, to know.
     """
     folder = Folder(path)
     with folder.reading(), ExitStack() as stack:
@@ -205,7 +207,7 @@ def load_conversation(
         turns, kept = saved.turns(), Kept((manifest["sha256"],), saved.nbytes)
         chat = saved.empty(model, embedder)
         try:
-            saved.resume(chat, turns)
+            saved.resume(chat, turns, whole=repair)
         except BaseException as damage:
             chat.close()
             if not repair or turns is None or not isinstance(damage, RuntimeError) or isinstance(damage, MachineError):
@@ -279,15 +281,15 @@ class Saved:
             raise
         return chat
 
-    def resume(self, chat: Conversation, turns: list[Turn] | None) -> None:
-        """Makes an empty conversation the saved one."""
+    def resume(self, chat: Conversation, turns: list[Turn] | None, *, whole: bool = False) -> None:
+        """Makes an empty conversation the saved one. whole: all files are checked."""
         name = self._name("index")
         if name is None:
             raise RuntimeError(f"{self._folder.path / MANIFEST}: it names no index, expected one")
         with self._broken(name):
             file, counters = TensorFile(self._open(name)), self._manifest["counters"]
             history = self._history(file, chat, turns)
-            self._restore(file, chat)
+            self._restore(file, chat, whole)
             store, view = chat._store, counters["view"]
             store._planned, store.compactions = counters["planned"], counters["compactions"]
             store.episodes = counters["episodes"]
@@ -301,14 +303,20 @@ class Saved:
                 known = {f.name: file.tensor(f"fitted.{f.name}", None) for f in fields(Fitted)}
                 chat._embedder.fitted = Fitted(**known)  # type: ignore[attr-defined]
 
-    def _restore(self, file: TensorFile, chat: Conversation) -> None:
+    def _restore(self, file: TensorFile, chat: Conversation, whole: bool) -> None:
         cache, counters = chat._store.cache, self._manifest["counters"]
         entries, rows = file.tensor("entries", None, COLUMNS), file.tensor("rows", cache.shape.rows, 3)
-        opened = [self._open(name) for name in self._manifest["pages"]]
-        shelf = Shelf(cache, opened, self._manifest["kinds"], entries, rows, file.tensor("means", None))
+        names = self._manifest["pages"]
+        opened = [self._open(name, whole=whole) for name in names]
+        tables = [self._tables(name, file) for name, file in zip(names, opened, strict=True)]
+
+        def check(i: int) -> None:
+            self._folder.check(opened[i], self._manifest["files"][names[i]])
+
+        shelf = Shelf(cache, tables, check, self._manifest["kinds"], entries, rows, file.tensor("means", None))
         length, floor, (every, sets, halves) = counters["length"], counters["floor"], counters["shown"]
         cache.view(chat._store._seq, [])  # sets are put where they stay: what then comes Near has a clean copy
-        stored.restore(cache, chat._store._seq.id, shelf.rows, shelf.pages, length, floor)
+        stored.restore(cache, chat._store._seq.id, shelf.rows, shelf.pages, length, floor, shelf.lies)
         cache.view(chat._store._seq, None if every else sets, halves=halves)
         if "scores" in file.names:
             stored.restore_scores(cache, chat._store._seq.id, file.tensor("scores", None))
@@ -348,8 +356,15 @@ class Saved:
         found = sorted(name for name in self._manifest["files"] if name.startswith(f"{what}-"))
         return found[-1] if found else None
 
-    def _open(self, name: str) -> FileIO:
-        return self._stack.enter_context(self._folder.open(name, self._manifest["files"][name]))
+    def _open(self, name: str, *, whole: bool = True) -> FileIO:
+        return self._stack.enter_context(self._folder.open(name, self._manifest["files"][name], whole=whole))
+
+    def _tables(self, name: str, file: FileIO) -> TensorFile:
+        """A file of pages, of which all but the pages is checked."""
+        found, expected = TensorFile(file), self._manifest["files"][name].get("books")
+        if (books := found.books(".payload")) != expected:
+            raise RuntimeError(f"{found.name}: its sha256 is {books} without pages, expected {expected}")
+        return found
 
     def _broken(self, name: str) -> _Broken:
         return _Broken(str(self._folder.path / name))

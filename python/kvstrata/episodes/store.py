@@ -47,6 +47,8 @@ class EpisodeStore:
     repeated as they come, without an instruction, and the cache stays small.
     """
 
+    _view: tuple[tuple[int, ...], bool] | None  # sets that are shown, whether by halves; None: all
+
     def __init__(self, model: ChatModel, sizes: Sizes, prompts: Callable[[], Sequence[Tensor] | Places]) -> None:
         self._model = model
         self.sizes = sizes
@@ -134,8 +136,12 @@ class EpisodeStore:
         fed: Step | SpanStep = self.cache.step([self._seq], [len(ids)])
         if self._view is None and self.compactions:  # every layer shows its sets while it is read, and no longer
             fed = self.cache.read(self._seq, len(ids), [], compact=False)
-        with fed as step:
-            out = self._model.forward(ids, step.positions, step, "last" if logits else "none")
+        try:
+            with fed as step:
+                out = self._model.forward(ids, step.positions, step, "last" if logits else "none")
+        except BaseException:
+            self._view = self._shown()  # where a set did not come, the one before
+            raise
         self._text = torch.cat([self._text, ids])
         return out
 
@@ -198,13 +204,18 @@ class EpisodeStore:
 
     # --- asking -----------------------------------------------------------------------------------------------------------
 
-    def show(self, episodes: Sequence[int] | None) -> None:
+    def show(self, episodes: Sequence[int] | None, *, ahead: bool = False) -> None:
         """What the next tokens see beside backbone and pending tokens: the sets of these episodes, numbered from 0, of two the
-        better halves; None: all."""
+        better halves; None: all. ahead: as :meth:`kvstrata.Cache.view`."""
         view = None if episodes is None else (tuple(e + 1 for e in episodes), len(episodes) > 1)
         sets, halves = view or ((), False)  # all of them are Near in the layer in work alone
-        self.cache.view(self._seq, sets, halves=halves)
-        self._view: tuple[tuple[int, ...], bool] | None = view  # None: all
+        self.cache.view(self._seq, sets, halves=halves, ahead=ahead)
+        self._view = view
+
+    def _shown(self) -> tuple[tuple[int, ...], bool] | None:
+        """The cache's view, as :attr:`_view`."""
+        _, sets, halves = self.cache._store.view(self._seq.id)
+        return (tuple(sets), halves) if sets else None
 
     @property
     def moved_bytes(self) -> int:

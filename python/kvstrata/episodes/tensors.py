@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -69,12 +70,41 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self._name
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file, as long as that is open."""
+        return self._file.fileno()
+
     def tensor(self, name: str, *shape: int | None) -> Tensor:
         """One of them, whole. shape: as it must be, None: any."""
         dtype, found, at = self._of(name, shape)
         out = torch.empty(found, dtype=dtype)
         self._fill(out, self._data + at)
         return out
+
+    def offset(self, name: str, *shape: int | None) -> int:
+        """Bytes of the file before one of them. shape: as of :meth:`tensor`."""
+        return self._data + self._of(name, shape)[2]
+
+    def books(self, content: str) -> str:
+        """sha256 of the file but for the tensors whose names end so."""
+        seen = hashlib.sha256(self._read(0, self._data))
+        at = self._data
+        for name, (dtype, shape, first) in sorted(self._tensors.items(), key=lambda item: item[1][2]):
+            size = prod(shape) * dtype.itemsize
+            seen.update(
+                self._read(at, max(0, self._data + first - at))
+            )  # between tensors: nothing, as they were written
+            if not name.endswith(content):
+                seen.update(self._read(self._data + first, size))
+            at = self._data + first + size
+        seen.update(self._read(at, self._size - at))
+        return seen.hexdigest()
 
     def rows(self, name: str, first: int, out: Tensor) -> None:
         """Rows from ``first`` on of one of them into ``out`` [n, ...], contiguous."""
