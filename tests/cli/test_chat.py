@@ -104,7 +104,7 @@ def test_what_is_printed_can_be_read(chat: Run, talker: Path, history: Path, tmp
 def test_while_all_is_kept_there_are_no_episodes(chat: Run, talker: Path, tmp_path: Path) -> None:
     done = chat(talker, *SMALL, lines=f"/episodes {tmp_path / 'e.png'}\nHello there.\n/report\n")
     assert done.returncode == 0, done.stderr
-    assert "No episodes yet: all is seen, up to 384 tokens; there are 0." in done.stdout
+    assert "No episodes yet: all is seen, up to 336 tokens; there are 0." in done.stdout
     assert "saw all that was said" in done.stdout
 
 
@@ -113,6 +113,7 @@ def test_another_budget_reads_all_again(chat: Run, talker: Path, history: Path) 
     done = chat(talker, *SMALL, "--history", history, lines=lines)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens again, which may take long.") == 2
+    assert "All is kept up to 336 tokens; beyond, a question sees 256." in done.stdout
     said = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=lines).stdout)
     assert len(said["answers"]) == 4 and said["report"]["budget"] == 384 and said["report"]["turns"] == 48
 

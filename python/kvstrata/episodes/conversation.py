@@ -105,6 +105,17 @@ class Conversation:
         self._history = self._history.said(given, self._how, offsets + self._store.length + len(self._queue))
         self._say(ids)
 
+    def repeat(self, other: Conversation) -> None:
+        """All that was said in another conversation, to be read as by :meth:`add`; what was asked there makes no topic here
+        either. ValueError where this one has begun, where the text of the other was not kept, and as :meth:`add`."""
+        self._check()
+        if self._begun or not other._history.whole:
+            raise ValueError("repeat: expected a conversation without a turn, and one whose text was kept")
+        ids, offsets = self._model.tokens(other.turns, first=True, answer=False)
+        self._store.check(len(ids))
+        self._history = other._history.untold().respotted(offsets, self._how)
+        self._say(ids)
+
     def _say(self, ids: Tensor) -> None:
         self._queue = torch.cat([self._queue, ids])
         self._begun = True

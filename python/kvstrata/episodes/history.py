@@ -141,6 +141,10 @@ class History:
         start = first + (last - first) * part[0].start // max(1, len(self.turns[part[0].turn].text))
         return Window(tuple(part), "\n".join(lines), start)
 
+    def untold(self) -> History:
+        """Before any topic."""
+        return replace(self, vectors=None, topics=None, prompts=(), clustered=0)
+
     def respotted(self, offsets: Tensor, how: Segments) -> History:
         """With the tokens of all turns elsewhere: i64 [n + 1]."""
         moved = replace(self, spots=tuple(pairwise(offsets.tolist())))

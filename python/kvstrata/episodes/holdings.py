@@ -43,6 +43,7 @@ def report(chat: Conversation) -> ConversationReport:
         unread=len(chat._queue),
         budget=sizes.budget,
         chunk=sizes.chunk,
+        whole=sizes.whole,
         compactions=store.compactions,
         questions=turned.questions,
         switches=turned.switches,
