@@ -107,13 +107,15 @@ class Conversation:
 
     def repeat(self, other: Conversation) -> None:
         """All that was said in another conversation, to be read as by :meth:`add`; what was asked there makes no topic here
-        either. ValueError where this one has begun, where the text of the other was not kept, and as :meth:`add`."""
+        either. It is saved where that one was, in its place. ValueError where this one has begun, where the text of the other
+        was not kept, and as :meth:`add`."""
         self._check()
         if self._begun or not other._history.whole:
             raise ValueError("repeat: expected a conversation without a turn, and one whose text was kept")
         ids, offsets = self._model.tokens(other.turns, first=True, answer=False)
         self._store.check(len(ids))
-        self._history = other._history.untold().respotted(offsets, self._how)
+        self._history, kept = other._history.untold().respotted(offsets, self._how), other._kept
+        self._kept = replace(kept, damaged=kept.manifests[-1] if kept.manifests else "")  # no page is one of its files'
         self._say(ids)
 
     def _say(self, ids: Tensor) -> None:
