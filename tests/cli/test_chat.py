@@ -104,16 +104,21 @@ def test_what_is_printed_can_be_read(chat: Run, talker: Path, history: Path, tmp
 def test_while_all_is_kept_there_are_no_episodes(chat: Run, talker: Path, tmp_path: Path) -> None:
     done = chat(talker, *SMALL, lines=f"/episodes {tmp_path / 'e.png'}\nHello there.\n/report\n")
     assert done.returncode == 0, done.stderr
-    assert "No episodes yet: all is seen, up to 384 tokens; there are 0." in done.stdout
+    assert "No episodes yet: all is seen, up to 336 tokens; there are 0." in done.stdout
     assert "saw all that was said" in done.stdout
 
 
-def test_another_budget_reads_all_again(chat: Run, talker: Path, history: Path) -> None:
-    lines = f"{questions(2)}/budget 384tok\n{questions(1)}/refresh\n/refresh rebuild\n{questions(1)}"
+def test_another_budget_reads_all_again(chat: Run, talker: Path, history: Path, tmp_path: Path) -> None:
+    """And is saved where it was before."""
+    first, refreshes = f"{questions(2)}/save {tmp_path / 'one'}\n", f"/refresh\n/refresh rebuild\n{questions(1)}"
+    lines = f"{first}/budget 384tok\n{questions(1)}/save\n{refreshes}"
     done = chat(talker, *SMALL, "--history", history, lines=lines)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens again, which may take long.") == 2
-    said = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=lines).stdout)
+    assert "All is kept up to 336 tokens; beyond, a question sees 256." in done.stdout
+    said = json.loads(chat(talker, *SMALL, "--history", history, "--json", lines=lines.replace("one", "two")).stdout)
+    done = chat("--load", tmp_path / "two", talker, *SMALL[4:], "--json", lines="/report\n")
+    assert json.loads(done.stdout)["report"]["budget"] == 384, done.stderr
     assert len(said["answers"]) == 4 and said["report"]["budget"] == 384 and said["report"]["turns"] == 48
 
 

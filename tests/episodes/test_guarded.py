@@ -113,6 +113,31 @@ class Scored:
         self.scores[layer] = score.gather(2, order.expand(score.shape))
 
 
+def test_prompts_change_neither_pages_nor_logits() -> None:
+    """Chunks with prompts behind them against the chunks alone: tables and positions are the same, keys, values and the logits
+    of what follows within 1e-5; every prompt begins behind its chunk."""
+    model, found = PlainChat(), []
+    for prompts in ([words(9, 1), words(32, 2)], []):
+        made = Scored(model)
+        (seq,) = made.cache.new()
+        for n in (100, 48, 1, 70):
+            made.read(seq, words(n, n), prompts, False)
+        behind = list(range(224, 224 + 9))
+        step = made.cache.read(seq, 5, [len(p) for p in prompts], compact=False)
+        assert step.positions[5 : 5 + 9].tolist() == behind[: 9 * bool(prompts)]
+        assert step.positions[5 + 9 :].tolist() == list(range(224, 224 + 32))[: 32 * bool(prompts)]
+        with made.cache.step([seq], [5]) as last:
+            logits = model.forward(words(5, 9), last.positions, last)
+        rows = [made.cache._store.row(seq.id, i, h) for i in range(4) for h in range(KV_HEADS)]
+        found.append((logits, rows, [made.cache.materialize(i, seq) for i in range(4)]))
+    (one, rows, tables), (other, plain_rows, plain) = found
+    assert one is not None and other is not None and rows == plain_rows
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for (k, v, at), (plain_k, plain_v, plain_at) in zip(tables, plain, strict=True):
+        assert torch.equal(at, plain_at)
+        torch.testing.assert_close((k, v), (plain_k, plain_v), atol=1e-5, rtol=1e-5)
+
+
 def test_prompts_together_score_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """After compactions, with sets: the chunk with all prompts behind it, in any order, against the chunk, and then each
     prompt in a pass of its own."""

@@ -31,6 +31,26 @@ def test_remembered_questions_are_no_topic() -> None:
     assert [w.text for w in found[0][3]] == [w.text for w in found[1][3]]
 
 
+def test_what_is_repeated_elsewhere_keeps_its_topics() -> None:
+    """Under another budget all is read again; questions and answers, as turns, make no topic there either."""
+    chat, plain = made(), made(budget="384tok")
+    chat.add(talk(101, seed=1))
+    plain.add(talk(101, seed=1))
+    for word in TOPICS["sea"].split():
+        chat.ask(f"Please tell me what is the secret code of the {word}?", max_new_tokens=2)
+    fresh = made(budget="384tok")
+    fresh.repeat(chat)
+    for one in (fresh, plain):
+        one.build()
+    assert fresh.turns == chat.turns and fresh.report().tokens == len(
+        chat._model.tokens(chat.turns, first=True, answer=False)[0]
+    )
+    assert [w.text for w in fresh._history.windows] == [w.text for w in plain._history.windows]
+    assert [e.label for e in fresh.episodes] == [e.label for e in plain.episodes] and len(fresh.episodes) == 4
+    with pytest.raises(ValueError, match="repeat: expected a conversation without a turn"):
+        fresh.repeat(chat)
+
+
 @pytest.mark.parametrize("added", [0, 2])
 def test_where_most_is_asked_questions_are_told(added: int) -> None:
     """In a chat, with a few turns before it or none, topics are those of what is asked, and new ones come."""

@@ -104,6 +104,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     model, tokenizer, template = _loaded(args.model, out)
     style: Style = args.style or ("chat" if template else "transcript")
+    if style == "transcript" and _is_bundled(args.model):
+        out.warn(
+            "the bundled model was trained on other lines, and answers at random here; it is asked in them without --style"
+        )
     watched: Any = Watched(chat_model(model, tokenizer, style=style, system=args.system))
     embedder = _embedder(args.embedder, watched, out)
     make = _maker(args, watched, embedder)
@@ -136,14 +140,17 @@ def bundled(folder: Path = MODEL) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _is_bundled(name: str) -> bool:
+    return name == BUNDLED or Path(name).resolve() == MODEL.resolve()
+
+
 def _loaded(name: str, out: Output) -> tuple[Any, Any, bool]:
     """(model, tokenizer, whether it has a chat template)."""
     from kvstrata.cli.text import ByteTokenizer
     from kvstrata.hf.load import load
 
     with out.busy(f"loading {name}"):
-        own = name == BUNDLED or Path(name).resolve() == MODEL.resolve()
-        model, tokenizer = bundled() if own else load(name)
+        model, tokenizer = bundled() if _is_bundled(name) else load(name)
     tokenizer = tokenizer or ByteTokenizer()
     return model, tokenizer, getattr(tokenizer, "chat_template", None) is not None
 
@@ -171,7 +178,7 @@ def _maker(args: argparse.Namespace, model: Any, embedder: Embedder) -> Callable
 def _greet(name: str, style: str, chat: Conversation, out: Output) -> None:
     report = chat.report()
     out.line(
-        f"{name}, style {style}, topics by {report.embedder}. All is kept up to {report.budget + report.chunk:,} tokens;"
+        f"{name}, style {style}, topics by {report.embedder}. All is kept up to {report.whole:,} tokens;"
         f" beyond, a question sees {report.budget:,}. The cache takes at most {bytes_text(report.limit)}."
     )
     if report.turns:

@@ -48,7 +48,7 @@ class Output:
             return
         self.line()
         self.line(title, style="bold")
-        table = Table(box=self._box(), pad_edge=False)
+        table = Table(box=self._box(), pad_edge=False, show_header=any(columns))
         for column in columns:
             table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
         for row in rows:

@@ -91,7 +91,9 @@ class Talk:
                 self._command(line) if line.startswith("/") else self._ask(line)
             except KeyboardInterrupt:
                 self._warn("stopped; what was not read yet is read with the next question")
-            except (ValueError, RuntimeError, OSError, ImportError) as error:
+            except ValueError as error:
+                self._warn(str(error))
+            except (RuntimeError, OSError, ImportError) as error:
                 self._warn(f"{type(error).__name__}: {error}")
         report = self.chat.report()
         self._out.result({"schema": 1, "model": name, "answers": self._said, "report": report.to_dict()})
@@ -184,8 +186,8 @@ class Talk:
         episodes = self.chat.episodes
         if not episodes:
             report = self.chat.report()
-            kept = report.budget + report.chunk
-            self._out.line(f"No episodes yet: all is seen, up to {kept:,} tokens; there are {report.tokens:,}.")
+            there = f"{report.tokens:,}" + (f", and {report.unread:,} to read" if report.unread else "")
+            self._out.line(f"No episodes yet: all is seen, up to {report.whole:,} tokens; there are {there}.")
             return
         if file:
             picture(self.chat, Path(file).expanduser())
@@ -211,7 +213,7 @@ class Talk:
         if not text:
             raise ValueError('/budget: nothing given, expected "2GiB" or "4096tok"')
         fresh = self._make(text)
-        fresh.add(self.chat.turns)
+        fresh.repeat(self.chat)
         count = fresh.report().unread
         self._out.line(f"Reading {count:,} tokens again, which may take long.")
         self.chat.close()  # both are not held at once

@@ -79,10 +79,11 @@ class ConversationReport:
     """A snapshot. near, peak, limit: bytes; far: of the Far tier's files; moved: between the two, so far; found: pages of
     sets that came into sight and were Near still, and those that were read; full: of a cache that
     keeps every token; separate: of E caches of B tokens, as the paper has them; tokens: seen; stored: slots of all rows;
-    pending: tokens that no compaction has seen; unread: tokens that were added and are not read yet; switches: questions that
-    read other episodes than the one before; uncertain: of the last 50 questions, the share that no window was like; advice: a
-    refresh that would pay, and why, or None; file: bytes on disk, as last saved or loaded; forks: other conversations in this
-    memory, of all of which near, far, moved, peak and limit are."""
+    pending: tokens that no compaction has seen; unread: tokens that were added and are not read yet; budget, chunk: B and C;
+    whole: tokens that are kept whole before the first compaction; switches: questions that read other episodes than the one
+    before; uncertain: of the last 50 questions, the share that no window was like; advice: a refresh that would pay, and why,
+    or None; file: bytes on disk, as last saved or loaded; forks: other conversations in this memory, of all of which near,
+    far, moved, peak and limit are."""
 
     near: int
     far: int
@@ -99,6 +100,7 @@ class ConversationReport:
     unread: int
     budget: int
     chunk: int
+    whole: int
     compactions: int
     questions: int
     switches: int
@@ -116,19 +118,23 @@ class ConversationReport:
 
     def __rich__(self) -> Group:
         main = Table("", "", title="conversation", show_header=False)
+        unread = f", {self.unread:,} to read" if self.unread else ""
         rows = {
-            "turns, tokens": f"{self.turns:,}, {self.tokens:,} ({self.pending:,} pending)",
+            "turns, tokens": f"{self.turns:,}, {self.tokens:,} ({self.pending:,} pending{unread})",
+            "a question sees": f"all, up to {self.whole:,} tokens; beyond, {self.budget:,}, read {self.chunk:,} at a time",
             "near bytes": f"{self.near:,} (peak {self.peak:,}, limit {self.limit:,})",
-            "far bytes": f"{self.far:,} ({self.moved:,} moved)",
+            "far bytes": f"{self.far:,} ({self.moved:,} moved so far)",
             "pages of sets": f"{self.found[0]:,} found near, {self.found[1]:,} read",
-            "bytes, full cache": f"{self.full:,}",
-            "bytes, E caches of B": f"{self.separate:,}",
+            "  a cache of all tokens": f"{self.full:,}",
+            "  a cache for each episode": f"{self.separate:,}",
             "stored slots": f"{self.stored:,}",
-            "B, C": f"{self.budget:,}, {self.chunk:,} tokens",
             "compactions": f"{self.compactions:,}",
-            "questions": f"{self.questions:,} ({self.switches:,} switched, {self.uncertain:.0%} uncertain of late)",
-            "embedder": self.embedder,
+            "questions": f"{self.questions:,} ({self.switches:,} went to other episodes than the one before,"
+            f" {self.uncertain:.0%} uncertain of late)",
+            "topics told apart by": self.embedder,
         }
+        if not self.separate:
+            rows.pop("  a cache for each episode")
         if self.file:
             rows["bytes on disk"] = f"{self.file:,}"
         if self.forks:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kvstrata.budget import Budget
+from kvstrata.config import Unsupported
+from kvstrata.episodes import holdings
 from kvstrata.episodes.answer import Answer, ConversationReport, Episode, Sampler, Words, greedy
 from kvstrata.episodes.embed import Embedder, auto
 from kvstrata.episodes.folder import Kept
@@ -22,7 +24,8 @@ from kvstrata.episodes.model import ChatModel
 from kvstrata.episodes.places import Places
 from kvstrata.episodes.route import Route, Router, Turned
 from kvstrata.episodes.segment import Turn, turns_of
-from kvstrata.episodes.store import EpisodeStore, Mark
+from kvstrata.episodes.separate import opened
+from kvstrata.episodes.store import Mark
 
 ASSISTANT, USER = "assistant", "user"
 _SIZES = {f.name for f in fields(Sizes)} - {"budget", "chunk", "prompt", "system", "episodes"}
@@ -34,9 +37,10 @@ class Conversation:
 
     model: a :class:`ChatModel` (:func:`kvstrata.hf.chat_model`); budget: bytes, which hold everything, or tokens of a row that
     one question sees; chunk, prompt_tokens: C and W (None: as :func:`sizes_of`); embedder: "auto" (:func:`auto`) or an
-    :class:`Embedder`; router: a :class:`Router`; options: the fields of :class:`Segments` and, but for ``episodes``, of
-    :class:`Sizes`. What fits (``Sizes.whole``) is kept whole; beyond, all is read once, and kept as far as prompts attend to
-    it. One thread at a time. ValueError for sizes that do not work, with the least that do.
+    :class:`Embedder`; router: a :class:`Router` (None: Router(), of separate caches with top=1); options: the fields of
+    :class:`Segments` and, but for ``episodes``, of :class:`Sizes`. What fits (``Sizes.whole``) is kept whole; beyond, all is
+    read once, and kept as far as prompts attend to it. One thread at a time. ValueError for sizes that do not work, with the
+    least that do; Unsupported: what separate caches (``build="separate"``) have not.
     """
 
     def __init__(
@@ -69,9 +73,14 @@ class Conversation:
             **sizes,
         )
         self._embedder = auto(model.embeddings, model.plain) if embedder == "auto" else embedder
-        self._router = Router() if router is None else router
+        top = 2 if self._sizes.build == "shared" else 1
+        self._router = Router(top=top) if router is None else router
+        if getattr(self._router, "top", top) > top:
+            raise Unsupported(
+                "router.top is 2 with build 'separate', expected 1: a question reads one of separate caches"
+            )
         self._history = History()
-        self._store = EpisodeStore(model, self._sizes, self._prompts)
+        self._store = opened(model, self._sizes, self._prompts)
         self._queue = opening[:0]  # ids that were said and are not read yet
         self._begun = False  # the opening was written
         self._turned = Turned()
@@ -94,6 +103,19 @@ class Conversation:
         ids, offsets = self._model.tokens(given, first=not self._begun, answer=False)
         self._store.check(len(self._queue) + len(ids))
         self._history = self._history.said(given, self._how, offsets + self._store.length + len(self._queue))
+        self._say(ids)
+
+    def repeat(self, other: Conversation) -> None:
+        """All that was said in another conversation, to be read as by :meth:`add`; what was asked there makes no topic here
+        either. It is saved where that one was, in its place. ValueError where this one has begun, where the text of the other
+        was not kept, and as :meth:`add`."""
+        self._check()
+        if self._begun or not other._history.whole:
+            raise ValueError("repeat: expected a conversation without a turn, and one whose text was kept")
+        ids, offsets = self._model.tokens(other.turns, first=True, answer=False)
+        self._store.check(len(ids))
+        self._history, kept = other._history.untold().respotted(offsets, self._how), other._kept
+        self._kept = replace(kept, damaged=kept.manifests[-1] if kept.manifests else "")  # no page is one of its files'
         self._say(ids)
 
     def _say(self, ids: Tensor) -> None:
@@ -269,13 +291,7 @@ class Conversation:
     @property
     def episodes(self) -> tuple[Episode, ...]:
         """The topics of the last compaction."""
-        topics = self._history.topics
-        if topics is None:
-            return ()
-        slots = self._store.slots(len(self._history.prompts))
-        counts = torch.bincount(topics.labels.long(), minlength=len(slots)).tolist()
-        about = zip(self._history.labels(), counts, self._history.prompts, slots, strict=True)
-        return tuple(Episode(label, n, len(prompt), held) for label, n, prompt, held in about)
+        return holdings.episodes(self)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -284,35 +300,7 @@ class Conversation:
 
     def report(self) -> ConversationReport:
         """What is held now."""
-        held, store, topics = self._store.cache.report(), self._store, self._history.topics
-        return ConversationReport(
-            near=held.nbytes,
-            far=held.far_bytes,
-            moved=store.moved_bytes,
-            found=store.cache._store.fetched(),
-            peak=held.peak_bytes,
-            limit=held.limit_bytes or 0,
-            full=store.length * self._model.shape.token_bytes(),
-            separate=store.episodes * self._sizes.budget * self._model.shape.token_bytes(),
-            turns=len(self._history.turns),
-            tokens=store.length,
-            stored=store.stored,
-            pending=store.pending,
-            unread=len(self._queue),
-            budget=self._sizes.budget,
-            chunk=self._sizes.chunk,
-            compactions=store.compactions,
-            questions=self._turned.questions,
-            switches=self._turned.switches,
-            uncertain=self._turned.uncertain,
-            embedder=type(self._embedder).__name__,
-            episodes=self.episodes,
-            strays=len(topics.strays) if topics else 0,
-            zeros=topics.zeros if topics else 0,
-            advice=self._history.advice(self._turned),
-            file=self._kept.nbytes,
-            forks=len(held.logical_tokens) - 1,
-        )
+        return holdings.report(self)
 
     # --- anew -------------------------------------------------------------------------------------------------------------
 

@@ -113,11 +113,21 @@ class History:
         grown = replace(self, turns=(*self.turns, *turns), spots=(*self.spots, *_spots(turns, offsets)))
         if how.bounded:
             grown = grown.closed(how)
-        windows, left = list(grown.windows), [*grown.left, *fresh]
+        return grown._filled(fresh, how)
+
+    def _filled(self, more: Sequence[Utterance], how: Segments) -> History:
+        windows, left = list(self.windows), [*self.left, *more]
         while len(left) >= how.window:
-            windows.append(grown._window(left[: how.window], how))
+            windows.append(self._window(left[: how.window], how))
             left = left[how.window :]
-        return replace(grown, windows=tuple(windows), left=tuple(left))
+        return replace(self, windows=tuple(windows), left=tuple(left))
+
+    def _recut(self, how: Segments) -> History:
+        """With full windows, where one was closed before it was."""
+        if how.bounded:
+            return self
+        every = [u for window in self.windows for u in window.utterances]
+        return replace(self, windows=(), left=())._filled([*every, *self.left], how)
 
     def closed(self, how: Segments) -> History:
         """The utterances that are in no window are one, shorter than the others."""
@@ -131,6 +141,10 @@ class History:
         start = first + (last - first) * part[0].start // max(1, len(self.turns[part[0].turn].text))
         return Window(tuple(part), "\n".join(lines), start)
 
+    def untold(self) -> History:
+        """Before any topic."""
+        return replace(self, vectors=None, topics=None, prompts=(), clustered=0)
+
     def respotted(self, offsets: Tensor, how: Segments) -> History:
         """With the tokens of all turns elsewhere: i64 [n + 1]."""
         moved = replace(self, spots=tuple(pairwise(offsets.tolist())))
@@ -139,10 +153,10 @@ class History:
     # --- topics -----------------------------------------------------------------------------------------------------------
 
     def grouped(self, how: Segments, embedder: Embedder, encode: Callable[[str], Tensor], prompt: int) -> History:
-        """All windows clustered anew, with a prompt for each topic. ValueError without a turn."""
+        """All windows cut and clustered anew, with a prompt for each topic. ValueError without a turn."""
         if not self.whole:
             raise ValueError("conversation: its text was not kept, expected topics to stay as they are")
-        whole = self.closed(how)
+        whole = self._recut(how).closed(how)
         if not whole.windows:
             raise ValueError("conversation: nothing was said yet, expected a turn to tell topics from")
         texts = [w.text for w in whole.windows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvstrata.budget.books import SLAB, books
@@ -31,9 +31,12 @@ class Sizes:
     prompt: of one patched prompt (W); recent: the tail (r); system: first tokens that stay, at least 16 stay anyway; episodes:
     the most there may be; prompts: what says which tokens matter, "representatives", windows that stand for an episode
     (paper), or "reconstruct", the text itself once more (:class:`kvstrata.episodes.store.EpisodeStore`); far: sets that no
-    question reads are in a Far tier, without all are Near; the others: of :class:`kvstrata.policy.Backbone`.
+    question reads are in a Far tier, without all are Near; build: "shared", sets beside one backbone, or "separate", a cache
+    of B tokens for each episode, all Near (paper; :class:`kvstrata.episodes.separate.SeparateStore`); the others: of
+    :class:`kvstrata.policy.Backbone`.
 
-    budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works.
+    budget, chunk, recent are multiples of 16. ValueError names the argument, with the least that works; Unsupported: what
+    separate caches have not.
     """
 
     budget: int
@@ -52,6 +55,7 @@ class Sizes:
     prompts: Literal["representatives", "reconstruct"] = "representatives"
     common: str = "full"
     head_cap: float = 2.5
+    build: Literal["shared", "separate"] = "shared"
 
     def __post_init__(self) -> None:
         if self.chunk < LEAST_CHUNK or self.chunk % SLOTS:
@@ -64,7 +68,30 @@ class Sizes:
             raise ValueError(f"max_episodes is {self.episodes}, expected at least 1")
         if self.prompts not in ("representatives", "reconstruct"):
             raise ValueError(f"prompts is {self.prompts!r}, expected 'representatives' or 'reconstruct'")
+        if self.build not in ("shared", "separate"):
+            raise ValueError(f"build is {self.build!r}, expected 'shared' or 'separate'")
+        if self.build == "separate":
+            self._check_separate()
         self.policy()
+
+    def _check_separate(self) -> None:
+        if self.prompts == "reconstruct":
+            raise Unsupported(
+                "prompts is 'reconstruct' with build 'separate', expected 'representatives': a token that is scored by its own"
+                " text is worth the same to every episode, so that a cache for each would hold what a view of the shared does"
+            )
+        if self.far:
+            raise Unsupported("far is True with build 'separate', expected False: all of its caches are Near")
+        if self.private != self.common:
+            raise Unsupported(
+                f"private is {self.private!r}, common {self.common!r} with build 'separate', expected the same: it has no"
+                " private sets"
+            )
+
+    @property
+    def caches(self) -> int:
+        """Sequences that hold a conversation: with build "separate" one for each episode that there may be."""
+        return self.episodes if self.build == "separate" else 1
 
     @property
     def guards(self) -> int:
@@ -143,7 +170,10 @@ class Sizes:
 
     def limit_bytes(self, shape: Shape) -> int:
         """What the cache holds Near at the most, with its tables and what it works in: of private sets those that a question
-        reads, those of the one layer in work, and one row that is rewritten; without a Far tier all of them."""
+        reads, those of the one layer in work, and one row that is rewritten; without a Far tier all of them. Of separate caches
+        that of each, with all that it holds."""
+        if self.build == "separate":
+            return self.caches * replace(self, build="shared", episodes=1).limit_bytes(shape)
         self._check_layers(shape)
         policy = self.policy()
         costs = [page_costs(shape, layer, policy) for layer in range(len(shape.layers))]
@@ -235,7 +265,9 @@ class Sizes:
 
 def settled(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of :class:`Sizes` as a conversation has them where they are not given: the text is its own prompt, all layers
-    share one budget unless ``layers`` divides it, and neighbours lend no scores."""
+    share one budget unless ``layers`` divides it, and neighbours lend no scores. Separate caches take windows as prompts."""
+    if options.get("build") == "separate":
+        return {"far": False} | dict(options)
     if options.get("prompts", "reconstruct") != "reconstruct":
         return dict(options)
     heads = "model" if options.get("layers") is None else "pair"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvstrata import stored
 from kvstrata.budget import Budget
-from kvstrata.config import BudgetExceeded, MachineError
+from kvstrata.config import BudgetExceeded, MachineError, Unsupported
 from kvstrata.episodes.conversation import Conversation
 from kvstrata.episodes.embed import Embedder, Fitted
 from kvstrata.episodes.folder import FORMAT, MANIFEST, Facts, Folder, Kept
@@ -45,6 +45,8 @@ def save_conversation(chat: Conversation, path: str | os.PathLike[str], *, keep_
     saved; keep_text where the text is gone. RuntimeError: the folder is open elsewhere, or is another conversation's.
     """
     chat._check()
+    if chat._sizes.build == "separate":
+        raise Unsupported("save: build is 'separate', expected 'shared': separate caches are measured, not written")
     history = chat._history if keep_text else _forgetting(chat)
     if keep_text and not history.whole:
         raise ValueError("save: keep_text is True, expected False: the text was not kept before")

@@ -56,7 +56,7 @@ class EpisodeStore:
         limit = sizes.limit_bytes(model.shape)
         far = "auto" if sizes.far else None
         # Each fork has as much. An answer of up to a chunk can be taken back from sliding windows, too.
-        budget = Budget.bytes(limit, per="sequence")
+        budget = Budget.bytes(limit // sizes.caches, per="sequence")
         self.cache = Cache(model.shape, budget, sizes.policy(), far=far, hold=sizes.chunk)
         (self._seq,) = self.cache.new()
         self._begin()
@@ -88,7 +88,12 @@ class EpisodeStore:
     def room(self) -> int:
         """Tokens that may come before the next compaction."""
         s = self.sizes
-        return (s.recent + s.chunk + SLOTS if self.compactions else s.whole) - self.pending
+        return (s.recent + s.chunk + SLOTS if self._cut else s.whole) - self.pending
+
+    @property
+    def _cut(self) -> bool:
+        """Whether a compaction came."""
+        return self.compactions > 0
 
     # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -104,7 +109,7 @@ class EpisodeStore:
         for first in range(0, len(ids), chunk):
             part, rest = ids[first : first + chunk], len(ids) - first - chunk
             if len(part) > self.room:
-                self.compact()
+                self._compact(ids[:0])
             due = rest > 0 and len(part) + min(chunk, rest) > self.room
             if due:
                 self._compact(part)
@@ -126,7 +131,7 @@ class EpisodeStore:
     def make_room(self, tokens: int) -> None:
         """Compacts where so many tokens, or a chunk if they are more, would not fit."""
         if min(tokens, self.sizes.chunk) > self.room:
-            self.compact()
+            self._compact(torch.empty(0, dtype=torch.int64))
 
     def compact(self) -> None:
         """Scores all that is stored by the episodes' prompts, and keeps the best: one pass of the prompts alone."""
@@ -134,7 +139,7 @@ class EpisodeStore:
 
     def _feed(self, ids: Tensor, logits: bool) -> Tensor | None:
         fed: Step | SpanStep = self.cache.step([self._seq], [len(ids)])
-        if self._view is None and self.compactions:  # every layer shows its sets while it is read, and no longer
+        if self._view is None and self._cut:  # every layer shows its sets while it is read, and no longer
             fed = self.cache.read(self._seq, len(ids), [], compact=False)
         try:
             with fed as step:
@@ -156,6 +161,10 @@ class EpisodeStore:
                 f"prompts: {len(prompts)} of {[len(p) for p in prompts]} tokens, expected 1 to {self.sizes.episodes} of at most"
                 f" {self.sizes.prompt}"
             )
+        self._guided(ids, prompts)
+
+    def _guided(self, ids: Tensor, prompts: list[Tensor]) -> None:
+        """Feeds ids, and scores by prompts behind them what each layer keeps."""
         with self.cache.read(self._seq, len(ids), [len(p) for p in prompts]) as step:
             self._model.forward(torch.cat([ids, *prompts]), step.positions, step, "none")
         self._text = torch.cat([self._text, ids])
@@ -230,8 +239,11 @@ class EpisodeStore:
         """Takes back the tokens since. ValueError where a compaction has come between."""
         if mark.compactions != self.compactions:
             raise ValueError("back: a compaction came since, which nothing takes back")
-        kept = len(self._text) - (self.length - mark.length)
-        self.cache.crop([self._seq], [mark.length])
+        self._crop(mark.length)
+
+    def _crop(self, length: int) -> None:
+        kept = len(self._text) - (self.length - length)
+        self.cache.crop([self._seq], [length])
         self._text = self._text[:kept]
 
     def fork(self, prompts: Callable[[], Sequence[Tensor] | Places]) -> EpisodeStore:
