@@ -14,7 +14,7 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kUnitItems = 16;  // of one unit of work
+constexpr int kUnitItems = 16;     // of one unit of work
 constexpr int kLine = 4 * kSlots;  // bytes from one word of a lane to the next
 
 // The bf16 at or below x, or at or above it: towards zero is to cut bits off.

@@ -3,9 +3,8 @@
 // A page is read once from memory and once more from the cache, when distances from the mean are taken; next to nothing is
 // written: bound by reading pages. Means are summed, turned and coded operation by operation as on the CPU: codes are its bits.
 #include "cuda/api.h"
-#include "cuda/device/page.cuh"
 #include "cuda/device/rows.cuh"
-#include "cuda/device/turn.cuh"
+#include "cuda/summarize_page.cuh"
 #include "ops/summarize.h"
 
 namespace kvstrata::cuda {
@@ -23,123 +22,12 @@ struct SummarizeArgs {
     SummaryKind kind;
 };
 
-// The fields of a word of K, or of V, are successive dims, or slots.
-template <Format F>
-constexpr int kFields = 32 / format_bits(F);
-
 // The bf16 at or below x, or at or above it: towards zero is to cut bits off.
 __device__ uint16_t outwards(float x, bool up) {
     const uint32_t bits = __float_as_uint(x), cut = bits >> 16;
     const bool away = (bits & 0xFFFF) != 0 && (bits >> 31 != 0) != up;
     return static_cast<uint16_t>(away ? cut + 1 : cut);
 }
-
-// One page of format F, by a warp.
-template <Format F>
-class Page {
-  public:
-    __device__ Page(const unsigned char* page, int dim, const float* centre)
-        : page_(page), dim_(dim), group_(is_full(F) ? dim : group_size(F, dim)), centre_(centre) {}
-
-    // mean [D] of the visible keys, in the domain that they are stored in. A lane sums the slots of its words, one by one.
-    __device__ void mean_keys(uint32_t visible, float* mean) const {
-        const auto n = static_cast<float>(__popc(visible));
-        for (int word = lane(); word < dim_ / kFields<F>; word += kWarp) {
-            float sums[kFields<F>] = {};
-            const auto* const line = reinterpret_cast<const uint4*>(page_) + word * 4;
-#pragma unroll
-            for (int quad = 0; quad < kSlots / 4; ++quad) {
-                const uint4 four = line[quad];
-                const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int slot = 4 * quad + i;
-                    const float scale = scale_of(slot, word * kFields<F>);
-#pragma unroll
-                    for (int f = 0; f < kFields<F>; ++f) {
-                        const float x = decode(words[i], field_of<F>(f).bit, scale, word * kFields<F> + f);
-                        sums[f] += visible >> slot & 1 ? x : 0.0f;
-                    }
-                }
-            }
-#pragma unroll
-            for (int f = 0; f < kFields<F>; ++f) mean[word * kFields<F> + f] = __fdiv_rn(sums[f], n);
-        }
-    }
-
-    // |k - x|^2 of the lane's slot, lane % 16: dims d with d % 4 / 2 == lane / 16 in two sums, then those of the other lane.
-    __device__ float distance(const float* x) const {
-        const int slot = lane() % kSlots, half = lane() / kSlots;
-        float sums[2] = {};
-        const auto add = [&](int word, int f, int i) {
-            const int d = word * kFields<F> + f;
-            const float key = decode(key_word(page_, word, slot), field_of<F>(f).bit, scale_of(slot, d), d);
-            sums[i] = fmaf(key - x[d], key - x[d], sums[i]);
-        };
-#pragma unroll 4
-        for (int d = 2 * half; d < dim_; d += 4) {
-            add(d / kFields<F>, d % kFields<F>, 0);
-            add((d + 1) / kFields<F>, (d + 1) % kFields<F>, 1);
-        }
-        const float sum = sums[0] + sums[1];
-        return sum + __shfl_xor_sync(kAllLanes, sum, kSlots);
-    }
-
-    // x [D]: the key of a slot, in the domain that it is stored in.
-    __device__ void take_key(int slot, float* x) const {
-        for (int d = lane(); d < dim_; d += kWarp) {
-            const uint32_t word = key_word(page_, d / kFields<F>, slot);
-            x[d] = decode(word, field_of<F>(d % kFields<F>).bit, scale_of(slot, d), d);
-        }
-    }
-
-    // mean [D] of the visible values, in the domain that they are stored in.
-    __device__ void mean_values(uint32_t visible, float* mean) const {
-        const auto n = static_cast<float>(__popc(visible));
-        for (int d = lane(); d < dim_; d += kWarp) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int slot = 0; slot < kSlots; ++slot) {
-                const Field field = field_of<F>(slot);
-                if (!(visible >> slot & 1)) continue;
-                const uint32_t word = value_word(page_, F, dim_, field.word, d);
-                if constexpr (is_full(F)) {
-                    sum += element_in<F>(word, field.bit);
-                } else {
-                    const auto level = static_cast<float>(level_of<F>(code_in<F>(word, field.bit)));
-                    sum = fmaf(value_scale(page_, F, dim_, d / group_, slot), level, sum);
-                }
-            }
-            mean[d] = __fdiv_rn(sum, n);
-        }
-    }
-
-    // x [D]: the key of a slot as the model has it. Lane l writes dims l, 32 + l, ...
-    __device__ void model_key(int slot, const Rotation& rotation, float* x) const {
-        for (int d = lane(); d < dim_; d += kWarp) x[d] = key<F>(page_, dim_, slot, d);
-        if constexpr (is_full(F)) return;
-        turn(x, rotation, true);
-        for (int d = lane(); centre_ && d < dim_; d += kWarp) x[d] += centre_[d];
-    }
-
-  private:
-    __device__ float scale_of(int slot, int d) const {
-        if constexpr (is_full(F)) return 1.0f;
-        return key_scale(page_, F, dim_, d / group_, slot);
-    }
-    __device__ float decode(uint32_t word, int bit, float scale, int d) const {
-        if constexpr (is_full(F)) {
-            return element_in<F>(word, bit);
-        } else {
-            const auto level = static_cast<float>(level_of<F>(code_in<F>(word, bit)));
-            return centre_ ? fmaf(scale, level, centre_[d]) : scale * level;
-        }
-    }
-
-    const unsigned char* page_;
-    const int dim_, group_;
-    const float* centre_;  // [D] in the domain of what is asked for, or null
-};
 
 // x [dim] becomes what its codes in -Levels..Levels say, scale * c, or 0 and a scale of NaN where it is not finite. The scale of
 // few levels is a bf16 number. put(d, codes of d..d + 3, `Zero` added).
@@ -228,7 +116,7 @@ class Summary {
     template <Format F>
     __device__ void write_page() {
         const unsigned char* const page = page_at(a_.pools, item_.page);
-        if (a_.kind == SummaryKind::bounds) return write_bounds(Page<F>(page, dim_, item_.centre));
+        if (a_.kind == SummaryKind::bounds) return write_bounds(SummaryPage<F>(page, dim_, item_.centre));
         const float* centre = nullptr;
         if (!is_full(F) && item_.centre) {
             for (int d = lane(); d < dim_; d += kWarp) centre_[d] = item_.centre[d];
@@ -236,14 +124,14 @@ class Summary {
             __syncwarp();
             centre = centre_;
         }
-        const Page<F> keys(page, dim_, centre);
+        const SummaryPage<F> keys(page, dim_, centre);
         if (is_split(a_.kind)) return write_parts(keys);
         write_mean(keys);
         if (a_.kind == SummaryKind::mean_value) write_values(keys);
     }
 
     template <Format F>
-    __device__ void write_mean(const Page<F>& page) {
+    __device__ void write_mean(const SummaryPage<F>& page) {
         page.mean_keys(item_.visible, mean_);
         __syncwarp();
         if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
@@ -258,7 +146,7 @@ class Summary {
     }
 
     template <Format F>
-    __device__ void write_parts(const Page<F>& page) {
+    __device__ void write_parts(const SummaryPage<F>& page) {
         write_nothing();
         __syncwarp();
         page.mean_keys(item_.visible, mean_);
@@ -291,7 +179,7 @@ class Summary {
 
     // One part's mean into the nibbles from bit `shift` on of the lines from `line` on; its scale.
     template <Format F>
-    __device__ float write_part(const Page<F>& page, uint32_t part, int line, int shift, float& spread) {
+    __device__ float write_part(const SummaryPage<F>& page, uint32_t part, int line, int shift, float& spread) {
         __syncwarp();
         page.mean_keys(part, mean_);
         __syncwarp();
@@ -308,7 +196,7 @@ class Summary {
 
     // Of some slots those that lie nearer to the second of two means than to the first: ops/summarize.h.
     template <Format F>
-    __device__ uint32_t second_part(const Page<F>& page, uint32_t slots) {
+    __device__ uint32_t second_part(const SummaryPage<F>& page, uint32_t slots) {
         if (__popc(slots) < 2) return 0;
         __syncwarp();
         page.mean_keys(slots, mean_);
@@ -358,7 +246,7 @@ class Summary {
     }
 
     template <Format F>
-    __device__ void write_values(const Page<F>& page) {
+    __device__ void write_values(const SummaryPage<F>& page) {
         page.mean_values(item_.visible, mean_);
         __syncwarp();
         if (is_full(F)) turn(mean_, a_.rotation, false), __syncwarp();
@@ -367,7 +255,7 @@ class Summary {
     }
 
     template <Format F>
-    __device__ void write_bounds(const Page<F>& page) const {
+    __device__ void write_bounds(const SummaryPage<F>& page) const {
         float lo[kRegisters], hi[kRegisters];
         bool finite = true;
 #pragma unroll

@@ -57,7 +57,7 @@ def check(case: Case, blocks: Tensor, kind: str) -> None:
 
 @both
 @pytest.mark.parametrize("fmt", ALL)
-@pytest.mark.parametrize("entries", [1, 16, 33])
+@pytest.mark.parametrize("entries", [1, 33])
 def test_parts(isa: str, entries: int, fmt: str, kind: str) -> None:
     case = make_case([entries, entries // 2, entries], formats=(fmt,), masks="ragged", holes=0.1, seed=entries)
     blocks = split(case, kind)
@@ -172,8 +172,8 @@ def check_x(index: Index, scale: float | None = None, **more: Any) -> Tensor:
     return got
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("entries", [0, 1, 15, 17, 300])
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("entries", [0, 1, 17, 300])
 @both
 def test_x(isa: str, entries: int, group: int, kind: str) -> None:
     index = make_index(entries, group=group, kind=kind)

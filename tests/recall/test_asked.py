@@ -12,7 +12,7 @@ from archived import SHAPE, fed, small
 from kvstrata import Budget, Cache, Unsupported
 from kvstrata.budget import Schedule
 from kvstrata.policy import strata
-from kvstrata.recall import Far, PageMeans, SplitMeans
+from kvstrata.recall import Far, SplitMeans
 
 FALLING = Schedule("rex", interval=64, horizon=640, end=100)
 
@@ -21,7 +21,7 @@ def test_the_report_says_what_is_read() -> None:
     cache = Cache(SHAPE, "256tok", "icecache")
     assert cache.budget == Budget.tokens(256)
     assert cache.report().budget == "256tok read per row and step" and cache.report().limit_bytes is None
-    cache.set_selector(PageMeans(512))
+    cache.set_selector(SplitMeans(512))
     assert cache.report().budget == "512tok read per row and step"
     assert Cache(SHAPE, "4MiB", "icecache").report().budget == "4194304B"
     assert Cache(SHAPE, policy="icecache").report().budget is None

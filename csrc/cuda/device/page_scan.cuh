@@ -203,7 +203,8 @@ class PageScan {
             for (int part = 0; part < kParts; ++part) {
                 const int pair = part / 2, half = 16 * (part % 2);
                 const uint32_t slots = (pair ? high : ~high) & (half ? second : ~second);
-                scale[i][part] = from_bf16(static_cast<uint16_t>(fact(pair_scales_offset(s_.head_dim, Pairs, pair)) >> half));
+                scale[i][part] =
+                    from_bf16(static_cast<uint16_t>(fact(pair_scales_offset(s_.head_dim, Pairs, pair)) >> half));
                 spread[i][part] =
                     from_bf16(static_cast<uint16_t>(fact(pair_spreads_offset(s_.head_dim, Pairs, pair)) >> half));
                 count[i][part] = static_cast<float>(__popc(mask[i] & slots));

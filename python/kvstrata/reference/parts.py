@@ -84,10 +84,14 @@ def split_blocks(k: Tensor, slots: Tensor, kind: str) -> Tensor:
     bad = ~seen.isfinite().all(-1).all(-1)
     parts = part_slots(seen.masked_fill(bad[..., None, None], 0.0), slots, PARTS[kind]) & ~bad[..., None, None]
     codes, scale, spread = part_facts(seen, parts)
-    nibbles = (codes + 8).to(torch.uint8).unflatten(2, (-1, 2))  # [R, M, pairs, 2, D]
+    nibbles = (
+        (codes + 8).to(torch.uint8).view(*codes.shape[:2], PARTS[kind] // 2, 2, codes.shape[-1])
+    )  # [R, M, pairs, 2, D]
     both = by_lanes(nibbles[..., 0, :] | nibbles[..., 1, :] << 4, 0x88)  # [R, B, 16, pairs, D]
-    means = both.unflatten(-1, (-1, 4)).permute(0, 1, 3, 4, 2, 5).flatten(2)
-    facts = torch.stack([scale.masked_fill(bad.unsqueeze(-1), float("nan")), spread], 2).unflatten(-1, (-1, 2))
+    means = both.view(*both.shape[:-1], both.shape[-1] // 4, 4).permute(0, 1, 3, 4, 2, 5).flatten(2)
+    facts = torch.stack([scale.masked_fill(bad.unsqueeze(-1), float("nan")), spread], 2).view(
+        *codes.shape[:2], 2, PARTS[kind] // 2, 2
+    )
     lanes = by_lanes(facts, 0.0).permute(0, 1, 3, 4, 2, 5).flatten(2)  # [R, B, scale and spread, pair, 16, 2]
     second, high = parts[:, :, 1::2].any(2), parts[:, :, 2:].any(2)
     bits = torch.cat([second, high], -1).long() << torch.arange(2 * SLOTS)
@@ -105,7 +109,10 @@ def summary_split(blocks: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Ten
     codes = torch.stack([lines & 15, lines >> 4], 4).reshape(rows, count * SLOTS, 2 * pairs, dim).float() - 8
     facts = blocks[..., pairs * SLOTS * dim : size - 4 * SLOTS].contiguous().view(torch.bfloat16)
     lanes = (
-        facts.view(rows, count, 2, pairs, SLOTS, 2).permute(2, 0, 1, 4, 3, 5).reshape(2, rows, -1, 2 * pairs).float()
+        facts.view(rows, count, 2, pairs, SLOTS, 2)
+        .permute(2, 0, 1, 4, 3, 5)
+        .reshape(2, rows, count * SLOTS, 2 * pairs)
+        .float()
     )
     where = blocks[..., size - 4 * SLOTS :].contiguous().view(torch.int32).flatten(1).long().unsqueeze(-1)
     second = (where >> torch.arange(SLOTS)) & 1 == 1
