@@ -160,6 +160,8 @@ struct Kernels {
     // the i-th of them. `ahead` are codes to prefetch meanwhile.
     void (*add_values)(const unsigned char* codes, const unsigned char* ahead, uint16_t lanes, const float* weight,
                        int64_t stride, int32_t rows, int32_t dim, float* acc);
+    // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
+    void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 
@@ -215,6 +217,7 @@ struct Kernels {
     void fill_clusters(Kernels* table);         \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \
+    void fill_groups(Kernels* table);           \
     void fill_keys(Kernels* table);             \
     void fill_pages(Kernels* table);            \
     void fill_pool(Kernels* table);             \

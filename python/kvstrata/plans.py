@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvstrata.anchors import Anchors
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
 from kvstrata.config import SLOTS, BudgetExceeded, MachineError
@@ -37,6 +38,7 @@ class Plans:
         self.statistics = Statistics()
         self.shares = Shares(cache, self.statistics)
         self.timetable = Timetable(cache)
+        self._anchors = Anchors(cache)
         self.counts = {
             "plans": 0,
             "evicted": 0,
@@ -242,6 +244,8 @@ class Plans:
         except Exception as error:
             error.add_note("raised by a plan after a step: the step's tokens stand")
             raise
+        finally:
+            self._anchors.forget()
 
     def seal(self, before: dict[int, int]) -> None:
         """What has left the tails of a step's sequences, and is Full yet, takes the format of the policy's ``on_seal``. before:
@@ -288,6 +292,7 @@ class Plans:
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
+        self._anchors.forget()
         self.timetable.note(ids, self.shares.goal[1] if self.shares.goal else len(self._cache._live))
 
     def cropped(self, seq: int, length: int) -> None:
@@ -336,7 +341,7 @@ class Plans:
         planner = self._cache.policy.planner
         assert planner is not None
         self._cache._charges.plan()
-        plan: Plan = planner.plan(seen)
+        plan: Plan = self._anchors.plan(planner, seen, ids, self.layers)
         self.counts["plans"] += 1
         if plan.set is not None and not self._cache.policy.episodic:
             raise ValueError(f"plan: set is given, {type(planner).__name__} says nothing of sets (names_sets)")
