@@ -32,13 +32,14 @@ class GroupChoice {
     float* x_of(int g) const { return w_.x + static_cast<int64_t>(g) * padded(); }
 
     int visible(int group) const {
-        int n = 0, e = group * ops::kGroupPages;
-        for (const int end = e + ops::kGroupPages; e < end; e += 4) {
-            uint64_t masks;
-            std::memcpy(&masks, row_.visible + e, sizeof masks);
-            if (e < row_.first) masks &= row_.first - e >= 4 ? 0 : ~uint64_t{0} << 16 * (row_.first - e);
-            n += std::popcount(masks);
-        }
+        constexpr int kWords = ops::kGroupPages / 4;
+        const int from = group * ops::kGroupPages;
+        uint64_t masks[kWords], all = ~uint64_t{0};
+        std::memcpy(masks, row_.visible + from, sizeof masks);
+        for (const uint64_t word : masks) all &= word;
+        if (from >= row_.first && all == ~uint64_t{0}) return ops::kGroupPages * kSlots;  // most are whole
+        int n = 0;
+        for (int e = std::max(from, row_.first); e < from + ops::kGroupPages; ++e) n += std::popcount(row_.visible[e]);
         return n;
     }
 

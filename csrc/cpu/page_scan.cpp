@@ -95,7 +95,11 @@ uint16_t PageScan::score_groups(const unsigned char* block, const unsigned char*
     alignas(64) float log_count[kSlots], most[ops::kMaxGroup * kSlots];
     std::fill_n(most, s_.group * kSlots, kMinusInf);
     for (int i = 0; i < kSlots; ++i) {
-        log_count[i] = counts[i] > 0 ? std::log(static_cast<float>(counts[i])) : kMinusInf;
+        if (i > 0 && counts[i] == counts[i - 1]) {
+            log_count[i] = log_count[i - 1];
+        } else {
+            log_count[i] = counts[i] > 0 ? std::log(static_cast<float>(counts[i])) : kMinusInf;
+        }
     }
     return kernels_.score_block[static_cast<int>(SummaryKind::mean)](flat, block, ahead, log_count, x, stride, most);
 }
