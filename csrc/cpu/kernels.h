@@ -204,7 +204,7 @@ struct Kernels {
 
     // As score_block, of parts of pages, which count the visible slots of masks [16]. Indexed by pairs, less 1.
     uint16_t (*score_split[2])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
-                            const uint16_t* masks, float* x, int64_t stride, float* most);
+                               const uint16_t* masks, float* x, int64_t stride, float* most);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.

@@ -15,7 +15,7 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr int kUnitItems = 16;  // of one unit of work
+constexpr int kUnitItems = 16;     // of one unit of work
 constexpr int kLine = 4 * kSlots;  // bytes from one word of a lane to the next
 
 constexpr uint16_t kNanBf16 = 0x7FC0;

@@ -28,9 +28,8 @@ void write_group(const ops::GroupItem& item, int dim) {
     if (total > 0.0f) k.divide(sums, total, dim);
     uint8_t* const codes = item.block + 4 * item.lane;
     float* const facts = reinterpret_cast<float*>(item.block + static_cast<int64_t>(kSlots) * dim) + item.lane;
-    facts[0] = encode_mean(sums, dim, 127.0f, false, [codes](int d, int c) {
-        code_of(codes, d) = static_cast<uint8_t>(c + kZeroCode);
-    });
+    facts[0] = encode_mean(sums, dim, 127.0f, false,
+                           [codes](int d, int c) { code_of(codes, d) = static_cast<uint8_t>(c + kZeroCode); });
     facts[kSlots] = facts[2 * kSlots] = 0.0f;
 }
 

@@ -93,10 +93,10 @@ struct Parts {
     std::vector<size_t> ends;                 // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
     std::vector<uint8_t> unmeasured;  // [rows] nothing is known of what they do not read
-    std::vector<int32_t> ready;   // rows that one call attends
-    std::vector<Due> due;         // rising rows
-    std::vector<float> votes, x;  // of the selected pages, if rows share them: [rows, K], [rows, G, K]
-    std::vector<float> exact;     // [G] log-sum-exps of the row that is audited
+    std::vector<int32_t> ready;       // rows that one call attends
+    std::vector<Due> due;             // rising rows
+    std::vector<float> votes, x;      // of the selected pages, if rows share them: [rows, K], [rows, G, K]
+    std::vector<float> exact;         // [G] log-sum-exps of the row that is audited
     std::vector<ops::SelectRow> select;
     std::vector<pages::Miss> misses;
 

@@ -77,17 +77,14 @@ class Plans:
         """One layer of a sequence, by what queries beside its own see of it; in a step, after its tokens were appended."""
         if layer not in self.layers:
             return
-        seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
-        if seen is not None:
+        if (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None:
             self._apply(self._scored(seen, [seq]), [seq])
 
     def score(self, layer: int, seq: int, spans: Spans, since: int) -> None:
         """What queries beside its own see of one layer of a sequence joins the scores of its tokens from one on; in a step,
         after they were appended."""
-        if layer in self.layers:
-            seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
-            if seen is not None:
-                self._scored(seen, [seq], since)
+        if layer in self.layers and (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None:
+            self._scored(seen, [seq], since)
 
     def drop(self, layer: int, seq: int, keep: Tensor) -> None:
         """:meth:`kvstrata.Cache.drop`."""
@@ -244,8 +241,6 @@ class Plans:
         except Exception as error:
             error.add_note("raised by a plan after a step: the step's tokens stand")
             raise
-        finally:
-            self._anchors.forget()
 
     def seal(self, before: dict[int, int]) -> None:
         """What has left the tails of a step's sequences, and is Full yet, takes the format of the policy's ``on_seal``. before:
@@ -313,8 +308,8 @@ class Plans:
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
 
-    def _see(self, layer: int, ids: list[int], ends: list[int]) -> Seen | None:
-        return see(self._cache, layer, ids, ends, self.arithmetic.get(layer))
+    def _see(self, layer: int, ids: list[int], ends: list[int], spans: Spans | None = None) -> Seen | None:
+        return see(self._cache, layer, ids, ends, self.arithmetic.get(layer), spans)
 
     def _scored(self, seen: Seen, ids: list[int], since: int = 0) -> Seen:
         policy = self._cache.policy
