@@ -83,7 +83,10 @@ class Plans:
     def score(self, layer: int, seq: int, spans: Spans, since: int) -> None:
         """What queries beside its own see of one layer of a sequence joins the scores of its tokens from one on; in a step,
         after they were appended."""
-        if layer in self.layers and (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None:
+        if (
+            layer in self.layers
+            and (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None
+        ):
             self._scored(seen, [seq], since)
 
     def drop(self, layer: int, seq: int, keep: Tensor) -> None:

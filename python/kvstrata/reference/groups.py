@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvstrata.reference.pages import SLOTS
-from kvstrata.reference.recall import by_lanes, counts, mean_codes, page_votes, score_pages, summary_codes
+from kvstrata.reference.parts import by_lanes
+from kvstrata.reference.recall import counts, mean_codes, page_votes, score_pages, summary_codes
 
 INF = float("inf")
 GROUP_PAGES = 32
