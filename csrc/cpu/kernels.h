@@ -160,8 +160,6 @@ struct Kernels {
     // the i-th of them. `ahead` are codes to prefetch meanwhile.
     void (*add_values)(const unsigned char* codes, const unsigned char* ahead, uint16_t lanes, const float* weight,
                        int64_t stride, int32_t rows, int32_t dim, float* acc);
-    // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
-    void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
     // squares [16] = |k - x|^2 of keys k [dim, 16 slots].
     void (*distances)(const float* k, const float* x, int32_t dim, float* squares);
 
@@ -205,6 +203,9 @@ struct Kernels {
     // As score_block, of parts of pages, which count the visible slots of masks [16]. Indexed by pairs, less 1.
     uint16_t (*score_split[2])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
                                const uint16_t* masks, float* x, int64_t stride, float* most);
+
+    // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
+    void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
