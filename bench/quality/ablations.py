@@ -117,7 +117,10 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "icecache estimate": ("so, what is not read stands in by the means of its pages", selected(PageMeans(estimate=1.0))),
     "top pages": ("so, the pages of highest true mass (an oracle)", selected(TopPages())),
     "top tokens": ("so, the tokens of highest true mass (an oracle)", selected(TopTokens())),
-    "icecache reuse 3": ("so, of three layers the first selects for all", icecache(reuse=3)),
+    "icecache reuse 3": (
+        "pages ranked by one mean each, of three layers the first selects for all",
+        selected(PageMeans(reuse=3)),
+    ),
     "icecache two levels": (
         "so, groups of 32 pages ranked first, a quarter of them looked into",
         selected(PageMeans(flat_pages=0)),
