@@ -125,6 +125,7 @@ def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
     parts = (3 if reads.estimate else 2) * group * (dim + 1) * 4 + group * 4 + _SELECT_ROW
     parts += widest * (4 + (4 * (group + 1) if reads.most else 0) + (8 if reads.estimate else 0))
     lists = _ATTEND_ROW * rows + (2 * 8 + 4) * _doubled(rows) + 8 * _doubled(rows + 1) + 6 * _doubled(rows * longest)
+    lists += _doubled(rows) + (8 * _doubled(rows) * (widest + 1) if reads.reuse > 1 else 0)  # of what layers follow
     most = _attending(s, batch, longest)
     if policy.selector is not None:
         most = max(most, _scanning(s, batch, SLOTS, reads)[0], _scanning(s, batch, widest + SLOTS, reads)[1])
