@@ -44,7 +44,7 @@ from kvstrata.policy.base import Selector
 from kvstrata.quality import metrics, report
 from kvstrata.quality.contenders import POLICIES, in_bytes
 from kvstrata.quality.run import MODES, Config, Key, Record, Run
-from kvstrata.quality.tasks import RETRIEVAL
+from kvstrata.quality.tasks import RETRIEVAL, TASKS
 from kvstrata.recall import Archive, Bounds, Greedy, MassThreshold, PageMeans, Position, SplitMeans, TopPages, TopTokens
 from kvstrata.recall.archive import Packer
 
@@ -117,6 +117,14 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "icecache estimate": ("so, what is not read stands in by the means of its pages", selected(PageMeans(estimate=1.0))),
     "top pages": ("so, the pages of highest true mass (an oracle)", selected(TopPages())),
     "top tokens": ("so, the tokens of highest true mass (an oracle)", selected(TopTokens())),
+    "icecache reuse 3": (
+        "pages ranked by one mean each, of three layers the first selects for all",
+        selected(PageMeans(reuse=3)),
+    ),
+    "icecache two levels": (
+        "so, groups of 32 pages ranked first, a quarter of them looked into",
+        selected(PageMeans(flat_pages=0)),
+    ),
     "icecache shared": ("so, heads of a layer share what they read, by votes", selected(MassThreshold())),
     "quest": ("pages in the order of position, ranked by bounds, all layers", quest(256, dense_layers=())),
     "icecache max": ("so, the largest vote of a group's heads", icecache(aggregate="max")),
@@ -152,6 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=MODES, default="query-agnostic", help="where the question is seen (kvstrata eval)"
     )
+    parser.add_argument("--tasks", default=",".join(RETRIEVAL), metavar="T,..", help="default: those of retrieval")
     parser.add_argument("--base", default="arkv", metavar="V", help="the variant that differences are taken to")
     parser.add_argument("--jobs", type=positive, default=1)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the run")
@@ -221,10 +230,13 @@ def main() -> int:
     if unknown := [name for name in names if name not in VARIANTS]:
         return out.fail(f"variants: {unknown[0]!r} is unknown, expected some of {', '.join(VARIANTS)}")
     budgets = tuple(b.strip() for b in args.budgets.split(","))
+    tasks = tuple(t.strip() for t in args.tasks.split(","))
+    if unknown := [t for t in tasks if t not in TASKS]:
+        return out.fail(f"tasks: {unknown[0]!r} is unknown, expected some of {', '.join(TASKS)}")
     runs = []
     for seed in range(args.seeds):
         one = Config(
-            args.model, RETRIEVAL, tuple(names), (), budgets, (args.length,), args.n, seed, args.mode, jobs=args.jobs
+            args.model, tasks, tuple(names), (), budgets, (args.length,), args.n, seed, args.mode, jobs=args.jobs
         )
         run = Run(args.out / f"seed-{seed}", one)
         with out.progress(f"seed {seed}", len(run.units())) as advance:

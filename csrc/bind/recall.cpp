@@ -9,6 +9,7 @@
 #include "ops/estimate.h"
 #include "ops/score_pages.h"
 #include "ops/summarize.h"
+#include "ops/summarize_groups.h"
 
 namespace kvstrata::bind {
 namespace {
@@ -94,6 +95,36 @@ void summarize(py::handle pages_, py::handle visible_, py::handle centre_, py::h
         items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, pools.views(), threads, kind};
     const py::gil_scoped_release release;
     ops::summarize(p, op.where);
+}
+
+// Of whole groups of the entries alone.
+void summarize_groups(py::handle blocks_, py::handle visible_, py::handle groups_, int head_dim, int kind_,
+                      int threads) {
+    const Call op("summarize_groups", blocks_);
+    const int64_t size = summary_bytes(head_dim, static_cast<SummaryKind>(kind_));
+    const Argument blocks(op, "blocks", blocks_), visible(op, "visible", visible_), groups(op, "groups", groups_);
+    visible.expect_rank({"R", "M"});
+    blocks.expect_rank({"R", "B", "bytes"});
+    const Dim R{"R", visible.shape(0)}, M{"M", visible.shape(1)};
+    const int count = int_of(M.size / ops::kGroupPages), super = (count + kSlots - 1) / kSlots;
+    const Dim B{"B", std::max(blocks.shape(1), (M.size + kSlots - 1) / kSlots)};
+    visible.expect({DType::u16}, {R, M});
+    blocks.expect({DType::u8}, {R, B, {"bytes", size}}, "set by visible, head_dim and kind").expect_contiguous();
+    groups.expect({DType::u8}, {R, {"B", super}, {"bytes", summary_bytes(head_dim)}}, "set by visible")
+        .expect_contiguous();
+    std::vector<ops::GroupItem> items;
+    for (int64_t r = 0; r < R.size; ++r) {
+        for (int i = 0; i < count; ++i) {
+            const unsigned char* const from = blocks.row<unsigned char>(r) + ops::kGroupBlocks * i * size;
+            items.push_back({{from, from + size},
+                             visible.row<uint16_t>(r) + ops::kGroupPages * i,
+                             groups.row<unsigned char>(r) + i / kSlots * summary_bytes(head_dim),
+                             i % kSlots});
+        }
+    }
+    const ops::SummarizeGroupsParams p{items.data(), int_of(static_cast<int64_t>(items.size())), head_dim, threads};
+    const py::gil_scoped_release release;
+    ops::summarize_groups(p, op.where);
 }
 
 // What select and score_pages share.
@@ -185,13 +216,14 @@ void score_pages(py::handle q, py::handle blocks, py::handle starts, py::handle 
 }
 
 void select(py::handle q, py::handle blocks, py::handle starts, py::handle visible, py::handle k_, py::handle lse_base_,
-            py::handle entries_, py::handle found_, py::handle lse_rest_, py::handle zone_, py::handle workspace_,
-            float scale, float weight, float softcap, int kind, int aggregate, float mass, int least, int threads) {
+            py::handle entries_, py::handle found_, py::handle lse_rest_, py::handle zone_, py::handle groups_,
+            py::handle workspace_, float scale, float weight, float softcap, int kind, int aggregate, float mass,
+            int least, int expand, int threads) {
     SelectArguments a("select", kind, q, blocks, starts, visible);
     const Call numbers(a.op.op);
     const Argument k(numbers, "k", k_), base(a.op, "lse_base", lse_base_), entries(a.op, "entries", entries_),
         found(a.op, "found", found_), rest(a.op, "lse_rest", lse_rest_), zone(a.op, "zone", zone_),
-        space(a.op, "workspace", workspace_);
+        groups(a.op, "groups", groups_), space(a.op, "workspace", workspace_);
     entries.expect_rank({"R", "K"});
     const Dim R{"R", a.q.shape(0)}, G{"G", a.q.shape(1)}, K{"K", entries.shape(1)};
     if (zone.given()) zone.expect_rank({"R", "E"});
@@ -201,6 +233,13 @@ void select(py::handle q, py::handle blocks, py::handle starts, py::handle visib
     found.expect({DType::i32}, {R, {"3", 3}}, "set by q").expect_contiguous();
     rest.expect({DType::f32}, {R, G}, "set by q");
     zone.expect({DType::i32}, {R, {"E", zone.given() ? zone.shape(1) : 0}}, "set by q");
+    const int64_t size = summary_bytes(int_of(a.q.shape(2)));
+    const int count = int_of(a.visible.shape(1) / ops::kGroupPages), super = (count + kSlots - 1) / kSlots;
+    groups.expect({DType::u8}, {R, {"B", super}, {"bytes", size}}, "set by visible").expect_contiguous();
+    std::vector<const unsigned char*> starts_of_groups;
+    for (int64_t i = 0; groups.given() && i < R.size * super; ++i) {
+        starts_of_groups.push_back(groups.data<unsigned char>() + i * size);
+    }
     for (int64_t r = 0; r < R.size; ++r) {
         const int32_t most = k.data<int32_t>()[r];
         check(most >= 0 && most <= K.size, "select: k[", r, "] is ", most, ", expected 0 to ", K.size);
@@ -209,6 +248,8 @@ void select(py::handle q, py::handle blocks, py::handle starts, py::handle visib
         row.lse_rest = rest.row<float>(r);
         row.zone = zone.row<int32_t>(r), row.zone_most = zone.given() ? int_of(zone.shape(1)) : 0;
         row.found = found.row<int32_t>(r);
+        if (groups.given() && count > 0) row.group_blocks = starts_of_groups.data() + r * super;
+        row.groups = count, row.expand = expand;
     }
     ops::SelectParams p = a.params(scale, weight, softcap, static_cast<ops::Aggregate>(aggregate), threads);
     p.mass = mass, p.least = least;
@@ -275,10 +316,13 @@ void bind_recall(py::module_& m) {
     m.def("score_pages", &score_pages, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"),
           py::arg("x"), py::arg("found"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"),
           py::arg("softcap"), py::arg("kind"), py::arg("threads"));
+    m.def("summarize_groups", &summarize_groups, py::arg("blocks"), py::arg("visible"), py::arg("groups"),
+          py::arg("head_dim"), py::arg("kind"), py::arg("threads"));
     m.def("select", &select, py::arg("q"), py::arg("blocks"), py::arg("starts"), py::arg("visible"), py::arg("k"),
           py::arg("lse_base"), py::arg("entries"), py::arg("found"), py::arg("lse_rest"), py::arg("zone"),
-          py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"), py::arg("kind"),
-          py::arg("aggregate"), py::arg("mass"), py::arg("least"), py::arg("threads"));
+          py::arg("groups"), py::arg("workspace"), py::arg("scale"), py::arg("spread_weight"), py::arg("softcap"),
+          py::arg("kind"), py::arg("aggregate"), py::arg("mass"), py::arg("least"), py::arg("expand"),
+          py::arg("threads"));
     m.def("estimate_workspace_bytes",
           &scan_workspace_bytes<ops::EstimateParams, ops::EstimateRow, &ops::EstimateRow::zone_count,
                                 ops::estimate_workspace_bytes>,

@@ -4,6 +4,7 @@
 
 #include "bind/bind.h"
 #include "bind/calls.h"
+#include "bind/choose.h"
 #include "bind/sets.h"
 #include "bind/tensors.h"
 #include "store/store.h"
@@ -18,10 +19,12 @@ namespace {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
-using RecallTuple = std::tuple<int, int, float, int, int, int, float, int, float, int, int>;  // as store::Recall
+using RecallTuple =
+    std::tuple<int, int, float, int, int, int, float, int, float, int, int, int, double, int>;  // as store::Recall
 
 store::Recall recall(const RecallTuple& r) {
-    const auto [pages, near_pages, weight, aggregate, kind, most, mass, least, estimate, oracle, audit] = r;
+    const auto [pages, near_pages, weight, aggregate, kind, most, mass, least, estimate, oracle, audit, flat, expand,
+                reuse] = r;
     return {pages,
             near_pages,
             weight,
@@ -32,6 +35,9 @@ store::Recall recall(const RecallTuple& r) {
             least,
             estimate,
             static_cast<store::Oracle>(oracle),
+            flat,
+            expand,
+            reuse,
             audit};
 }
 
@@ -127,7 +133,8 @@ void bind_store(py::module_& m) {
     store
         .def(py::init(&create), py::arg("layers"), py::arg("dtype"), py::arg("tail"), py::arg("hold"), py::arg("sinks"),
              py::arg("formats") = std::vector<int>{}, py::arg("queries") = 0, py::arg("scored") = false,
-             py::arg("massed") = false, py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0},
+             py::arg("massed") = false,
+             py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0, 1 << 30, 0.25, 1},
              py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0,
              py::arg("sets") = false, py::arg("device") = 0, py::arg("charged") = false)
         .def_property_readonly("n_pools", &Store::n_pools)
@@ -161,6 +168,7 @@ void bind_store(py::module_& m) {
         .def("shrink_ring", &Store::shrink_ring)
         .def("shrink_near", &Store::shrink_near)
         .def("set_recall", [](Store& s, const RecallTuple& r) { s.set_recall(recall(r)); })
+        .def("set_choose", [](Store& s, const py::object& choose) { s.set_choose(choose_by(choose)); })
         .def("set_mass_floor", &Store::set_mass_floor)
         .def("audited",
              [](const Store& s) {

@@ -77,6 +77,7 @@ void fill(Isa level, Kernels* table) {
         name::fill_clusters(table);         \
         name::fill_elements(table);         \
         name::fill_encode(table);           \
+        name::fill_groups(table);           \
         name::fill_keys(table);             \
         name::fill_pages(table);            \
         name::fill_pool(table);             \

@@ -203,6 +203,9 @@ struct Kernels {
     // As score_block, of parts of pages, which count the visible slots of masks [16]. Indexed by pairs, less 1.
     uint16_t (*score_split[2])(const PageQuery& query, const unsigned char* block, const unsigned char* ahead,
                                const uint16_t* masks, float* x, int64_t stride, float* most);
+
+    // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
+    void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
@@ -215,6 +218,7 @@ struct Kernels {
     void fill_clusters(Kernels* table);         \
     void fill_elements(Kernels* table);         \
     void fill_encode(Kernels* table);           \
+    void fill_groups(Kernels* table);           \
     void fill_keys(Kernels* table);             \
     void fill_pages(Kernels* table);            \
     void fill_pool(Kernels* table);             \

@@ -87,6 +87,23 @@ uint16_t PageScan::score(const unsigned char* block, const unsigned char* ahead,
     return kernels_.score_block[static_cast<int>(s_.kind)](query_, block, ahead, log_count_, x, stride, most_);
 }
 
+uint16_t PageScan::score_groups(const unsigned char* block, const unsigned char* ahead, const int32_t* counts, float* x,
+                                int64_t stride) const {
+    constexpr float kFlat[ops::kMaxGroup] = {};
+    PageQuery flat = query_;
+    flat.curvature = kFlat;
+    alignas(64) float log_count[kSlots], most[ops::kMaxGroup * kSlots];
+    std::fill_n(most, s_.group * kSlots, kMinusInf);
+    for (int i = 0; i < kSlots; ++i) {
+        if (i > 0 && counts[i] == counts[i - 1]) {
+            log_count[i] = log_count[i - 1];
+        } else {
+            log_count[i] = counts[i] > 0 ? std::log(static_cast<float>(counts[i])) : kMinusInf;
+        }
+    }
+    return kernels_.score_block[static_cast<int>(SummaryKind::mean)](flat, block, ahead, log_count, x, stride, most);
+}
+
 void PageScan::count(const uint16_t* masks) {
     uint64_t words[4];
     std::memcpy(words, masks, sizeof words);

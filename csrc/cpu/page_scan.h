@@ -28,6 +28,10 @@ class PageScan {
     // Returns the lanes with a visible slot that cannot be ranked: x of some head is not finite.
     uint16_t score(const unsigned char* block, const unsigned char* ahead, const uint16_t* masks, float* x,
                    int64_t stride);
+    // Likewise of a block of sixteen groups of kind mean that have so many visible slots [16], by their means alone. No part of
+    // `largest` and `there`. Only after encode() for a kind of means.
+    uint16_t score_groups(const unsigned char* block, const unsigned char* ahead, const int32_t* counts, float* x,
+                          int64_t stride) const;
     uint16_t there() const { return there_; }  // lanes of the block just scored that have a visible slot
     float largest(int g) const { return kernels_.largest(most_ + g * kSlots, kSlots); }  // x of all so far; -inf: none
 

@@ -7,6 +7,7 @@
 
 #include "common/layout.h"
 #include "cpu/best.h"
+#include "cpu/group_choice.h"
 #include "cpu/merge.h"
 #include "cpu/page_scan.h"
 #include "cpu/parallel.h"
@@ -33,15 +34,20 @@ struct Scratch {
     float *x, *vote;
     uint64_t* keys;
     uint16_t* there;
+    GroupPlaces groups;
     unsigned char* scan;
     int64_t bytes;
 
     Scratch(const ops::SelectParams& p, int64_t entries, void* base) {
         Places places(base);
-        x = places.take<float>(entries * p.group);
-        vote = places.take<float>(entries);
+        const int lanes = GroupPlaces::lanes(entries);  // they follow the entries
+        x = places.take<float>((entries + lanes) * p.group);
+        vote = places.take<float>(entries + lanes);
         keys = places.take<uint64_t>(entries);
-        there = places.take<uint16_t>(entries / kSlots);
+        there = places.take<uint16_t>((entries + lanes) / kSlots);
+        groups = {
+            places.take<float>(int64_t{lanes} * p.group), x, vote, keys, there, places.take<uint16_t>(lanes / kSlots),
+            places.take<int32_t>(entries / kSlots)};
         scan = places.take<unsigned char>(PageScan::bytes(p.group, p.head_dim));
         bytes = places.bytes();
     }
@@ -63,6 +69,7 @@ class Selection {
     int run(bool choose) {
         row_.count = row_.zone_count = 0;
         scan_.encode(row_.q, row_.q_stride_g);
+        if (choose && row_.group_blocks && row_.groups > 0) choose_blocks();
         if (const int bad = score(); bad >= 0) return bad;
         if (row_.x) {
             for (int g = 0; g < p_.group; ++g) {
@@ -74,10 +81,21 @@ class Selection {
         pick();
         if (row_.zone) fill_zone();
         if (row_.lse_rest) rest();
+        for (int i = 0; listed_ && i < row_.count; ++i) row_.selected[i] = entry_of(row_.selected[i]);
         return -1;
     }
 
   private:
+    // Of two levels: the blocks that are scored lie side by side, and after them the groups that are not looked into.
+    void choose_blocks() {
+        blocks_ = choose_groups(p_, row_, scan_, w_.groups);
+        listed_ = true;
+        others_ = (row_.groups + kSlots - 1) / kSlots * kSlots;
+        padded_ = blocks_ * kSlots + others_;
+    }
+
+    int block(int i) const { return listed_ ? w_.groups.blocks[i] : i; }
+    int entry_of(int place) const { return block(place / kSlots) * kSlots + place % kSlots; }
     float* x_of(int g) const { return w_.x + static_cast<int64_t>(g) * padded_; }
 
     // The masks of a block's lanes: 0 for those beyond the row and before its first entry.
@@ -95,13 +113,23 @@ class Selection {
     int score() {
         uint16_t room[kSlots];
         int bad = -1;
-        for (int b = 0; b < blocks_; ++b) {
-            const unsigned char* const ahead = row_.blocks[std::min(b + kAhead, blocks_ - 1)];
-            const uint16_t lanes = scan_.score(row_.blocks[b], ahead, masks_of(b, room), w_.x + b * kSlots, padded_);
-            w_.there[b] = scan_.there();
+        for (int i = 0; i < blocks_; ++i) {
+            const int b = block(i);
+            const unsigned char* const ahead = row_.blocks[block(std::min(i + kAhead, blocks_ - 1))];
+            const uint16_t lanes = scan_.score(row_.blocks[b], ahead, masks_of(b, room), w_.x + i * kSlots, padded_);
+            w_.there[i] = scan_.there();
             if (lanes && bad < 0) bad = b * kSlots + std::countr_zero(lanes);
         }
+        for (int g = 0; others_ > 0 && g < p_.group; ++g) {
+            std::copy_n(w_.groups.x + static_cast<int64_t>(g) * others_, others_, x_of(g) + blocks_ * kSlots);
+        }
+        std::fill_n(w_.there + blocks_, others_ / kSlots, uint16_t{0});
         return bad;
+    }
+
+    // The largest x of a head: of the scored entries and the other groups.
+    float most_of(int g) const {
+        return std::max(scan_.largest(g), kernels_.largest(x_of(g) + blocks_ * kSlots, others_));
     }
 
     void vote() {
@@ -109,7 +137,7 @@ class Selection {
         steady_ = 0.0f;
         for (int g = 0; g < p_.group; ++g) {
             const float base = row_.lse_base ? row_.lse_base[g] : kMinusInf;
-            largest_[g] = scan_.largest(g), share[g] = 0.0f;
+            largest_[g] = most_of(g), share[g] = 0.0f;
             if (largest_[g] == kMinusInf) {
                 std::fill_n(x_of(g), padded_, 0.0f);
                 continue;
@@ -184,8 +212,8 @@ class Selection {
                 ++next;
                 return;
             }
-            const unsigned char* const slots = row_.blocks[e / kSlots] + value_slots_offset(p_.head_dim);
-            if (reinterpret_cast<const uint32_t*>(slots)[e % kSlots] == row_.visible[e]) visit(e);
+            const unsigned char* const slots = row_.blocks[block(e / kSlots)] + value_slots_offset(p_.head_dim);
+            if (reinterpret_cast<const uint32_t*>(slots)[e % kSlots] == row_.visible[entry_of(e)]) visit(e);
         });
     }
 
@@ -200,7 +228,7 @@ class Selection {
         }
         if (row_.zone_most > 0) {
             each_outside([&](int e) {
-                if (key(e) >= least) row_.zone[kept++] = e;
+                if (key(e) >= least) row_.zone[kept++] = entry_of(e);
             });
         }
         std::fill(row_.zone + kept, row_.zone + row_.zone_most, -1);
@@ -219,7 +247,8 @@ class Selection {
     ops::SelectRow& row_;
     const Scratch& w_;
     const Kernels& kernels_ = kernels();
-    const int blocks_, padded_;
+    int blocks_, others_ = 0, padded_;  // scored ones; lanes of the other groups; both together
+    bool listed_ = false;
     PageScan scan_;
     float steady_ = 0.0f;  // the share of what is read anyway, summed over the heads
     float largest_[ops::kMaxGroup];

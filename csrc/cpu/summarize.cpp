@@ -8,6 +8,7 @@
 
 #include "common/layout.h"
 #include "cpu/isa.h"
+#include "cpu/mean_code.h"
 #include "cpu/parallel.h"
 #include "ops/backends.h"
 
@@ -17,32 +18,7 @@ namespace {
 constexpr int kUnitItems = 16;     // of one unit of work
 constexpr int kLine = 4 * kSlots;  // bytes from one word of a lane to the next
 
-// The bf16 at or below x, or at or above it: towards zero is to cut bits off.
-uint16_t outwards(float x, bool up) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x), cut = bits >> 16;
-    const bool away = (bits & 0xFFFF) != 0 && (bits >> 31 != 0) != up;
-    return static_cast<uint16_t>(away ? cut + 1 : cut);
-}
 constexpr uint16_t kNanBf16 = 0x7FC0;
-float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-
-// x [dim] becomes what its codes in -levels..levels say, scale * c, or 0 and a scale of NaN where it is not finite. The scale is
-// a bf16 number if `narrow`. put(d, code); the scale.
-template <class Put>
-float encode(float* x, int dim, float levels, bool narrow, Put put) {
-    float most = 0.0f, total = 0.0f;
-    for (int d = 0; d < dim; ++d) most = std::max(most, std::abs(x[d])), total += std::abs(x[d]);
-    const bool finite = std::isfinite(total);
-    float scale = finite ? most / levels : std::numeric_limits<float>::quiet_NaN();
-    if (narrow && finite) scale = from_bf16(outwards(scale, true));
-    const float by = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int d = 0; d < dim; ++d) {
-        const float c = finite ? std::clamp(std::nearbyint(x[d] * by), -levels, levels) : 0.0f;
-        put(d, static_cast<int>(c));
-        x[d] = scale * c;
-    }
-    return scale;
-}
 
 // One worker's summary of a page: its keys are widened once, the mean is turned to where it is needed.
 class Summary {
@@ -60,7 +36,6 @@ class Summary {
 
   private:
     Format format_of(const ops::SummaryItem& item) const { return p_.pools[page_pool(item.page)].format; }
-    static uint8_t& code(uint8_t* codes, int d) { return codes[d / 4 * 4 * kSlots + d % 4]; }
     static uint8_t byte_of(int c) { return static_cast<uint8_t>(c + kZeroCode); }
 
     void write_mean(const ops::SummaryItem& item, bool seen) {
@@ -70,14 +45,14 @@ class Summary {
             reinterpret_cast<float*>(item.block + static_cast<int64_t>(kSlots) * dim) + item.lane;  // every 16th
         facts[0] = facts[kSlots] = facts[2 * kSlots] = 0.0f;
         if (!seen) {
-            for (int d = 0; d < dim; ++d) code(codes, d) = kZeroCode;
+            for (int d = 0; d < dim; ++d) code_of(codes, d) = kZeroCode;
             return;
         }
         widen(item, !full_ && item.centre);
         const int n = std::popcount(item.visible);
         find_mean(item.visible, n);
         if (full_) kernels_.rotate(mean_, dim, false);
-        facts[0] = encode(mean_, dim, 127.0f, false, [codes](int d, int c) { code(codes, d) = byte_of(c); });
+        facts[0] = encode_mean(mean_, dim, 127.0f, false, [codes](int d, int c) { code_of(codes, d) = byte_of(c); });
         if (std::isnan(facts[0])) return;
         if (full_) kernels_.rotate(mean_, dim, true);
         measure(item.visible, n, facts[kSlots], facts[2 * kSlots]);
@@ -117,8 +92,8 @@ class Summary {
         const int dim = p_.head_dim, n = std::popcount(part);
         find_mean(part, n);
         if (full_) kernels_.rotate(mean_, dim, false);
-        const float step = encode(mean_, dim, 7.0f, true, [codes, shift](int d, int c) {
-            uint8_t& both = code(codes, d);
+        const float step = encode_mean(mean_, dim, 7.0f, true, [codes, shift](int d, int c) {
+            uint8_t& both = code_of(codes, d);
             both = static_cast<uint8_t>((both & 0xF0 >> shift) | (c + kZeroNibble) << shift);
         });
         scale = outwards(step, true);
@@ -184,7 +159,7 @@ class Summary {
             kernels_.divide(mean_, static_cast<float>(std::popcount(item.visible)), dim);
             if (full_) kernels_.rotate(mean_, dim, false);
         }
-        scale = encode(mean_, dim, 127.0f, false, [codes](int d, int c) { codes[d] = byte_of(c); });
+        scale = encode_mean(mean_, dim, 127.0f, false, [codes](int d, int c) { codes[d] = byte_of(c); });
     }
 
     // Of the keys as the model has them: those of quantized pages are turned back.

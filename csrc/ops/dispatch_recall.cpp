@@ -63,6 +63,11 @@ void summarize(const SummarizeParams& p, const Where& where) {
     where.on_host() ? cpu::summarize(p) : cuda::summarize(p, where);
 }
 
+void summarize_groups(const SummarizeGroupsParams& p, const Where& where) {
+    check_quantizable("summarize_groups", p.head_dim);
+    where.on_host() ? cpu::summarize_groups(p) : cuda::summarize_groups(p, where);
+}
+
 int64_t select_workspace_bytes(const SelectParams& p, const Where& where) {
     return where.on_host() ? cpu::select_workspace_bytes(p) : cuda::select_workspace_bytes(p);
 }
@@ -79,6 +84,14 @@ static void check_select_row(const SelectParams& p, int r, const Where& where) {
     check(row.most >= 0, "select: k[", r, "] is ", row.most, ", expected at least 0");
     check(!row.zone || p.kind == SummaryKind::mean_value, "select: kind is ", name(p.kind),
           ", expected mean_value for a zone");
+    if (row.group_blocks) {
+        check(where.on_host(), "select: groups are given, expected none on a device");
+        check(has_groups(p.kind), "select: kind is ", name(p.kind), ", expected mean or mean_value for groups");
+        check(row.groups >= 0 && row.groups <= row.entries / kGroupPages, "select: groups of row ", r, " is ",
+              row.groups, ", expected 0 to ", row.entries / kGroupPages);
+        check(!row.x, "select: x of row ", r, " is wanted, expected none with groups");
+        check(row.expand >= 1, "select: expand of row ", r, " is ", row.expand, ", expected at least 1 group");
+    }
     check(row.zone_most >= 0, "select: zone_most of row ", r, " is ", row.zone_most, ", expected at least 0");
     for (int g = 0; where.on_host() && row.lse_base && g < p.group; ++g) {
         const float base = row.lse_base[g];

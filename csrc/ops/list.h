@@ -22,32 +22,34 @@
 #include "ops/score_pages.h"
 #include "ops/score_window.h"
 #include "ops/summarize.h"
+#include "ops/summarize_groups.h"
 
-#define KV_OPS(KV_OP)                        \
-    KV_OP(accumulate, AccumulateParams)      \
-    KV_OP(append, AppendParams)              \
-    KV_OP(attend, AttendParams)              \
-    KV_OP(choose_chunks, ChooseChunksParams) \
-    KV_OP(choose_states, ChooseStatesParams) \
-    KV_OP(chunk_order, ChunkOrderParams)     \
-    KV_OP(cluster, ClusterParams)            \
-    KV_OP(cluster_greedy, ClusterParams)     \
-    KV_OP(compact, CompactParams)            \
-    KV_OP(dequantize, DequantizeParams)      \
-    KV_OP(estimate, EstimateParams)          \
-    KV_OP(mass, MassParams)                  \
-    KV_OP(measure, MeasureParams)            \
-    KV_OP(merge, MergeParams)                \
-    KV_OP(pack, PackParams)                  \
-    KV_OP(pool, PoolParams)                  \
-    KV_OP(quantize, QuantizeParams)          \
-    KV_OP(rotate, RotateParams)              \
-    KV_OP(score_keys, ScoreKeysParams)       \
-    KV_OP(score_max, ScoreMaxParams)         \
-    KV_OP(score_pages, SelectParams)         \
-    KV_OP(score_window, ScoreWindowParams)   \
-    KV_OP(select, SelectParams)              \
-    KV_OP(summarize, SummarizeParams)        \
+#define KV_OPS(KV_OP)                              \
+    KV_OP(accumulate, AccumulateParams)            \
+    KV_OP(append, AppendParams)                    \
+    KV_OP(attend, AttendParams)                    \
+    KV_OP(choose_chunks, ChooseChunksParams)       \
+    KV_OP(choose_states, ChooseStatesParams)       \
+    KV_OP(chunk_order, ChunkOrderParams)           \
+    KV_OP(cluster, ClusterParams)                  \
+    KV_OP(cluster_greedy, ClusterParams)           \
+    KV_OP(compact, CompactParams)                  \
+    KV_OP(dequantize, DequantizeParams)            \
+    KV_OP(estimate, EstimateParams)                \
+    KV_OP(mass, MassParams)                        \
+    KV_OP(measure, MeasureParams)                  \
+    KV_OP(merge, MergeParams)                      \
+    KV_OP(pack, PackParams)                        \
+    KV_OP(pool, PoolParams)                        \
+    KV_OP(quantize, QuantizeParams)                \
+    KV_OP(rotate, RotateParams)                    \
+    KV_OP(score_keys, ScoreKeysParams)             \
+    KV_OP(score_max, ScoreMaxParams)               \
+    KV_OP(score_pages, SelectParams)               \
+    KV_OP(score_window, ScoreWindowParams)         \
+    KV_OP(select, SelectParams)                    \
+    KV_OP(summarize, SummarizeParams)              \
+    KV_OP(summarize_groups, SummarizeGroupsParams) \
     KV_OP(unpack, PackParams)
 
 // Of them, those that work in memory of the caller.

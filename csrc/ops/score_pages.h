@@ -19,6 +19,11 @@
 //   softcap       what the scale multiplies becomes softcap * tanh(. / softcap) before anything is added, as in attention
 //   mass          > 0: K is the least in least..most with (sum_g exp(lse_base[g] - Z[g]) + the K highest votes) / G >= mass,
 //                 most if there is none, summed in f32 by falling vote; aggregate sum only
+//   groups        where given, the row's first `groups` times 32 entries are looked at in two levels: a group's x is that of a
+//                 page of all its visible slots by its mean (summarize_groups.h), w = 0, and its vote as a page's; only entries
+//                 of the `expand` groups of highest vote, ties the lower index, are scored, and those of groups whose x is
+//                 not finite. The others are not selected and in no zone; their groups enter Z and lse_rest by their x. Kinds mean
+//                 and mean_value only. score_pages scores all.
 //   zone          of the entries not selected, the zone_most of highest vote, ties the lower index, by rising index; without
 //                 those whose value mean was made from other slots than the visible ones, which may hold hidden ones. Only
 //                 of kind mean_value. lse_rest is over all entries not selected, in the zone or not
@@ -48,10 +53,13 @@ struct SelectRow {                       // one (sequence, KV head)
     int32_t unranked = -1;               // out: the first entry whose x is not finite, or -1
     int32_t* zone = nullptr;             // [zone_most] out, the rest -1; or null: none are wanted
     int32_t zone_most = 0;
-    int32_t zone_count = 0;       // out
-    float* votes = nullptr;       // [most] out: of the selected ones; or null
-    float* selected_x = nullptr;  // [G, most] out: likewise, x
-    int32_t* found = nullptr;     // [3] out on a CUDA device alone, instead of count, unranked and zone_count; or null
+    int32_t zone_count = 0;                              // out
+    float* votes = nullptr;                              // [most] out: of the selected ones; or null
+    float* selected_x = nullptr;                         // [G, most] out: likewise, x
+    const unsigned char* const* group_blocks = nullptr;  // [ceil(groups / 16)] of kind mean; or null: one level
+    int32_t groups = 0;                                  // whole ones, of 32 entries
+    int32_t expand = 0;                                  // of them, how many are looked into
+    int32_t* found = nullptr;  // [3] out on a CUDA device alone, instead of count, unranked and zone_count; or null
 };
 
 struct SelectParams {

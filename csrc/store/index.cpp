@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/layout.h"
+#include "ops/summarize_groups.h"
 
 namespace kvstrata::store {
 namespace {
@@ -51,33 +52,43 @@ void copy_lane(unsigned char* to, int to_lane, const unsigned char* from, int la
 }  // namespace
 
 Index::Index(const Index& other)
-    : head_dim_(other.head_dim_), kind_(other.kind_), count_(other.count_), blocks_(other.blocks_) {
+    : head_dim_(other.head_dim_),
+      kind_(other.kind_),
+      count_(other.count_),
+      groups_(other.groups_),
+      blocks_(other.blocks_),
+      group_blocks_(other.group_blocks_) {
     for (unsigned char* block : blocks_) ++holders(block);
+    for (unsigned char* block : group_blocks_) ++holders(block);
 }
 
 Index::Index(Index&& other) noexcept
     : head_dim_(other.head_dim_),
       kind_(other.kind_),
       count_(std::exchange(other.count_, 0)),
-      blocks_(std::move(other.blocks_)) {
+      groups_(std::exchange(other.groups_, 0)),
+      blocks_(std::move(other.blocks_)),
+      group_blocks_(std::move(other.group_blocks_)) {
     other.blocks_.clear();
+    other.group_blocks_.clear();
 }
 
 Index& Index::operator=(Index other) noexcept {
     std::swap(head_dim_, other.head_dim_);
     std::swap(kind_, other.kind_);
     std::swap(count_, other.count_);
+    std::swap(groups_, other.groups_);
     std::swap(blocks_, other.blocks_);
+    std::swap(group_blocks_, other.group_blocks_);
     return *this;
 }
 
 Index::~Index() { truncate(0); }
 
-unsigned char* Index::own(int b) {
-    unsigned char*& block = blocks_[b];
+unsigned char* Index::own(unsigned char*& block, int head_dim, SummaryKind kind) {
     if (holders(block) > 1) {
-        unsigned char* const copy = create(head_dim_, kind_);
-        std::memcpy(copy, block, summary_bytes(head_dim_, kind_));
+        unsigned char* const copy = create(head_dim, kind);
+        std::memcpy(copy, block, summary_bytes(head_dim, kind));
         drop(block);
         block = copy;
     }
@@ -90,9 +101,27 @@ Index::Place Index::append() {
         if (blocks_.size() == blocks_.capacity()) blocks_.reserve(blocks_.size() + 4 + blocks_.size() / 16);
         blocks_.push_back(create(head_dim_, kind_));
     }
-    unsigned char* const block = own(b);
+    unsigned char* const block = own(blocks_[b], head_dim_, kind_);
     ++count_;
     return {block, lane};
+}
+
+Index::Place Index::append_group() {
+    const int b = groups_ / kSlots, lane = groups_ % kSlots;
+    if (lane == 0) group_blocks_.push_back(create(head_dim_, SummaryKind::mean));
+    unsigned char* const block = own(group_blocks_[b], head_dim_, SummaryKind::mean);
+    ++groups_;
+    return {block, lane};
+}
+
+void Index::narrowed(int entry) { keep_groups(entry / ops::kGroupPages); }
+
+void Index::keep_groups(int count) {
+    if (count >= groups_) return;
+    const size_t blocks = static_cast<size_t>(count + kSlots - 1) / kSlots;
+    for (size_t b = blocks; b < group_blocks_.size(); ++b) drop(group_blocks_[b]);
+    group_blocks_.resize(blocks);
+    groups_ = count;
 }
 
 void Index::join(const Index& more) {
@@ -107,20 +136,24 @@ void Index::truncate(int count) {
     for (size_t b = blocks; b < blocks_.size(); ++b) drop(blocks_[b]);
     blocks_.resize(blocks);
     count_ = count;
+    keep_groups(count / ops::kGroupPages);
 }
 
 void Index::keep(std::span<const int32_t> entries) {
     for (int to = 0; to < static_cast<int>(entries.size()); ++to) {
         const int from = entries[to];
         if (from == to) continue;
-        copy_lane(own(to / kSlots), to % kSlots, blocks_[from / kSlots], from % kSlots, head_dim_, kind_);
+        narrowed(to);
+        copy_lane(own(blocks_[to / kSlots], head_dim_, kind_), to % kSlots, blocks_[from / kSlots], from % kSlots,
+                  head_dim_, kind_);
     }
     truncate(static_cast<int>(entries.size()));
 }
 
 int64_t Index::bytes() const {
-    int64_t total = static_cast<int64_t>(blocks_.capacity() * sizeof(unsigned char*));
+    int64_t total = static_cast<int64_t>((blocks_.capacity() + group_blocks_.capacity()) * sizeof(unsigned char*));
     for (unsigned char* block : blocks_) total += (kHeader + summary_bytes(head_dim_, kind_)) / holders(block);
+    for (unsigned char* block : group_blocks_) total += (kHeader + summary_bytes(head_dim_)) / holders(block);
     return total;
 }
 

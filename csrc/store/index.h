@@ -29,18 +29,25 @@ class Index {
         int lane;
     };
     Place append();
+    // Of whole groups of entries (ops/summarize_groups.h), as far as they are summarized; likewise.
+    int groups() const { return groups_; }
+    const unsigned char* const* group_blocks() const { return group_blocks_.data(); }  // [ceil(groups / 16)]
+    Place append_group();
+    void narrowed(int entry);      // counts otherwise in its group: that, and those behind it, are gone
     void join(const Index& more);  // copies of its entries follow
     void truncate(int count);
     void keep(std::span<const int32_t> entries);  // those that stay, rising, by their present numbers
     int64_t bytes() const;                        // its share of what it holds
 
   private:
-    unsigned char* own(int block);  // for writing
+    static unsigned char* own(unsigned char*& block, int head_dim, SummaryKind kind);  // for writing
+    void keep_groups(int count);
 
     int head_dim_ = 0;
     SummaryKind kind_ = SummaryKind::mean;
     int count_ = 0;
-    std::vector<unsigned char*> blocks_;
+    int groups_ = 0;
+    std::vector<unsigned char*> blocks_, group_blocks_;
 };
 
 }  // namespace kvstrata::store

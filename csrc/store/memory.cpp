@@ -71,6 +71,7 @@ Store::Store(std::vector<LayerShape> layers, Options options) : layers_(std::mov
         dense_[l] = 1;
     }
     for (int l = 0; l < static_cast<int>(layers_.size()); ++l) n_indexed_ += indexed(l);
+    find_anchors(options_.recall.reuse);
     check(options_.far.size() <= 1, "Store: far has ", options_.far.size(), " states, expected at most 1");
     for (size_t l = 0; l < layers_.size(); ++l) {
         place(l, State::full, Tier::near) = layer_pool_[l];
@@ -299,7 +300,7 @@ void Store::views(PoolView* out) {
 
 int64_t Store::workspace_bytes() const {
     return static_cast<int64_t>(workspace_.size() + (logits_.capacity() + lse_.capacity()) * sizeof(float)) +
-           parts_.bytes();
+           parts_.bytes() + chosen_.bytes();
 }
 
 void* Store::workspace(int64_t bytes) {

@@ -33,6 +33,7 @@ void Store::select_exactly(int layer, const AttendCall& call) {
     parts_.picked.assign(tokens ? parts_.selected.size() : 0, 0);
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
+    parts_.unmeasured.assign(n, 0);
     for (int r = 0; r < n; ++r) {
         const pages::Row& row = *parts_.rows[r];
         const int first = first_indexed(row);

@@ -278,6 +278,7 @@ bool Store::apply_plan(int layer, SeqId seq, int head, const RowPlan& plan, uint
     pages::replace(row, r.keep, writing.fresh, pools_);
     pages::arrange(row, s.view);
     if (row.tagged) columns.follow(row, pools_, state, set);
+    if (recalls(layer)) summarize_groups(s, layer, head);
     std::copy(left.begin(), left.end(), state);
     if (row.stored != before) s.floor = std::max(s.floor, base(s, seen(layer, s)));
     return r.changing > most;

@@ -3,6 +3,8 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -31,6 +33,9 @@ struct Recall {
     int least = 0;          // but for so many pages
     float estimate = 0.0f;  // of the pages that are not read, the share that stand in by their means
     Oracle oracle = Oracle::none;
+    int flat_pages = std::numeric_limits<int>::max();  // sealed entries of a row above which groups are scored first
+    double expand = 0.25;                              // share of the groups that is looked into
+    int reuse = 1;  // so many indexed layers read what the first of them has selected
     int audit = 0;  // of so many steps, one row of one layer is read whole to compare; 0: none
 
     int widest() const { return most > 0 ? most : pages; }
@@ -87,15 +92,27 @@ struct Parts {
     std::vector<uint16_t> masks, picked;      // of a part's lists; of the tokens that an oracle has chosen
     std::vector<size_t> ends;                 // [rows + 1]
     std::vector<int32_t> tokens, selected, zone, far;
-    std::vector<int32_t> ready;   // rows that one call attends
-    std::vector<Due> due;         // rising rows
-    std::vector<float> votes, x;  // of the selected pages, if rows share them: [rows, K], [rows, G, K]
-    std::vector<float> exact;     // [G] log-sum-exps of the row that is audited
+    std::vector<uint8_t> unmeasured;  // [rows] nothing is known of what they do not read
+    std::vector<int32_t> ready;       // rows that one call attends
+    std::vector<Due> due;             // rising rows
+    std::vector<float> votes, x;      // of the selected pages, if rows share them: [rows, K], [rows, G, K]
+    std::vector<float> exact;         // [G] log-sum-exps of the row that is audited
     std::vector<ops::SelectRow> select;
     std::vector<pages::Miss> misses;
 
     int64_t bytes() const;
 };
+
+// What the rows of a layer have selected in the open step, for the layers that follow it.
+struct Chosen {
+    int layer = -1;
+    std::vector<int32_t> selected, count;  // [rows, K], [rows]
+
+    int64_t bytes() const { return static_cast<int64_t>((selected.capacity() + count.capacity()) * sizeof(int32_t)); }
+};
+
+// A selector of the caller's: fills `selected` and `count` of the rows, which have what ops::select reads.
+using Choose = std::function<void(const ops::SelectParams&)>;
 
 float logaddexp(float a, float b);  // of two log-sum-exps
 

@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "ops/merge.h"
 #include "ops/summarize.h"
+#include "ops/summarize_groups.h"
 #include "ops/supported.h"
 #include "store/store.h"
 
@@ -28,7 +29,7 @@ int64_t Parts::bytes() const {
     const auto of = [](const auto& v) { return static_cast<int64_t>(v.capacity() * sizeof(v[0])); };
     return of(tokens) + of(ends) + of(whole) + of(rows) + of(indices) + of(out[0]) + of(out[1]) + of(lse[0]) +
            of(lse[1]) + of(out[2]) + of(lse[2]) + of(rest) + of(zone) + of(votes) + of(x) + of(picked) + of(exact) +
-           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses) + of(ready);
+           of(pages) + of(masks) + of(selected) + of(far) + of(select) + of(misses) + of(ready) + of(unmeasured);
 }
 
 bool Store::indexed(int layer) const { return layers_[layer].window == 0 && !dense_[layer]; }
@@ -73,6 +74,27 @@ void Store::summarize_sealed(Sequence& s, int layer, int head) {
     summarize(s, layer, head, pages, nullptr, index);
 }
 
+// Whether groups of a row's pages are scored first.
+bool Store::in_groups(const pages::Row& row) const {
+    return row.sealed > options_.recall.flat_pages && ops::has_groups(options_.recall.kind);
+}
+
+// Of a long row, whole groups that are not summarized yet: its entries are, and its masks are as they stand.
+void Store::summarize_groups(Sequence& s, int layer, int head) {
+    Index& index = s.indices[first_row_[layer] + head];
+    const pages::Row& row = row_of(s, layer, head);
+    if (!in_groups(row)) return index.narrowed(0);
+    std::vector<ops::GroupItem> items;
+    for (int i = index.groups(); i < std::min(index.count(), row.sealed) / ops::kGroupPages; ++i) {
+        const unsigned char* const* const from = index.blocks() + i * ops::kGroupBlocks;
+        const Index::Place to = index.append_group();
+        items.push_back({{from[0], from[1]}, row.visible.data() + i * ops::kGroupPages, to.block, to.lane});
+    }
+    if (!items.empty()) {
+        ops::summarize_groups({items.data(), static_cast<int32_t>(items.size()), layers_[layer].head_dim, threads_});
+    }
+}
+
 // A Far page is read through the first place of the ring. Nothing has changed if one cannot be read.
 void Store::summarize_anew(SummaryKind kind) {
     check(!open_, "summarize_anew: a step is open, expected none");
@@ -114,7 +136,9 @@ Index Store::summarized(Sequence& s, int layer, int head) {
 void Store::join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh) {
     Index& index = s.indices[first_row_[layer] + head];
     std::vector<int32_t> stay;
-    for (int e = 0; e < row_of(s, layer, head).sealed; ++e) {
+    const pages::Row& row = row_of(s, layer, head);
+    for (int e = 0; e < row.sealed; ++e) {
+        if (!r.gone(e) && r.keep[e] != row.alive[e]) index.narrowed(e);
         if (!r.gone(e)) stay.push_back(e);
     }
     index.keep(stay);
@@ -130,8 +154,14 @@ void Store::set_recall(const Recall& recall) {
           " pages that a step reads, or 0 where the ring of ", options_.ring, " holds them");
     check(recall.oracle == Oracle::none || options_.far.empty(),
           "set_recall: an oracle reads every token to choose, expected no Far tier");
+    find_anchors(recall.reuse);
     if (recall.kind != options_.recall.kind) summarize_anew(recall.kind);
     options_.recall = recall;
+    for (auto& [id, s] : sequences_) {
+        for (int l = 0; l < static_cast<int>(layers_.size()); ++l) {
+            for (int h = 0; recalls(l) && h < layers_[l].kv_heads; ++h) summarize_groups(*s, l, h);
+        }
+    }
     shrink_copies(near);
 }
 

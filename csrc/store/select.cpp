@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "ops/summarize_groups.h"
 #include "ops/supported.h"
 #include "store/store.h"
 
@@ -29,7 +30,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
     const int n = static_cast<int>(attend_rows_.size());
     begin_parts(layer);
     ++clock_;
-    const int audited = audited_row(n);
+    const int audited = anchor_[layer] == layer && !choose_ ? audited_row(n) : -1;
     if (audited >= 0) audit(layer, call, audited);
     for (int part = 0; part < 2; ++part) {
         parts_.out[part].resize(static_cast<size_t>(n) * group * dim);
@@ -58,6 +59,7 @@ void Store::attend_selected(int layer, const AttendCall& call) {
         }
         float lse[ops::kMaxGroup];
         write_out(parts_.whole[r], 0, {outs, parts}, {lses, parts}, group, dim, call.out_dtype, lse);
+        if (parts_.unmeasured[r]) continue;
         note_captured(lses, parts_.rest.data() + at, group, r == audited ? parts_.exact.data() : nullptr);
     }
     settle_workspace(longest_);
@@ -98,6 +100,7 @@ void Store::select_pages(int layer, const AttendCall& call) {
     parts_.picked.clear();
     parts_.rest.resize(static_cast<size_t>(n) * group);
     parts_.select.assign(n, {});
+    parts_.unmeasured.assign(n, choose_ ? 1 : 0);
     size_t zones = 0;
     for (int r = 0; r < n; ++r) zones += parts_.select[r].zone_most = zone_room(*parts_.rows[r]);
     parts_.zone.resize(zones);
@@ -111,6 +114,11 @@ void Store::select_pages(int layer, const AttendCall& call) {
         out.q_stride_g = whole.q_stride_g;
         out.blocks = parts_.indices[r]->blocks();
         out.visible = row.visible.data();
+        if (in_groups(row) && parts_.indices[r]->groups() > 0) {
+            out.group_blocks = parts_.indices[r]->group_blocks();
+            out.groups = parts_.indices[r]->groups();
+            out.expand = std::max(ops::kLeastGroups, static_cast<int>(std::ceil(recall.expand * out.groups)));
+        }
         out.lse_base = parts_.lse[0].data() + static_cast<int64_t>(r) * group;
         out.first = first_indexed(row);
         out.entries = row.sealed;
@@ -130,14 +138,12 @@ void Store::select_pages(int layer, const AttendCall& call) {
     ops::SelectParams p{
         parts_.select.data(), n,       group,    shape.head_dim, options_.dtype, call.scale,  recall.weight,
         recall.aggregate,     nullptr, threads_, recall.kind,    call.softcap,   recall.mass, recall.least};
-    p.workspace = workspace(ops::select_workspace_bytes(p));
-    try {
-        ops::select(p);
-    } catch (const Invalid&) {
-        refuse_unranked(layer);
-        throw;
+    follow(layer);
+    run_select(layer, p);
+    for (int r = 0; recall.most > 0 && r < n; r += shape.kv_heads) {
+        if (!parts_.unmeasured[r]) share_pages(r, shape.kv_heads);
     }
-    for (int r = 0; recall.most > 0 && r < n; r += shape.kv_heads) share_pages(r, shape.kv_heads);
+    note_chosen(layer);
 }
 
 // Says of which token's page a selection could not tell the mass, or of which query.

@@ -151,10 +151,15 @@ void Store::crop_row(Sequence& s, int layer, int head, int64_t length) {
         return;
     }
     std::vector<int32_t> kept;
+    const std::vector<uint16_t> before = row.visible;
     pages::crop(row, length, pools_, &kept);
     Index& index = s.indices[first_row_[layer] + head];
     while (!kept.empty() && kept.back() >= index.count()) kept.pop_back();
     index.keep(kept);
+    for (size_t e = 0; e < kept.size(); ++e) {
+        if (before[kept[e]] != row.visible[e]) index.narrowed(static_cast<int>(e));
+    }
+    summarize_groups(s, layer, head);
 }
 
 void Store::crop(SeqId seq, int64_t length) {

@@ -45,6 +45,7 @@ void Store::begin(std::span<const SeqId> seqs, std::span<const int32_t> starts, 
     }
     laid_ = false;
     longest_ = 0;
+    chosen_.layer = -1;
     for (const StepSequence& s : step_) longest_ = std::max(longest_, s.count);
     open_ = true;
 }
@@ -268,7 +269,7 @@ void Store::settle(int layer, Sequence& s, int64_t length) {
     for (int h = 0; h < shape.kv_heads; ++h) {
         pages::Row& row = row_of(s, layer, h);
         pages::seal(row, base(s, length) - options_.tail, pools_);
-        if (recalls(layer)) summarize_sealed(s, layer, h);
+        if (recalls(layer)) summarize_sealed(s, layer, h), summarize_groups(s, layer, h);
         if (shape.window == 0) continue;
         const int64_t dropped = pages::drop_before(row, length - shape.window - options_.hold + 1, pools_);
         if (dropped > 0) s.floor = std::max(s.floor, dropped + shape.window - 1);

@@ -169,6 +169,7 @@ class Store {
     // Recall (recall.cpp)
     void set_recall(const Recall& recall);  // of another kind of summaries: every sealed page is summarized anew
     bool shrink_near();                     // Near copies to what a step reads, then to none; whether there were more
+    void set_choose(Choose choose) { choose_ = std::move(choose); }  // instead of votes by summaries; or none
     void set_mass_floor(float floor) { mass_floor_ = floor; }
     const Captured& captured() const { return captured_; }
     const Audited& audited() const { return audited_; }
@@ -298,6 +299,8 @@ class Store {
     void shrink_copies(int most);
     Index summarized(Sequence& s, int layer, int head);
     void summarize_sealed(Sequence& s, int layer, int head);
+    void summarize_groups(Sequence& s, int layer, int head);
+    bool in_groups(const pages::Row& row) const;
     void join_index(Sequence& s, int layer, int head, const Repack& r, const Index& fresh);
     bool any_far(int layer) const;
     void attend_selected(int layer, const AttendCall& call);
@@ -320,6 +323,11 @@ class Store {
     int list_selected(int first);
     void attend_lists(int layer, const AttendCall& call, int part, int first, std::span<const int32_t> rows);
     void select_pages(int layer, const AttendCall& call);
+    void run_select(int layer, ops::SelectParams& p);
+    void find_anchors(int reuse);
+    bool follows(int layer, size_t first, const Sequence& s) const;
+    void follow(int layer);
+    void note_chosen(int layer);
     void refuse_unranked(int layer);
     void share_pages(int first, int rows);
     void estimate_rest(int layer, const AttendCall& call);
@@ -357,7 +365,10 @@ class Store {
     std::vector<FarSlabs> far_;               // [pools], those of Far ones are used
     std::vector<std::vector<PageId>> rings_;  // [pools], of Far ones: Near pages of the same format
     Mirror mirror_;
-    uint64_t lent_ = 1;  // changes with the slabs
+    uint64_t lent_ = 1;        // changes with the slabs
+    std::vector<int> anchor_;  // [L] whose selection a layer reads: its own, or an earlier one's
+    Chosen chosen_;
+    Choose choose_;
     float mass_floor_ = 0.0f;
     Captured captured_;
     Audited audited_;

@@ -21,7 +21,7 @@ from kvstrata.report import Report, Share
 from kvstrata.slabs import Slabs
 from kvstrata.spans import SpanStep
 from kvstrata.step import Step, packed, padded
-from kvstrata.tiers import make_store, native_reading, read_tokens, resolve_far
+from kvstrata.tiers import make_store, read_by, read_tokens, resolve_far
 from kvstrata.views import Views
 
 
@@ -301,14 +301,13 @@ class Cache:
             raise ValueError(f"set_selector: policy {self.policy.name!r} selects nothing, expected one with a selector")
         if self._step is not None:
             raise RuntimeError("set_selector: a step is open, its pages are reserved for the present selector")
-        reading = native_reading(selector.native(self.policy.sinks, self.policy.window or 0))
+        replace(self.policy, selector=selector)  # refuses what does not go with it
         if selector.kind != self.policy.selector.kind and not summarize:
             raise ValueError(
                 f"set_selector: {type(selector).__name__} ranks by {selector.kind}, pages have summaries of kind"
                 f" {self.policy.selector.kind}; expected summarize=True, which reads them all once"
             )
-        self._store.set_recall(reading)
-        self._store.set_mass_floor(selector.mass_floor)
+        read_by(self._store, selector, self.policy)
         self.policy = replace(self.policy, selector=selector)
         self._limit.select(selector)
 

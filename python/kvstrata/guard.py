@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstrata.config import BudgetExceeded, MachineError
-from kvstrata.tiers import native_reading
+from kvstrata.tiers import read_by
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -94,7 +94,7 @@ class Guard:
                 if cache._slabs.has_far:
                     cache._store.shrink_ring(policy.ring)
                 if policy.selector is not None:  # beside another window it reads as many pages as its budget leaves
-                    cache._store.set_recall(native_reading(policy.selector.native(policy.sinks, policy.window)))
+                    read_by(cache._store, policy.selector, policy)
                 cache.policy = policy
             self._fitted = to
         if self._follows:

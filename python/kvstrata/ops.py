@@ -45,14 +45,24 @@ from kvstrata.scores import (
     score_window,
     score_window_workspace_bytes,
 )
-from kvstrata.summaries import cluster, cluster_greedy, estimate, score_pages, select, summarize, summary_bytes
+from kvstrata.summaries import (
+    GROUP_PAGES,
+    cluster,
+    cluster_greedy,
+    estimate,
+    score_pages,
+    select,
+    summarize,
+    summarize_groups,
+    summary_bytes,
+)
 
 __all__ = [
-    "FORMATS", "QUANTIZED", "SLOTS", "Pool", "Reduce", "Spread", "Stats", "accumulate", "append", "attend",
+    "FORMATS", "GROUP_PAGES", "QUANTIZED", "SLOTS", "Pool", "Reduce", "Spread", "Stats", "accumulate", "append", "attend",
     "attend_workspace_bytes", "choose_chunks", "choose_states", "chunk_order", "cluster", "cluster_greedy", "compact",
     "dequantize", "estimate", "make_page", "mass", "measure", "merge", "pack", "page_bytes", "pool", "quantize", "rotate",
     "scale_groups", "score_keys", "score_max", "score_pages", "score_window", "score_window_workspace_bytes", "select",
-    "summarize", "summary_bytes", "unpack",
+    "summarize", "summarize_groups", "summary_bytes", "unpack",
 ]  # fmt: skip
 
 Reduce = Literal["sum", "mean", "max"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvstrata.anchors import Anchors
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.columns import checked
 from kvstrata.config import SLOTS, BudgetExceeded, MachineError
@@ -37,6 +38,7 @@ class Plans:
         self.statistics = Statistics()
         self.shares = Shares(cache, self.statistics)
         self.timetable = Timetable(cache)
+        self._anchors = Anchors(cache)
         self.counts = {
             "plans": 0,
             "evicted": 0,
@@ -75,17 +77,17 @@ class Plans:
         """One layer of a sequence, by what queries beside its own see of it; in a step, after its tokens were appended."""
         if layer not in self.layers:
             return
-        seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
-        if seen is not None:
+        if (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None:
             self._apply(self._scored(seen, [seq]), [seq])
 
     def score(self, layer: int, seq: int, spans: Spans, since: int) -> None:
         """What queries beside its own see of one layer of a sequence joins the scores of its tokens from one on; in a step,
         after they were appended."""
-        if layer in self.layers:
-            seen = see(self._cache, layer, [seq], [self._store.seen(layer, seq)], self.arithmetic.get(layer), spans)
-            if seen is not None:
-                self._scored(seen, [seq], since)
+        if (
+            layer in self.layers
+            and (seen := self._see(layer, [seq], [self._store.seen(layer, seq)], spans)) is not None
+        ):
+            self._scored(seen, [seq], since)
 
     def drop(self, layer: int, seq: int, keep: Tensor) -> None:
         """:meth:`kvstrata.Cache.drop`."""
@@ -288,6 +290,7 @@ class Plans:
 
     def note(self, ids: list[int]) -> None:
         """All layers of the sequences were planned at their present lengths."""
+        self._anchors.forget()
         self.timetable.note(ids, self.shares.goal[1] if self.shares.goal else len(self._cache._live))
 
     def cropped(self, seq: int, length: int) -> None:
@@ -308,8 +311,8 @@ class Plans:
 
     # --- what is seen -----------------------------------------------------------------------------------------------------
 
-    def _see(self, layer: int, ids: list[int], ends: list[int]) -> Seen | None:
-        return see(self._cache, layer, ids, ends, self.arithmetic.get(layer))
+    def _see(self, layer: int, ids: list[int], ends: list[int], spans: Spans | None = None) -> Seen | None:
+        return see(self._cache, layer, ids, ends, self.arithmetic.get(layer), spans)
 
     def _scored(self, seen: Seen, ids: list[int], since: int = 0) -> Seen:
         policy = self._cache.policy
@@ -336,7 +339,7 @@ class Plans:
         planner = self._cache.policy.planner
         assert planner is not None
         self._cache._charges.plan()
-        plan: Plan = planner.plan(seen)
+        plan: Plan = self._anchors.plan(planner, seen, ids, self.layers)
         self.counts["plans"] += 1
         if plan.set is not None and not self._cache.policy.episodic:
             raise ValueError(f"plan: set is given, {type(planner).__name__} says nothing of sets (names_sets)")

@@ -6,6 +6,7 @@ Part of `ops`, which has the letters. T tokens of a segment, M entries of a row'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Literal
 
 import torch
@@ -26,6 +27,10 @@ from kvstrata.pools import (
 
 Aggregate = Literal["sum", "max"]
 _AGGREGATE: dict[str, int] = {"sum": 0, "max": 1}
+GROUP_PAGES = 32
+"""Pages that follow each other of which one mean is made."""
+LEAST_GROUPS = 4
+"""Groups that are looked into however few there are."""
 SummaryKind = Literal["mean", "bounds", "mean_value", "halves", "quarters"]
 _KIND: dict[str, int] = {"mean": 0, "bounds": 1, "mean_value": 2, "halves": 3, "quarters": 4}
 
@@ -148,6 +153,39 @@ def summarize(
     return blocks
 
 
+def summarize_groups(
+    blocks: Tensor, visible: Tensor, *, head_dim: int, kind: SummaryKind = "mean", threads: int | None = None
+) -> Tensor:
+    """What is known of groups of 32 pages that follow each other: blocks u8 [R, ceil(M // 32 / 16), summary_bytes(D)], of
+    `select`'s first level. What is beyond the last whole group is in none.
+
+    blocks   u8 [R, B, summary_bytes(D, kind)] of at least M entries, contiguous; kind mean or mean_value
+    visible  u16 [R, M]
+
+    Of kind mean: the mean of the pages' means, each counted as its visible slots; no spread and no radius
+    (``csrc/ops/summarize_groups.h``). ValueError for other kinds. The CPU's.
+    """
+    op = "summarize_groups"
+    number = _kind(op, kind)
+    if kind not in ("mean", "mean_value"):
+        raise ValueError(f"{op}: kind is {kind!r}, expected mean or mean_value")
+    view(op, "visible", visible), view(op, "blocks", blocks)
+    rows, entries = visible.shape if visible.dim() == 2 else (0, 0)
+    made = -(-(entries // GROUP_PAGES) // SLOTS)
+    groups = torch.empty(rows, made, summary_bytes(head_dim), dtype=torch.uint8, device=blocks.device)
+    groups[..., : SLOTS * head_dim] = 128
+    groups[..., SLOTS * head_dim :] = 0
+    _C.summarize_groups(
+        view(op, "blocks", blocks),
+        view(op, "visible", visible),
+        view(op, "groups", groups),
+        head_dim,
+        number,
+        thread_count(op, threads),
+    )
+    return groups
+
+
 def score_pages(
     q: Tensor,
     blocks: Tensor,
@@ -210,6 +248,8 @@ def select(
     mass: float = 0.0,
     least: int = 0,
     zone: Tensor | None = None,
+    groups: Tensor | None = None,
+    expand: float = 0.25,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pages that a query reads. Returns (entries i32 [R, K], count i32 [R], lse_rest f32 [R, G]).
@@ -222,6 +262,9 @@ def select(
                with what is read anyway; aggregate sum only
     zone       i32 [R, E], written: of the entries not selected the E of highest vote, rising, -1 beyond, for `estimate`; kind
                mean_value. Without those whose summary was made from other slots than the visible ones
+    groups     u8, as `summarize_groups` gives it: two levels. Each group is scored as one page, w = 0; of the groups, the share
+               `expand` of highest vote, at least 4, is looked into, and what is in none. The others count in lse_rest by their
+               own logit; their pages are not selected, and in no zone. Kinds mean and mean_value only; the CPU's
 
     entries: indices into the table of the row's pages of highest vote, ties the lower one, rising, -1 beyond `count`;
     lse_rest: logsumexp of the logits of the others, in the zone or not. ValueError as in `score_pages`.
@@ -233,6 +276,8 @@ def select(
     rows, group, dim, entries, count, workspace = _scan(op, q, "visible", visible, threads, _C.select_workspace_bytes)
     most = torch.full((rows,), k, dtype=torch.int32) if isinstance(k, int) else on_host(op, "k", k)
     widest = int(most.max()) if most.numel() else 0
+    if not 0.0 < expand <= 1.0:
+        raise ValueError(f"{op}: expand is {expand}, expected above 0 and at most 1")
     chosen = torch.full((rows, max(widest, 0)), -1, dtype=torch.int32, device=q.device)
     rest = torch.empty(rows, group, device=q.device)
     starts, found = _starts(op, blocks), torch.empty(rows, 3, dtype=torch.int32, device=q.device)
@@ -247,6 +292,7 @@ def select(
         view(op, "found", found),
         view(op, "lse_rest", rest),
         maybe_view(op, "zone", zone),
+        maybe_view(op, "groups", groups),
         view(op, "workspace", workspace),
         dim**-0.5 if scale is None else scale,
         spread_weight,
@@ -255,6 +301,7 @@ def select(
         _AGGREGATE[aggregate],
         mass,
         least,
+        looked_into(entries // GROUP_PAGES, expand),
         count,
     )
     _refuse_unranked(op, found[:, 1])
@@ -303,6 +350,11 @@ def estimate(
     )
     _refuse_unranked(op, unranked)
     return out, lse
+
+
+def looked_into(groups: int, expand: float) -> int:
+    """Of so many groups of pages, how many are."""
+    return max(LEAST_GROUPS, ceil(expand * groups))
 
 
 def _kind(op: str, kind: str) -> int:

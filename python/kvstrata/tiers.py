@@ -12,7 +12,7 @@ from kvstrata.budget import Budget
 from kvstrata.budget.costs import keeps_scores
 from kvstrata.config import DTYPES, Shape, Unsupported
 from kvstrata.policy import Policy
-from kvstrata.policy.base import FULL, Reading
+from kvstrata.policy.base import FULL, Reading, Selector
 from kvstrata.recall import Far
 
 
@@ -68,7 +68,9 @@ def _limits(tier: Far | str | None) -> object:
     return tier is not None, tier.bytes if isinstance(tier, Far) else None
 
 
-def native_reading(reading: Reading) -> tuple[int, int, float, int, int, int, float, int, float, int, int]:
+def native_reading(
+    reading: Reading,
+) -> tuple[int, int, float, int, int, int, float, int, float, int, int, int, float, int]:
     """As the binding takes it."""
     kind = ("mean", "bounds", "mean_value", "halves", "quarters").index(reading.kind)
     return (*reading[:4], kind, *reading[5:])
@@ -97,7 +99,15 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None, charged
         charged,
     )
     if selector is not None:
+        store.set_choose(getattr(selector, "ask", None))
         store.set_mass_floor(selector.mass_floor)
     if far is not None:
         store.set_ahead(True, ceil(far.timeout * 1000))
     return store
+
+
+def read_by(store: Store, selector: Selector, policy: Policy) -> None:
+    """Steps of one token read by another selector from now on. ValueError or Unsupported with nothing changed."""
+    store.set_recall(native_reading(selector.native(policy.sinks, policy.window or 0)))
+    store.set_choose(getattr(selector, "ask", None))
+    store.set_mass_floor(selector.mass_floor)

@@ -81,7 +81,9 @@ class Timetable:
         return list(enumerate(self._cache._plans.layers))
 
     def _crosses(self, number: int, first: int, last: int) -> bool:
-        """Whether a sequence passes the end of an interval of a layer, which begins the earlier the higher its number is."""
+        """Whether a sequence passes the end of an interval of a layer, which begins the earlier the higher its number is;
+        layers that read one selection have one interval."""
+        number -= number % getattr(self._cache.policy.selector, "reuse", 1)
         shift = number * self._cache.policy.interval // len(self._cache._plans.layers)
         return self._ends_interval(first + shift, last + shift)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from indices import Index, check_selection, make_index
+from rotary import rotary_pages, summaries_of
 from tolerances import LSE, PAGE_SCORE, QUERY_TIE, assert_close
 from torch import Tensor
-from vectors import full_pages
 
 from kvstrata import ops, reference
 
@@ -248,49 +248,12 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 # --- What int8 means lose: the acceptance of specs/recall.md --------------------------------------------------------
 
 
-def rope(x: Tensor, positions: Tensor) -> Tensor:
-    """x [N, D] turned by positions [N], base 500,000, halves paired."""
-    half = x.shape[1] // 2
-    angle = positions.double().unsqueeze(1) * 500_000.0 ** (-torch.arange(half).double() / half)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    first, second = x[:, :half], x[:, half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], 1)
-
-
-def rotary(tokens: int = 16_384, topics: int = 400, queries: int = 100, dim: int = 128) -> tuple[Tensor, Tensor]:
-    """keys [T, D] of topics with two outlier channels, and queries [Q, D] that each seek one."""
-    g = torch.Generator().manual_seed(0)
-    topic = torch.randn(topics, dim, generator=g)
-    bias = 1.5 * torch.randn(dim, generator=g)
-    bias[[5, 40]] += 12
-    label = torch.randint(topics, (tokens,), generator=g)
-    keys = rope(topic[label] + torch.randn(tokens, dim, generator=g) + bias, torch.arange(tokens))
-    sought = topic[torch.randint(topics, (queries,), generator=g)]
-    q = 1.5 * sought + 0.5 * torch.randn(queries, dim, generator=g) + 5.5 * bias / bias.norm()
-    return keys, rope(q, torch.full((queries,), tokens + 5))
-
-
-@pytest.fixture(scope="module")
-def rotary_pages() -> tuple[Tensor, Tensor]:
-    """Clustered keys [M, 16, D], in segments of 4,096, and queries."""
-    keys, q = rotary()
-    page_of, pages = ops.cluster(keys.view(4, 4096, -1))
-    assert pages.tolist() == [256] * 4
-    whole = page_of.long() + 256 * torch.arange(4).unsqueeze(1)
-    return keys[whole.flatten().argsort(stable=True)].view(-1, 16, keys.shape[1]), q
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_int8_means_choose_as_exact_ones(isa: str, rotary_pages: tuple[Tensor, Tensor], weight: float) -> None:
+def test_int8_means_choose_as_exact_ones(isa: str, weight: float) -> None:
     """5: of 12 pages at least 0.95 are those that means and queries in full precision choose."""
-    k, q = rotary_pages
-    count, dim = len(k), q.shape[1]
-    pool = ops.Pool.allocate("f32", dim, count)
-    full_pages(pool, 0, k.flatten(0, 1), k.flatten(0, 1))
-    blocks = ops.summarize(torch.arange(count, dtype=torch.int32).unsqueeze(0), [pool])
-    visible = torch.full((len(q), count), 0xFFFF).to(torch.uint16)
-    every = blocks.expand(len(q), -1, -1).contiguous()
-    entries, _, _ = ops.select(q.unsqueeze(1), every, visible, 12, spread_weight=weight)
+    k, q = rotary_pages()
+    dim = q.shape[1]
+    entries, _, _ = ops.select(q.unsqueeze(1), *summaries_of(k, len(q)), 12, spread_weight=weight)
     mean = k.mean(1)
     spread = ((k - mean.unsqueeze(1)) ** 2).mean((1, 2))
     exact = dim**-0.5 * q @ mean.T + 0.5 * weight / dim * (q**2).sum(1, keepdim=True) * spread + math.log(16)

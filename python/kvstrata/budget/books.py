@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvstrata import _C
-from kvstrata.budget.costs import FAR_PAGE, SCORES, keeps_scores, page_costs, summary
+from kvstrata.budget.costs import FAR_PAGE, SCORES, group_block, keeps_scores, page_costs, summary
 from kvstrata.budget.protect import ENTRY_BYTES, pages
 from kvstrata.config import SLOTS, LayerSpec, Shape
 from kvstrata.ops import summary_bytes
@@ -17,9 +17,9 @@ SLAB = 128
 """Bytes that the books of a slab take."""
 _ROW, _ROW_SCORES = 280, 512
 """Bytes that the tables of a row, and its scores, take however few entries it has."""
-_BLOCK, _NEAR_COPY = 104, 12
+_BLOCK, _NEAR_COPY = 136, 12
 """Bytes of a row's last block of summaries, beside them, with its place in a list; of a Near copy's place."""
-_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 120, 32
+_ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 136, 32
 """Bytes of what a call says of a row: to attend, to select, and how its work is cut."""
 _HOLD = 4
 """Pages by which the tail of a row may be longer while a step is recorded."""
@@ -75,6 +75,8 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     if policy.selector is not None:
         beside += max(summary(policy, s.head_dim) for s in indexed)
         each += sum(s.kv_heads * (_BLOCK + summary_bytes(s.head_dim, reads.kind)) for s in indexed)
+        if limit // beside > reads.flat_pages:  # pages that one row might have
+            each += sum(s.kv_heads * group_block(s.head_dim) for s in indexed)
     if policy.archives:
         beside += FAR_PAGE
         each += sum(s.kv_heads for s in indexed) * _NEAR_COPY * _doubled(reads.near_pages)
@@ -123,6 +125,7 @@ def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
     parts = (3 if reads.estimate else 2) * group * (dim + 1) * 4 + group * 4 + _SELECT_ROW
     parts += widest * (4 + (4 * (group + 1) if reads.most else 0) + (8 if reads.estimate else 0))
     lists = _ATTEND_ROW * rows + (2 * 8 + 4) * _doubled(rows) + 8 * _doubled(rows + 1) + 6 * _doubled(rows * longest)
+    lists += _doubled(rows) + (8 * _doubled(rows) * (widest + 1) if reads.reuse > 1 else 0)  # of what layers follow
     most = _attending(s, batch, longest)
     if policy.selector is not None:
         most = max(most, _scanning(s, batch, SLOTS, reads)[0], _scanning(s, batch, widest + SLOTS, reads)[1])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kvstrata import pools
 from kvstrata.budget.protect import PAGE_BOOKS
 from kvstrata.config import DTYPES, SLOTS, Shape
-from kvstrata.ops import summary_bytes
+from kvstrata.ops import GROUP_PAGES, summary_bytes
 from kvstrata.policy.base import FULL, STATES, Policy
 
 FORMATS = {DTYPES[dtype]: name for name, dtype in pools.FORMATS.items()}
@@ -33,10 +33,17 @@ def far_books(shape: Shape, layer: int, policy: Policy) -> int:
 
 
 def summary(policy: Policy, head_dim: int) -> int:
-    """Bytes of a page's summary, with its part of a block's head and of room to grow; 0 where none is made."""
+    """Bytes of a page's summary, with its part of a block's head and of room to grow, and of its group's, where a selector has
+    groups; 0 where none is made."""
     if policy.selector is None:
         return 0
-    return summary_bytes(head_dim, policy.selector.kind) // SLOTS + _BLOCK_PART
+    grouped = -(-group_block(head_dim) // (SLOTS * GROUP_PAGES)) if hasattr(policy.selector, "flat_pages") else 0
+    return summary_bytes(head_dim, policy.selector.kind) // SLOTS + _BLOCK_PART + grouped
+
+
+def group_block(head_dim: int) -> int:
+    """Bytes of a block of summaries of groups, with its head and its places in a list that grows."""
+    return summary_bytes(head_dim) + SLOTS * _BLOCK_PART
 
 
 def keeps_scores(policy: Policy) -> bool:

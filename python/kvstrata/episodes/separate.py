@@ -139,7 +139,7 @@ class SeparateStore(EpisodeStore):
 
     # --- asking -----------------------------------------------------------------------------------------------------------
 
-    def show(self, episodes: Sequence[int] | None) -> None:
+    def show(self, episodes: Sequence[int] | None, *, ahead: bool = False) -> None:
         """The cache that reads what comes next, of one episode; None: all do. ValueError for two."""
         if episodes is not None and len(episodes) != 1:
             raise ValueError(
@@ -151,7 +151,7 @@ class SeparateStore(EpisodeStore):
             self._turn(0)
             self._part(episode + 1)
         self._turn(episode)
-        super().show([])  # there are no sets
+        super().show([], ahead=ahead)  # there are no sets
         self._catch_up()
 
     def _crop(self, length: int) -> None:

@@ -209,7 +209,8 @@ class Reading(NamedTuple):
     kind: of summaries; most: pages of one row where those of a sequence's rows share K each, 0: K; mass: share of attention at
     which a row stops, 0: none, but for ``least`` pages; estimate: share of the unread pages that stand in by their means;
     oracle: all is read to choose, 1 the best pages, 2 the best tokens, 0: by summaries; audit: of so many steps, one row of one
-    layer is read whole to compare, 0: none.
+    layer is read whole to compare, 0: none; flat_pages: of a row of more sealed pages, groups of 32 are scored first, and the
+    share ``expand`` of them is looked into; reuse: so many indexed layers read what the first of them selects.
     """
 
     pages: int
@@ -223,6 +224,9 @@ class Reading(NamedTuple):
     estimate: float = 0.0
     oracle: int = 0
     audit: int = 0
+    flat_pages: int = 1 << 30
+    expand: float = 0.25
+    reuse: int = 1
 
     @property
     def widest(self) -> int:
@@ -343,6 +347,11 @@ class Policy:
             )
         if self.selector is not None:
             reading = self.selector.native(self.sinks, self.window)
+            if reading.reuse > 1 and (self.scorer is not None or self.allocator is not None):
+                raise Unsupported(
+                    f"policy {self.name}: reuse is {reading.reuse} with a scorer or an allocator, which may leave layers other"
+                    " tokens in their pages, expected 1"
+                )
             if self.archives and reading.near_pages == 0 and reading.widest > self.ring:
                 raise ValueError(
                     f"policy {self.name}: ring is {self.ring}, expected at least the {reading.widest} pages that a step reads,"

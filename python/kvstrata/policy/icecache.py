@@ -17,6 +17,7 @@ def icecache(
     near_pages: int | None = None,
     aggregate: Literal["sum", "max"] = "sum",
     spread_weight: float = 1.0,
+    reuse: int = 1,
     segment: int = 4096,
     segment_min: int = 1024,
     interval: int = 128,
@@ -26,7 +27,8 @@ def icecache(
 
     budget: tokens read per row and step, of which sinks and window, both multiples of 16, are always read: with 256, 12 pages;
     dense_layers: layers that read all and keep it Near; state, segment, segment_min: of
-    :class:`kvstrata.recall.Archive`; near_pages, aggregate, spread_weight: of :class:`kvstrata.recall.SplitMeans`; interval,
+    :class:`kvstrata.recall.Archive`; near_pages, aggregate, spread_weight, reuse: of :class:`kvstrata.recall.SplitMeans`;
+    interval,
     chunk: tokens between plans and between cuts of a prompt, multiples of 16. ValueError for parameters.
 
     Deviations: the paper indexes with a tree of random projections and token by token; here segments are clustered by k-means
@@ -38,7 +40,9 @@ def icecache(
     return Policy(
         "icecache",
         Archive(KMeans(), state, segment, segment_min),
-        selector=SplitMeans(budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages),
+        selector=SplitMeans(
+            budget=budget, aggregate=aggregate, spread_weight=spread_weight, near_pages=near_pages, reuse=reuse
+        ),
         formats=() if state == "full" else (state,),
         dense_layers=tuple(dense_layers),
         sinks=sinks,

@@ -1,6 +1,7 @@
 """Pages by meaning, a Far tier, and only what a query needs: packers, selectors, the planner that archives."""
 
 from kvstrata.recall.archive import Archive
+from kvstrata.recall.chooser import Chooser, Summaries
 from kvstrata.recall.far import Far
 from kvstrata.recall.ladder import Ladder, PageMass
 from kvstrata.recall.packers import Greedy, KMeans, Position
@@ -9,6 +10,7 @@ from kvstrata.recall.selectors import Bounds, MassThreshold, PageMeans, SplitMea
 __all__ = [
     "Archive",
     "Bounds",
+    "Chooser",
     "Far",
     "Greedy",
     "KMeans",
@@ -18,6 +20,7 @@ __all__ = [
     "PageMeans",
     "Position",
     "SplitMeans",
+    "Summaries",
     "TopPages",
     "TopTokens",
 ]

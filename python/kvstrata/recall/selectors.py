@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from kvstrata.config import SLOTS
+from kvstrata.config import SLOTS, Unsupported
 from kvstrata.policy.base import Reading, SummaryKind
 
 MAX_NEAR_PAGES = (1 << 15) - 1
+MAX_FLAT_PAGES = 1 << 30
 LEAST_MASS = 1e-30
 """A threshold that any page reaches: 0 is none to the store."""
 
@@ -21,7 +22,9 @@ class PageVotes:
     heads, "sum" or "max"; near_pages: Near copies of Far pages that a row keeps (None: twice what a step reads, at most
     32,767; 0: none, each step reads its pages through the ring), fewer where a limit is short; mass_floor: 0..1, steps that are
     estimated to read less of a head's attention mass are counted; audit: of so many steps, one row of one layer is read whole,
-    so that its true share stands beside the estimate (0: none). ValueError for parameters.
+    so that its true share stands beside the estimate (0: none); reuse: of so many indexed layers, which are planned
+    alike, the first selects, and the others read the same pages (IceCache, "r"); nothing is estimated of what they do not read.
+    ValueError for parameters.
     """
 
     budget: int = 256
@@ -30,6 +33,7 @@ class PageVotes:
     near_pages: int | None = None
     mass_floor: float = 0.9
     audit: int = 0
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         if self.budget < 1:
@@ -39,6 +43,8 @@ class PageVotes:
         self._check_share("mass_floor")
         if self.audit < 0:
             raise ValueError(f"{self._name}: audit is {self.audit}, expected at least 0 steps")
+        if self.reuse < 1:
+            raise ValueError(f"{self._name}: reuse is {self.reuse}, expected at least 1 layer")
 
     def reading(self, budget: int) -> Self:
         """The same, with another budget."""
@@ -69,7 +75,7 @@ class PageVotes:
             expected = f"0, or at least the {pages} pages that a step reads and at most {MAX_NEAR_PAGES}"
             raise ValueError(f"{self._name}: near_pages is {near}, expected {expected}")
         aggregate = ("sum", "max").index(self.aggregate)
-        return self._read(Reading(pages, near, aggregate=aggregate, audit=self.audit))
+        return self._read(Reading(pages, near, aggregate=aggregate, audit=self.audit, reuse=self.reuse))
 
     def _read(self, reading: Reading) -> Reading:
         """What the selector has of its own."""
@@ -94,18 +100,30 @@ class PageMeans(PageVotes):
 
     spread_weight: w >= 0 of the second-order term (:func:`kvstrata.ops.score_pages`); estimate: 0..1, the share of the pages
     that are not read which stand in by their mean values, each as so many tokens of its estimated logit, the best first
-    (:func:`kvstrata.ops.estimate`; RetroInfer): pages with folded or dropped tokens never do. The rest as in
-    :class:`PageVotes`. Source: IceCache (arXiv 2604.10539), with the scan of all means that its public fork has instead of the
-    tree.
+    (:func:`kvstrata.ops.estimate`; RetroInfer): pages with folded or dropped tokens never do; flat_pages: where a row has more,
+    groups of 32 pages that follow each other are ranked first, by the means of their means, and only the share ``expand`` of
+    them, 0..1, at least 4, is looked into. The rest as in :class:`PageVotes`. Source: IceCache (arXiv 2604.10539), with the
+    scan of means that its public fork has instead of the tree.
     """
 
     spread_weight: float = 1.0
     estimate: float = 0.0
+    flat_pages: int = 16_384
+    expand: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_weight(self.spread_weight)
         self._check_share("estimate")
+        if self.estimate and self.reuse > 1:
+            raise Unsupported(
+                f"{self._name}: estimate is {self.estimate} with reuse {self.reuse}, expected 0 or reuse 1"
+            )
+        self._check_share("expand")
+        if not 0 <= self.flat_pages <= MAX_FLAT_PAGES:
+            raise ValueError(
+                f"{self._name}: flat_pages is {self.flat_pages}, expected 0 (all rows have groups) to {MAX_FLAT_PAGES}"
+            )
 
     @property
     def kind(self) -> SummaryKind:
@@ -113,7 +131,8 @@ class PageMeans(PageVotes):
         return "mean_value" if self.estimate else "mean"
 
     def _read(self, reading: Reading) -> Reading:
-        return reading._replace(kind=self.kind, weight=self.spread_weight, estimate=self.estimate)
+        reading = reading._replace(kind=self.kind, weight=self.spread_weight, estimate=self.estimate)
+        return reading._replace(flat_pages=self.flat_pages, expand=self.expand)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +225,7 @@ class TopPages(PageVotes):
     kind: ClassVar[SummaryKind] = "mean"
 
     def _read(self, reading: Reading) -> Reading:
-        return reading._replace(oracle=1)
+        return _alone(self._name, reading)._replace(oracle=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,4 +236,11 @@ class TopTokens(PageVotes):
     kind: ClassVar[SummaryKind] = "mean"
 
     def _read(self, reading: Reading) -> Reading:
-        return reading._replace(oracle=2)
+        return _alone(self._name, reading)._replace(oracle=2)
+
+
+def _alone(name: str, reading: Reading) -> Reading:
+    """What each layer chooses for itself."""
+    if reading.reuse > 1:
+        raise ValueError(f"{name}: reuse is {reading.reuse}, expected 1")
+    return reading

@@ -7,6 +7,7 @@ read, not to be fast. Pass f64 tensors for a reference that rounding does not to
 from kvstrata.reference.attention import attend, logits, mass, merge, readable, visible_slots
 from kvstrata.reference.choices import choose_states, fit, ranks
 from kvstrata.reference.chunks import choose_chunks, chunk_order
+from kvstrata.reference.groups import look_into, score_groups, summarize_groups
 from kvstrata.reference.pages import (
     BITS,
     ELEMENT,
@@ -61,10 +62,11 @@ from kvstrata.reference.scores import (
 
 __all__ = [
     "BITS", "ELEMENT", "SLOTS", "accumulate", "append", "attend", "choose_chunks", "choose_states", "chunk_order",
-    "cluster", "cluster_greedy", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit",
-    "group_size", "held_mass", "logits", "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means",
-    "page_spreads", "page_votes", "part_codes", "part_facts", "part_slots", "pool", "quantize", "query_codes",
-    "ranks", "readable", "rotate", "round_up_bf16", "score_keys", "score_max", "score_pages", "score_window",
-    "select", "shares", "similarities", "split_blocks", "splitmix64", "summarize", "summary_bounds", "summary_codes",
-    "summary_parts", "summary_split", "summary_values", "unpack", "visible_slots", "widen", "window_read", "zone",
+    "cluster", "cluster_greedy", "compact", "counts", "decode", "dequantize", "encode", "estimate", "fit", "group_size",
+    "held_mass", "logits", "look_into", "mass", "measure", "merge", "pack", "padded", "page_bounds", "page_means",
+    "page_spreads", "page_votes", "part_codes", "part_facts", "part_slots", "pool", "quantize", "query_codes", "ranks",
+    "readable", "rotate", "round_up_bf16", "score_groups", "score_keys", "score_max", "score_pages", "score_window",
+    "select", "shares", "similarities", "split_blocks", "splitmix64", "summarize", "summarize_groups", "summary_bounds",
+    "summary_codes", "summary_parts", "summary_split", "summary_values", "unpack", "visible_slots", "widen",
+    "window_read", "zone",
 ]  # fmt: skip

@@ -293,23 +293,26 @@ def select(
     aggregate: str = "sum",
     mass: float = 0.0,
     least: int = 0,
+    others: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """entries i32 [R, max k], count i32 [R] and lse_rest [R, G] of x [R, G, M] (-inf: not to be selected), k [R].
 
     The k[r] entries of highest vote, ties the lower index, by rising index, then -1; and the log-sum-exp of the others. mass:
-    the least number of them, from `least` on, that hold this share together with what is read anyway.
+    the least number of them, from `least` on, that hold this share together with what is read anyway. others [R, G, n]: logits
+    that count, but are not selected.
     """
     rows = x.shape[0]
     most = [k] * rows if isinstance(k, int) else k.tolist()
-    vote = page_votes(x, lse_base, aggregate)
+    whole = x if others is None else torch.cat([x, others.to(x.dtype)], -1)
+    vote = page_votes(whole, lse_base, aggregate)[:, : x.shape[-1]]
     entries = torch.full((rows, max(most, default=0)), -1, dtype=torch.int32)
     count = torch.zeros(rows, dtype=torch.int32)
-    rest = x.clone()
+    rest = whole.clone()
     for r in range(rows):
         may = (x[r] != -INF).any(0).nonzero().flatten()
         order = may[torch.sort(vote[r, may], descending=True, stable=True).indices][: most[r]]
         if mass > 0:
-            reached = held_mass(x[r], vote[r], order, None if lse_base is None else lse_base[r]) >= mass
+            reached = held_mass(whole[r], vote[r], order, None if lse_base is None else lse_base[r]) >= mass
             reached[:least] = False
             order = order[: int(reached.to(torch.int8).argmax()) if reached.any() else len(order)]
         chosen = order.sort().values

@@ -1,8 +1,9 @@
 """Time the selection of pages by their summaries beside a scan of f32 page means by torch: a product, a sum over heads, top K.
 
 One call per layer of a decode step: all KV heads, summaries of every page. The baseline is the least that a selector by means
-can do: no spread, no count, no shares of mass. The kinds: `score_pages`, the scan alone; `select`; and `select, attend`, with
-the attention to the selected pages, to sinks and tail, and the merge, beside our attention to all pages in bf16.
+can do: no spread, no count, no shares of mass. The kinds: `score_pages`, the scan alone; `select`; on the CPU `two levels`,
+which ranks groups of 32 pages first and looks into a quarter of them, beside `select`; and `select, attend`, with the attention
+to the selected pages, to sinks and tail, and the merge, beside our attention to all pages in bf16.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     sizes = [args.tokens] if args.tokens else [8192, 32768, 131072]
     kinds = ("score_pages", "select")
     rows = [scan(args, clock, tokens, kind, facts["read_gbps"]) for tokens in sizes for kind in kinds]
+    if clock.device.type == "cpu":
+        longer = [args.tokens] if args.tokens else [131_072, 1_048_576]
+        rows += [levels(args, clock, tokens, facts["read_gbps"]) for tokens in longer]
     rows += [whole(args, clock, tokens, facts["read_gbps"]) for tokens in sizes[:2]]
     show("select", facts, rows, out)
     return 0
@@ -79,6 +83,29 @@ def scan(args: argparse.Namespace, clock: Clock, tokens: int, kind: str, read_gb
     entries, _, rest = ops.select(q, blocks[0], visible, args.most, lse_base=base)
     found = digest(entries, rest)
     return _row(args, kind, tokens, size, times, read_gbps, found, ("torch f32 scan and topk", theirs))
+
+
+def levels(args: argparse.Namespace, clock: Clock, tokens: int, read_gbps: float) -> dict[str, Any]:
+    """A row of select in two levels, beside one; bytes are those of all groups and of what is looked into."""
+    pages, device, share = tokens // SLOTS, clock.device, 0.25
+    size = args.kv_rows * -(-pages // SLOTS) * ops.summary_bytes(args.dim)
+    count = 1 if args.cached else clock.buffers(size)
+    blocks = [random_blocks(args, pages, device) for _ in range(count)]
+    visible = all_visible(args, pages, device)
+    groups = [ops.summarize_groups(b, visible, head_dim=args.dim) for b in blocks]
+    q = torch.randn(args.kv_rows, args.group, args.dim, device=device)
+    base = torch.zeros(args.kv_rows, args.group, device=device)
+
+    def select(i: int, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+        level = groups[i % count] if grouped else None
+        return ops.select(q, blocks[i % count], visible, args.most, lse_base=base, groups=level, expand=share)
+
+    times, flat = clock.measure([lambda i: select(i, True), lambda i: select(i, False)], args.reps)
+    entries, _, rest = select(0, True)
+    read = int(share * size) + groups[0].numel()
+    return _row(
+        args, "two levels", tokens, read, times, read_gbps, digest(entries, rest), ("select in one level", flat)
+    )
 
 
 def whole(args: argparse.Namespace, clock: Clock, tokens: int, read_gbps: float) -> dict[str, Any]:
