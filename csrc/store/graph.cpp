@@ -72,8 +72,9 @@ void Store::extend_rows(int& place) {
         for (int h = 0; h < layers_[l].kv_heads; ++h) {
             for (size_t b = 0; b < step_.size(); ++b, ++place) {
                 pages::Row& row = row_of(*step_[b].sequence, static_cast<int>(l), h);
-                if (pages::must_copy_tail(row, pool)) copy_tail(row, pool, step_[b].sequence->owner);
-                pages::extend(row, 1, pool, step_[b].sequence->owner, &pages_[place], &slots_[place]);
+                const pages::Owner owner = step_[b].sequence->owner;
+                if (pages::must_copy_tail(row, pool)) copy_tail(row, pool, owner);
+                pages::extend(row, 1, pool, owner, &pages_[place], &slots_[place]);
                 pool.positions(pages_[place])[slots_[place]] = token_pos_[step_[b].first];
             }
         }
