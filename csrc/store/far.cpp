@@ -81,7 +81,7 @@ void hint_page([[maybe_unused]] const FarPage& page) {
 
 void FarSlabs::lend(int slab, int file, int64_t offset, int n_pages) {
     if (static_cast<size_t>(slab) >= slabs_.size()) slabs_.resize(slab + 1);
-    slabs_[slab] = {file, offset, lies_in_memory(file), std::vector<uint64_t>(n_pages, 0)};
+    slabs_[slab] = {file, lies_in_memory(file), offset, std::vector<uint64_t>(n_pages, 0)};
 }
 
 void FarSlabs::give_back(int slab) { slabs_[slab] = {}; }
