@@ -1,6 +1,6 @@
 """Far pages on their way while a step goes on: what a step of one token waits for the disk, with reading ahead and without.
 
-    python bench/fetch.py --path /folder/on/the/disk --tokens 8192
+    python bench/fetch.py --path /folder/on/the/disk --tokens 8192 --layers 4
 
 Steps over a cache that archives all, in turns of one run, with the same queries: *near*, no Far tier; *wait*, a page that is
 not Near is read when it is its turn; *ahead*, as caches do it. Warm: the system holds the files in memory; cold: it drops them

@@ -83,15 +83,15 @@ void hint_page([[maybe_unused]] const FarPage& page) {
 
 void FarSlabs::lend(int slab, int file, int64_t offset, int n_pages) {
     if (static_cast<size_t>(slab) >= slabs_.size()) slabs_.resize(slab + 1);
-    slabs_[slab] = {file, offset, lies_in_memory(file), std::vector<uint64_t>(n_pages, 0)};
+    slabs_[slab] = {file, lies_in_memory(file), offset, std::vector<uint64_t>(n_pages, 0)};
 }
 
 void FarSlabs::lend_named(int slab, int file, int64_t offset, std::vector<int32_t> places, std::vector<uint64_t> sums,
                           std::string name) {
     if (static_cast<size_t>(slab) >= slabs_.size()) slabs_.resize(slab + 1);
     slabs_[slab] = {file,
-                    offset,
                     lies_in_memory(file),
+                    offset,
                     std::move(sums),
                     std::move(places),
                     std::make_unique<const std::string>(std::move(name))};

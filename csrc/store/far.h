@@ -45,8 +45,8 @@ class FarSlabs {
   private:
     struct Slab {
         int file = -1;
-        int64_t offset = 0;
         bool in_memory = false;
+        int64_t offset = 0;
         std::vector<uint64_t> sums;        // [pages]
         std::vector<int32_t> places = {};  // [pages], or none: as they are numbered
         std::unique_ptr<const std::string> name = nullptr;

@@ -285,11 +285,12 @@ def test_pages_that_the_system_does_not_hold_in_memory() -> None:
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system that lies in memory")
 def test_files_that_lie_in_memory_are_never_late() -> None:
     """Nothing is handed over."""
+    gc.collect()
     pair, seqs = waiting(far=Far(path="/dev/shm"))
     threads = len(os.listdir("/proc/self/task"))
     for lengths in ([1, 1], [3, 1], [1, 1]):
         pair.feed(seqs, lengths)
     recall = pair.cache.report().recall
     assert recall is not None and recall.misses > 0 and (recall.late, recall.waited) == (0, 0.0)
-    assert len(os.listdir("/proc/self/task")) == threads
+    assert len(os.listdir("/proc/self/task")) <= threads
     pair.check_contents()
