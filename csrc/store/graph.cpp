@@ -71,10 +71,10 @@ void Store::extend_rows(int& place) {
         pages::Pool& pool = pools_[layer_pool_[l]];
         for (int h = 0; h < layers_[l].kv_heads; ++h) {
             for (size_t b = 0; b < step_.size(); ++b, ++place) {
-                pages::Row& row = row_of(*step_[b].sequence, static_cast<int>(l), h);
-                const pages::Owner owner = step_[b].sequence->owner;
-                if (pages::must_copy_tail(row, pool)) copy_tail(row, pool, owner);
-                pages::extend(row, 1, pool, owner, &pages_[place], &slots_[place]);
+                Sequence& s = *step_[b].sequence;
+                pages::Row& row = row_of(s, static_cast<int>(l), h);
+                if (pages::must_copy_tail(row, pool)) copy_tail(row, pool, s.owner);
+                pages::extend(row, 1, pool, s.owner, &pages_[place], &slots_[place]);
                 pool.positions(pages_[place])[slots_[place]] = token_pos_[step_[b].first];
             }
         }
