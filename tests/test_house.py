@@ -121,6 +121,7 @@ PARTS |= dict.fromkeys(
         "statistics",
         "limit",
         "holdings",
+        "scopes",
         "charges",
         "tiers",
         "columns",

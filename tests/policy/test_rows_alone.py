@@ -12,7 +12,7 @@ from torch import Tensor
 from kvstrata import Budget, Cache, LayerSpec, Sequence, Shape
 from kvstrata.budget.room import room
 from kvstrata.policy import NAMED
-from kvstrata.policy.base import Policy, Seen
+from kvstrata.policy.base import Policy
 
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB = 4, 8, 2, 48, 64
 SAME = 1e-5
@@ -145,17 +145,17 @@ def agree(batch: Row, alone: Row, within: float) -> None:
         torch.testing.assert_close(got, want, rtol=within, atol=within)
 
 
-def watched(cache: Cache) -> dict[int, list[tuple[int, int]]]:
-    """By sequence: the layer, and the length then, of each plan from now on."""
-    plans: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    apply = cache._plans._apply
+def watched(cache: Cache) -> dict[int, list[int]]:
+    """By sequence: its length each time that all its layers were planned, from now on."""
+    plans: dict[int, list[int]] = defaultdict(list)
+    planned = cache._plans.note
 
-    def note(seen: Seen, ids: list[int]) -> None:
+    def note(ids: list[int]) -> None:
         for i in ids:
-            plans[i].append((seen.layer, cache._store.length(i)))
-        apply(seen, ids)
+            plans[i].append(cache._store.length(i))
+        planned(ids)
 
-    cache._plans._apply = note  # type: ignore[method-assign]
+    cache._plans.note = note  # type: ignore[method-assign]
     return plans
 
 

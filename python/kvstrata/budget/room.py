@@ -132,12 +132,12 @@ def fit(
         )
     if budget.unit == "share" and budget.at is None:
         lengths = [max(n, REFERENCE) for n in lengths]
-    shared = policy.window is None
-    if shared and budget.unit == "tokens":
+    own = policy.window is None and budget.unit == "tokens"
+    if own:
         share = int(budget.value * policy.window_share) // SLOTS * SLOTS
         policy = replace(policy, window=max(SLOTS, share))
     limit = limit_bytes(budget, shape, lengths) if falls is None else falls[1]
-    return fitted(policy, shape, limit, len(lengths), falls, shared)
+    return fitted(policy, shape, limit, len(lengths), falls, own)
 
 
 def _far_books(policy: Policy, shape: Shape, tokens: int) -> int:
@@ -165,7 +165,7 @@ def fitted(
     limit: int,
     batch: int,
     falls: tuple[int, int] | None = None,
-    shared: bool = False,
+    own: bool = False,
 ) -> Policy:
     """The policy with ring, chunk, interval, queries and window made smaller, in this order, until three quarters of the limit
     are left for content, or they are at their least; where that leaves less than five eighths, queries that only statistics
@@ -173,10 +173,11 @@ def fitted(
     even then nothing is left.
 
     A large tail is worth little under a small limit; under a large one nothing changes. A tail that is a share of the limit
-    (shared, and always where the policy has no window yet) is what the policy wants: three quarters of the rest are left then,
-    and it gives way only as long as it holds more than its share of what tail and content hold.
+    is what the policy wants: three quarters of the rest are left then. own: it is a share already, of the limit that each
+    sequence has, and gives way only as long as it holds more than its share of what tail and content hold; one of a limit that
+    sequences yet to come share leaves them more.
     """
-    shared = shared or policy.window is None
+    shared = own or policy.window is None
     if policy.window is None:
         policy = replace(policy, window=_share_of_tail(policy, shape, limit, batch))
     while True:
@@ -189,7 +190,7 @@ def fitted(
         if smaller is None or content >= enough * (limit - tail) // 8:
             break
         if (
-            shared
+            own
             and smaller.window != policy.window
             and content * policy.window_share >= tail * (1 - policy.window_share)
         ):

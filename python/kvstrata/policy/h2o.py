@@ -45,7 +45,9 @@ def h2o(
 
     per_query: of :class:`AccumulatedMass`; window: recent tokens kept (None: ``window_share`` of what the budget holds per
     row); interval, chunk: tokens; all three multiples of 16; sinks: first tokens kept (0: paper). ValueError for parameters.
-    Deviation: the paper evicts one token per step; here every ``interval`` tokens (16: the nearest).
+    Deviations: the paper evicts one token per step; here every ``interval`` tokens (16: the nearest). Under a limit that sinks,
+    prompt chunks and tables take much of, both halves are of what is left; under a small one in bytes, which sequences yet to
+    come share, the window is smaller than that.
     """
     return Policy(
         "h2o",
