@@ -37,11 +37,10 @@
 #include "store/reading.h"
 #include "store/repack.h"
 #include "store/saved.h"
+#include "store/sequence.h"
 #include "store/swap.h"
 
 namespace kvstrata::store {
-
-using SeqId = int64_t;
 
 struct LayerShape {
     int32_t kv_heads;
@@ -66,28 +65,6 @@ struct Options {
     bool sets = false;            // pages belong to sets; without recall and mass
     bool charged = false;         // pages know who took them
     Where where = {};             // where payload lies and ops run; books are the CPU's
-};
-
-// What a row's quantized keys are relative to, set when one is first quantized and frozen then.
-struct Centre {
-    bool frozen = false;
-    std::shared_ptr<const std::vector<float>> mean;  // [D], or null: zeros
-    const float* on_device = nullptr;                // the same, where ops run elsewhere
-};
-
-struct Sequence {
-    int64_t length = 0;                            // real tokens seen, always
-    int64_t confirmed = 0;                         // while recording: tokens below this are final
-    int64_t floor = 0;                             // crop below this is refused: something older was dropped
-    std::vector<pages::Row> rows;                  // all layers; layer l, head h at first_row[l] + h
-    std::vector<Centre> centres;                   // as rows
-    std::vector<QueryRing> rings;                  // [L], if queries are remembered
-    std::vector<Index> indices;                    // as rows, if a step selects
-    pages::View view;                              // of a store with sets
-    std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
-    pages::Owner owner = pages::kCache;  // of the pages that it takes; whoever continues a sequence that ends keeps it
-    std::vector<uint32_t> routed = {};   // of each set: when a view last named it
-    bool unread = false;                 // what was fetched ahead for the view did not come
 };
 
 struct PoolInfo {
