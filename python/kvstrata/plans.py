@@ -66,7 +66,7 @@ class Plans:
         seen = replace(seen, prompt=True)
         allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
         if allowance is not None and self.shares.leaves(seen, allowance):
-            self._leave(1)
+            self._leave([layer], ids)
             return
         seen = self._scored(seen, ids)
         if allowance is not None:
@@ -145,7 +145,7 @@ class Plans:
             return self.note(ids)
         ends = [self._store.length(i) for i in ids]
         if self.shares.are_roomy(ids):
-            self._leave(len(self.layers))
+            self._leave(self.layers, ids)
             return self.note(ids)
         found = [seen for layer in self.layers if (seen := self._see(layer, ids, ends)) is not None]
         if not found:
@@ -153,7 +153,7 @@ class Plans:
         if left := self.shares.left_alone(found, ids):
             self.note(left)
             rest = [i for i in ids if i not in left]
-            return self.run(rest) if rest else self._leave(len(found))
+            return self.run(rest) if rest else self._leave([seen.layer for seen in found], ids)
         found = [self._scored(seen, ids) for seen in found]
         if self._cache.policy.allocator is not None:
             found = self.shares.allocated(found, ids)
@@ -359,11 +359,12 @@ class Plans:
             changed |= plan.set.int() != sets_of(self._cache, seen, ids).int()
         self.apply(seen.layer, ids, plan, torch.nonzero(changed.any(1)).flatten().tolist())
 
-    def _leave(self, layers: int) -> None:
-        """Plans of so many layers that are sure to change nothing: they end before anything is scored, and count."""
-        for _ in range(layers):
+    def _leave(self, layers: list[int], ids: list[int]) -> None:
+        """Plans of layers that are sure to change nothing: they end before anything is scored, and count."""
+        del ids
+        for _ in layers:
             self._cache._charges.plan()
-        self.counts["plans"] += layers
+        self.counts["plans"] += len(layers)
 
     def _columns(self, seen: Seen, plan: Plan) -> Plan:
         """The plan with its columns checked; the state within what the budget counts. State and set are of its own: they are

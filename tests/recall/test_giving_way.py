@@ -63,7 +63,7 @@ def test_what_a_role_raises_on_the_way_comes_out(monkeypatch: pytest.MonkeyPatch
     check_stored(pair)
 
 
-@pytest.mark.parametrize(("taken", "n"), [(700, 100), (700, 300), (800, 100), (1000, 16)])
+@pytest.mark.parametrize(("taken", "n"), [(700, 100), (700, 300), (780, 100), (1000, 16)])
 def test_where_a_ledger_leaves_less(taken: int, n: int) -> None:
     """Another scope has taken KiB that a cache counted on: turns and decoded tokens go on with less of it Near."""
     ledger = Ledger(near="3MiB")
@@ -88,7 +88,7 @@ def test_plans_that_a_step_reserved_are_left_to_it() -> None:
     cache, scope = pair.cache, pair.cache.scope
     assert scope is not None
     ledger.set_limit(scope, plans=ledger.report(scope).plans.used + 3)
-    cache._charges.begin(0, 0, [1], 2)
+    cache._charges.begin(0, 0, {seq.id: 1}, 2)
     with pytest.raises(BudgetExceeded, match="plans: limit is"):
         cache._plans.give_way({})
     assert cache._charges._hold is not None and cache._charges._hold.left("plans") == 2

@@ -16,6 +16,7 @@ from kvstrata import Budget, LayerSpec, Policy, Sequence, Shape
 from kvstrata.config import BudgetExceeded
 from kvstrata.policy.base import FAR, PROVISIONAL, UNGROUPED
 from kvstrata.policy.strata import strata
+from kvstrata.recall import PageMeans
 from kvstrata.testing import fault
 
 SINKS, WINDOW = 32, 16
@@ -197,10 +198,11 @@ def test_larger_limits_keep_more() -> None:
 
 
 def test_the_pages_of_high_mass_stay() -> None:
-    """Queries of late tokens towards one topic: its pages are Near, where a third of all are."""
-    pair = fed(
-        quick(segment=1024, segment_min=1024, chunk=1216), Shape([LayerSpec(1, 2, 64)], torch.float32), budget="1300KiB"
-    )
+    """Queries of late tokens towards one topic: its pages are Near, where a third of all are. By one mean: keys that come in a
+    prompt are in pages by position yet, and a page's share is that of each of its tokens."""
+    policy = quick(segment=1024, segment_min=1024, chunk=1216)
+    policy = replace(policy, selector=PageMeans(budget=SINKS + WINDOW + 15 + 64))
+    pair = fed(policy, Shape([LayerSpec(1, 2, 64)], torch.float32), budget="1300KiB")
     (seq,) = pair.new()
     dice = torch.Generator().manual_seed(5)
     topics = 3.0 * torch.randn(8, 64, generator=dice)
@@ -251,7 +253,8 @@ def test_a_share_of_the_dense_cache(share: float) -> None:
 
 def test_a_budget_in_tokens_archives_all() -> None:
     """As icecache does that archives int8: same pages, same bytes, same answers."""
-    pair, twin = fed(quick(), budget="127tok"), fed(small(state="int8", chunk=256), budget="127tok")
+    same = replace(small(state="int8", chunk=256), selector=quick().selector)
+    pair, twin = fed(quick(), budget="127tok"), fed(same, budget="127tok")
     seqs, others = pair.new(2), twin.new(2)
     for lengths in ([700, 90], *[[1, 1]] * 40, [17, 300], *[[1, 1]] * 20):
         for a, b in zip(pair.feed(seqs, lengths), twin.feed(others, lengths), strict=True):

@@ -18,17 +18,26 @@ struct Parts {
     uint16_t some[2 * Pairs];  // lanes that have a visible slot in the part
 };
 
-KV_INLINE float count_bits(uint32_t x) { return static_cast<float>(__builtin_popcount(x)); }
+KV_INLINE float count_bits(uint32_t x) {  // of 16 bits
+    x -= x >> 1 & 0x5555;
+    x = (x & 0x3333) + (x >> 2 & 0x3333);
+    x = (x + (x >> 4)) & 0x0F0F;
+    return static_cast<float>((x + (x >> 8)) & 31);
+}
+
+// Places in a block, as common/layout.h has them; that file's functions are shared with other levels.
+KV_INLINE int64_t pair_at(int32_t dim, int pair) { return pair * kSlots * static_cast<int64_t>(dim); }
+KV_INLINE int64_t facts_at(int32_t dim, int pairs, int line) { return pair_at(dim, pairs) + 4 * kSlots * line; }
 
 template <int Pairs>
 KV_INLINE Parts<Pairs> parts_of(const unsigned char* block, int32_t dim, const uint16_t* masks) {
     Parts<Pairs> parts;
     for (int pair = 0; pair < Pairs; ++pair) {
         const int at = 2 * pair;
-        pairs_bf16(block + pair_scales_offset(dim, Pairs, pair), parts.scale[at], parts.scale[at + 1]);
-        pairs_bf16(block + pair_spreads_offset(dim, Pairs, pair), parts.spread[at], parts.spread[at + 1]);
+        pairs_bf16(block + facts_at(dim, Pairs, pair), parts.scale[at], parts.scale[at + 1]);
+        pairs_bf16(block + facts_at(dim, Pairs, Pairs + pair), parts.spread[at], parts.spread[at + 1]);
     }
-    const uint32_t* const slots = reinterpret_cast<const uint32_t*>(block + part_slots_offset(dim, Pairs));
+    const uint32_t* const slots = reinterpret_cast<const uint32_t*>(block + facts_at(dim, Pairs, 2 * Pairs));
     float counts[2 * Pairs][kSlots];
     for (int i = 0; i < kSlots; ++i) {
         const uint32_t second = slots[i], high = slots[i] >> 16, mask = masks[i];
@@ -62,12 +71,12 @@ KV_INLINE V log_sum(const Parts<Pairs>& parts, V (&x)[2 * Pairs]) {
 template <int Heads, bool Capped, int Pairs>
 KV_INLINE void score_pair(const PageQuery& q, int first, int pair, const unsigned char* block,
                           const unsigned char* ahead, const Parts<Pairs>& parts, V (&x)[Heads][2 * Pairs]) {
-    const unsigned char* const lines = block + pair_offset(q.dim, pair);
+    const unsigned char* const lines = block + pair_at(q.dim, pair);
     I sums[2][Heads];
     for (int g = 0; g < Heads; ++g) sums[0][g] = sums[1][g] = none();
 #pragma GCC unroll 2
     for (int d = 0; d < q.dim; d += 4) {
-        prefetch(ahead + pair_offset(q.dim, pair) + d * kSlots);
+        prefetch(ahead + pair_at(q.dim, pair) + d * kSlots);
         const I line = load_line(lines + d * kSlots), low = low_nibbles(line), high = high_nibbles(line);
         for (int g = 0; g < Heads; ++g) {
             const int64_t at = static_cast<int64_t>(first + g) * q.dim + d;
@@ -103,7 +112,7 @@ KV_INLINE uint16_t score_heads(const PageQuery& q, int first, const unsigned cha
 template <int Pairs, bool Capped>
 KV_INLINE uint16_t score_all(const PageQuery& q, const unsigned char* block, const unsigned char* ahead,
                              const uint16_t* masks, float* x, int64_t stride, float* most) {
-    for (int line = 0; line <= 2 * Pairs; ++line) prefetch(ahead + pair_scales_offset(q.dim, Pairs, line));
+    for (int line = 0; line <= 2 * Pairs; ++line) prefetch(ahead + facts_at(q.dim, Pairs, line));
     const Parts<Pairs> parts = parts_of<Pairs>(block, q.dim, masks);
     int g = 0;
     uint16_t bad = 0;

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     sizes = [args.tokens] if args.tokens else [8192, 32768, 131072]
     kinds = ("score_pages", "select")
     rows = [scan(args, clock, tokens, kind, facts["read_gbps"]) for tokens in sizes for kind in kinds]
-    if clock.device.type == "cpu":
+    if args.device == "cpu":
         longer = [args.tokens] if args.tokens else [131_072, 1_048_576]
         rows += [levels(args, clock, tokens, facts["read_gbps"]) for tokens in longer]
     rows += [whole(args, clock, tokens, facts["read_gbps"]) for tokens in sizes[:2]]
