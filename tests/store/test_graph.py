@@ -68,7 +68,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     return Device(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(params=["emulated"])  # so that the cases are named by it
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(pools, "device_code", lambda what, device: 1)
     return Device("emulated")
