@@ -36,6 +36,7 @@ class AppendRow(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("count", ctypes.c_int32),
         ("position", ctypes.c_int32),
+        ("positions", ctypes.c_void_p),
     )
 
 

@@ -41,7 +41,7 @@ def test_versions_and_abi(cuda: ctypes.CDLL) -> None:
     runtime = ctypes.c_int(-1)
     assert cuda.kvstrata_cuda_runtime_version(ctypes.byref(runtime)) == 0
     assert runtime.value >= 12080
-    assert cuda.kvstrata_cuda_abi_version() == 3
+    assert cuda.kvstrata_cuda_abi_version() == 4
 
 
 def test_exports_only_its_own_names_and_needs_no_driver(library: Path) -> None:
