@@ -79,6 +79,7 @@ def selected(selector: Selector) -> Policy:
 VARIANTS: dict[str, tuple[str, Policy]] = {
     "arkv": ("as it is", arkv()),
     "evict": ("Full or Evicted only, the same ranks", replace(keydiff(), scorer=KeyDiversity(KERNEL))),
+    "int8": ("every token int8, the newest that fit", kivi("int8", window=64, sinks=16)),
     "int4": ("every token int4, the newest that fit", kivi("int4", window=64, sinks=16)),
     "int2": ("every token int2, the newest that fit", kivi("int2", window=64, sinks=16)),
     "no Full": (
@@ -95,9 +96,14 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
     "without V": ("OQ without variance", without("V")),
     "without K": ("OQ without kurtosis", without("K")),
     "no cover": ("Full pages are bought before all is covered", arkv(cover=False)),
+    "no centre": ("quantized keys are not relative to a row's mean", arkv(centre=False)),
     "no pooling": ("key diversity of each token alone", arkv(scorer=KeyDiversity())),
     "window vote": ("ranks by what the last queries attend to", arkv(scorer=MeanSpread())),
     "window vote max": ("so, at most over plans: max(.95 old, new)", arkv(scorer=MeanSpread(), combine="max")),
+    "window vote max uniform": (
+        "so, and as many Full pages in each layer",
+        arkv(scorer=MeanSpread(), combine="max", allocator=EntropyShare(full_share=FULL_SHARE, queries=0)),
+    ),
     "window vote max int4": (
         "so, and int4 or Evicted only",
         replace(arkv(scorer=MeanSpread(), combine="max"), planner=ThreeStates("int4", True, 0.0), allocator=Uniform()),

@@ -44,7 +44,7 @@ store::Recall recall(const RecallTuple& r) {
 std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>& layers, int dtype, int tail, int hold,
                               int sinks, const std::vector<int>& formats, int queries, bool scored, bool massed,
                               const RecallTuple& recalled, const std::vector<int>& dense, const std::vector<int>& far,
-                              int ring, bool sets, int device, bool charged) {
+                              int ring, bool sets, int device, bool charged, bool centred) {
     std::vector<store::LayerShape> shapes;
     for (const auto& [kv, q, dim, window] : layers) shapes.push_back({kv, q, dim, window});
     store::Options options{static_cast<DType>(dtype), tail, hold, sinks, {}, queries, scored, massed};
@@ -55,6 +55,7 @@ std::unique_ptr<Store> create(const std::vector<std::tuple<int, int, int, int>>&
     options.ring = ring;
     options.sets = sets;
     options.charged = charged;
+    options.centred = centred;
     options.where = where_of(device);
     return std::make_unique<Store>(std::move(shapes), std::move(options));
 }
@@ -136,7 +137,7 @@ void bind_store(py::module_& m) {
              py::arg("massed") = false,
              py::arg("recall") = RecallTuple{0, 0, 1.0f, 0, 0, 0, 0.0f, 0, 0.0f, 0, 0, 1 << 30, 0.25, 1},
              py::arg("dense") = std::vector<int>{}, py::arg("far") = std::vector<int>{}, py::arg("ring") = 0,
-             py::arg("sets") = false, py::arg("device") = 0, py::arg("charged") = false)
+             py::arg("sets") = false, py::arg("device") = 0, py::arg("charged") = false, py::arg("centred") = true)
         .def_property_readonly("n_pools", &Store::n_pools)
         .def("pool", &pool_state)
         .def(

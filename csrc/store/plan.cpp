@@ -190,7 +190,7 @@ struct Store::Writing {
                 centred |= !same && t.now == State::full;
             }
         }
-        if (centred) store.freeze_centre(sequence, layer, head);
+        if (centred && store.options_.centred) store.freeze_centre(sequence, layer, head);
         move(copies, encodes);
         fetch(fetches);
         const std::span<const pages::Fresh> written(fresh.data() + first, batch.size());

@@ -64,6 +64,7 @@ struct Options {
     int ring = 0;                 // Near pages of each Far pool in which pages are put together and read through
     bool sets = false;            // pages belong to sets; without recall and mass
     bool charged = false;         // pages know who took them
+    bool centred = true;          // a row's quantized keys are relative to the mean of its first ones
     Where where = {};             // where payload lies and ops run; books are the CPU's
 };
 

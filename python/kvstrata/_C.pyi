@@ -200,6 +200,7 @@ class Store:
         sets: bool = ...,
         device: int = ...,
         charged: bool = ...,
+        centred: bool = ...,
     ) -> None: ...
     @property
     def n_pools(self) -> int: ...

@@ -97,6 +97,7 @@ def make_store(shape: Shape, policy: Policy, hold: int, far: Far | None, charged
         policy.episodic,
         pools.device_code("Shape: device", shape.device),
         charged,
+        policy.centre,
     )
     if selector is not None:
         store.set_choose(getattr(selector, "ask", None))

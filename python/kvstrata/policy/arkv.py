@@ -53,6 +53,7 @@ def arkv(
     allocator: EntropyShare | None = None,
     combine: Literal["replace", "sum", "max"] = "replace",
     decay: float = 0.95,
+    centre: bool = True,
     window: int = 64,
     sinks: int = 16,
     interval: int = 64,
@@ -64,11 +65,11 @@ def arkv(
     quantized, cover: of :class:`kvstrata.policy.three_states.ThreeStates`; scorer: None is
     :class:`kvstrata.policy.keydiff.KeyDiversity` over KERNEL neighbours; allocator: None is
     ``EntropyShare(full_share=FULL_SHARE)``; combine, decay: how a new score joins the last one, "replace" for scores
-    that are no attention mass; window: recent tokens kept, at least the queries of both; interval, chunk: tokens; all three
-    multiples of 16; sinks: first tokens kept; legacy: what the paper's public code does
-    (:mod:`kvstrata.policy.legacy`), under a budget in tokens with count=True: its window of 32 and no sinks, its scores,
-    statistics and trims, whatever those would do better; only that quantized tokens, int8 each by itself, stay and are read.
-    It takes interval and chunk alone. ValueError for parameters.
+    that are no attention mass; centre: of :class:`kvstrata.policy.base.Policy`; window: recent tokens kept, at least the
+    queries of both; interval, chunk: tokens; all three multiples of 16; sinks: first tokens kept; legacy: what the paper's
+    public code does (:mod:`kvstrata.policy.legacy`), under a budget in tokens with count=True: its window of 32 and no sinks,
+    its scores, statistics and trims, whatever those would do better; only that quantized tokens, int8 each by itself, stay
+    and are read. It takes interval and chunk alone. ValueError for parameters.
 
     The paper's settings: ``arkv("int8", cover=False, scorer=MeanSpread(spread="variance", divide="kernel"), window=32,
     sinks=0, allocator=EntropyShare(stats="code", every=0))``. Deviations: the paper ranks by what the last queries attend
@@ -80,8 +81,8 @@ def arkv(
     token.
     """
     if legacy:
-        given = (quantized, cover, scorer, allocator, combine, window, sinks)
-        if given != (("int4", "int2"), True, None, None, "replace", 64, 16):
+        given = (quantized, cover, scorer, allocator, combine, centre, window, sinks)
+        if given != (("int4", "int2"), True, None, None, "replace", True, 64, 16):
             raise ValueError(f"arkv: legacy with {given}, expected no argument but interval and chunk")
         return _legacy(interval, chunk)
     planner = ThreeStates(quantized, cover)
@@ -97,6 +98,7 @@ def arkv(
         chunk=chunk,
         combine=combine,
         decay=decay,
+        centre=centre,
     )
 
 

@@ -258,8 +258,9 @@ class Policy:
     larger of the new one and ``decay`` times the old one); selector: which pages a step of one token reads (None: all);
     dense_layers: layers where everything is read and stays Near all the same; ring: Near pages of each Far pool in which pages
     are put together, and read through by steps of several tokens, at least 2; on_seal: one of ``formats``, which tokens take
-    when they leave the tail (None: they stay Full until a plan). Policies with a planner need a budget unless
-    their window is given and they have no allocator.
+    when they leave the tail (None: they stay Full until a plan); centre: quantized keys are relative to a mean of their row,
+    frozen where one is first quantized. Policies with a planner need a budget unless their window is given and they have no
+    allocator.
     """
 
     name: str
@@ -278,6 +279,7 @@ class Policy:
     dense_layers: tuple[int, ...] = ()
     ring: int = 64
     on_seal: str | None = None
+    centre: bool = True
 
     def __post_init__(self) -> None:
         if self.sinks < 0:
