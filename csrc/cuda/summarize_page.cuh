@@ -10,7 +10,8 @@ namespace kvstrata::cuda {
 template <Format F>
 constexpr int kFields = 32 / format_bits(F);
 
-// One page of format F, by a warp.
+// One page of format F, by a warp. What is unrolled is a function of its own: inlined, it would be most of the code wherever it is
+// called.
 template <Format F>
 class SummaryPage {
   public:
@@ -18,7 +19,7 @@ class SummaryPage {
         : page_(page), dim_(dim), group_(is_full(F) ? dim : group_size(F, dim)), centre_(centre) {}
 
     // mean [D] of the visible keys, in the domain that they are stored in. A lane sums the slots of its words, one by one.
-    __device__ void mean_keys(uint32_t visible, float* mean) const {
+    __device__ __attribute__((noinline)) void mean_keys(uint32_t visible, float* mean) const {
         const auto n = static_cast<float>(__popc(visible));
         for (int word = lane(); word < dim_ / kFields<F>; word += kWarp) {
             float sums[kFields<F>] = {};
@@ -44,7 +45,7 @@ class SummaryPage {
     }
 
     // |k - x|^2 of the lane's slot, lane % 16: dims d with d % 4 / 2 == lane / 16 in two sums, then those of the other lane.
-    __device__ float distance(const float* x) const {
+    __device__ __attribute__((noinline)) float distance(const float* x) const {
         const int slot = lane() % kSlots, half = lane() / kSlots;
         float sums[2] = {};
         const auto add = [&](int word, int f, int i) {
@@ -70,7 +71,7 @@ class SummaryPage {
     }
 
     // mean [D] of the visible values, in the domain that they are stored in.
-    __device__ void mean_values(uint32_t visible, float* mean) const {
+    __device__ __attribute__((noinline)) void mean_values(uint32_t visible, float* mean) const {
         const auto n = static_cast<float>(__popc(visible));
         for (int d = lane(); d < dim_; d += kWarp) {
             float sum = 0.0f;
