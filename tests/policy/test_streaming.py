@@ -31,8 +31,7 @@ def allocated(cache: Cache) -> int:
     return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if id(t) in mine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 3)])
 def test_bytes_fall_and_stay_flat(dtype: torch.dtype, batch: int) -> None:
     """After a 4,096-token prompt: within 10 % of sinks + window + metadata, and flat over 2,000 further tokens."""
     cache = Cache(Shape(LAYERS, dtype), budget="1024tok", policy="streaming")
