@@ -76,7 +76,7 @@ def objects(request: pytest.FixtureRequest) -> dict[str, list[Path]]:
     run(
         tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_BUILD_TYPE={request.param}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", "-DKVSTRATA_CUDA=off",
-        "-DKVSTRATA_SOFT_TILES=ON",
+        "-DKVSTRATA_SOFT_TILES=ON", "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )  # fmt: skip
     targets = [f"kernels_{level}" for level in LEVELS] + ["kvstrata_core"]
