@@ -65,14 +65,15 @@ $(STAMPS)/oldest: constraints.txt $(STAMPS)/run
 	PIP_CONSTRAINT= $(PIP) install --no-deps --target $(OVERLAY) transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
-# The wheel, built in pip's isolated environment: no torch at build time. For tests, warnings are errors, and of what the CUDA
-# library holds for chips one is enough, beside the PTX that runs on all others.
+# The wheel, built in pip's isolated environment: no torch at build time. For tests, warnings are errors, there is one
+# instruction-set level more, which runs AMX kernels without AMX, and of what the CUDA library holds for chips one is enough,
+# beside the PTX that runs on all others.
 $(STAMPS)/wheel: $(SOURCES) $(STAMPS)/run
 	$(PIP) install --no-deps --force-reinstall .
 	touch $@
 
 $(STAMPS)/wheel-strict: $(SOURCES) $(STAMPS)/run
-	$(PIP) install --no-deps --force-reinstall -C cmake.define.KVSTRATA_WERROR=ON \
+	$(PIP) install --no-deps --force-reinstall -C cmake.define.KVSTRATA_WERROR=ON -C cmake.define.KVSTRATA_SOFT_TILES=ON \
 	  -C 'cmake.define.KVSTRATA_CUDA_CODE=sm_90a;compute_80' .
 	touch $@ $(STAMPS)/wheel
 
@@ -136,7 +137,7 @@ emulated: $(STAMPS)/dev
 
 # An incremental build whose libraries go beside the Python sources, for use with PYTHONPATH=python.
 build: $(STAMPS)/dev
-	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset release -B build/dev -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset release -B build/dev -DKVSTRATA_SOFT_TILES=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/dev
 	cp build/dev/_C*.so python/kvstrata/

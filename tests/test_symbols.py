@@ -76,6 +76,7 @@ def objects(request: pytest.FixtureRequest) -> dict[str, list[Path]]:
     run(
         tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_BUILD_TYPE={request.param}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", "-DKVSTRATA_CUDA=off",
+        "-DKVSTRATA_SOFT_TILES=ON", "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
     )  # fmt: skip
     targets = [f"kernels_{level}" for level in LEVELS] + ["kvstrata_core"]
@@ -120,3 +121,14 @@ def test_baseline_holds_no_wide_instruction(objects: dict[str, list[Path]]) -> N
         code = run("objdump", "-d", "--no-show-raw-insn", str(path))
         wide = re.findall(r".*%[yz]mm\d+.*", code)
         assert not wide, f"{path.name} would die on an old machine: {wide[0].strip()}"
+
+
+def test_tile_instructions_are_in_the_amx_level_alone(objects: dict[str, list[Path]]) -> None:
+    tiles = r"ldtilecfg|tile(?:release|zero|loadd|stored)|tdp\w+"
+    for level, paths in objects.items():
+        wanted = {"attend_matrix_pairs": "tdpbf16ps", "attend_matrix_codes": "tdpbssd"} if level == "amx" else {}
+        for path in paths:
+            found = set(re.findall(rf"\b(?:{tiles})\b", run("objdump", "-d", "--no-show-raw-insn", str(path))))
+            common = {"ldtilecfg", "tileloadd", "tilestored", "tilezero", "tilerelease"}
+            product = wanted.get(path.name.split(".")[0])
+            assert found == (common | {product} if product else set()), f"{path.name} at {level}"

@@ -13,6 +13,10 @@
 namespace kvstrata::cpu {
 namespace {
 
+bool has_matrix(const Kernels& kernels) {
+    return std::any_of(kernels.attend_matrix, std::end(kernels.attend_matrix), [](auto f) { return f != nullptr; });
+}
+
 constexpr int64_t kAloneWork = 64;  // pages in all below which the caller works alone
 
 // One unit of work: a chunk of a row's entries for all its query rows, or all entries for one tile of them.
@@ -104,8 +108,9 @@ class Unit {
         std::fill_n(acc, static_cast<int64_t>(n) * stride_, 0.0f);
         std::fill_n(s_.sum, n * kSlots, 0.0f);
         std::fill_n(s_.maximum, n, kMinusInf);
-        AttendTile tile{s_.q,     acc, s_.maximum,  s_.sum,  s_.z,     s_.p,       s_.rescale, s_.live,  s_.decoded,
-                        s_.masks, n,   p_.head_dim, stride_, p_.scale, p_.softcap, nullptr,    s_.query, 0};
+        AttendTile tile{s_.q,       acc,        s_.maximum, s_.sum, s_.z,        s_.p,    s_.rescale,
+                        s_.live,    s_.decoded, s_.masks,   n,      p_.head_dim, stride_, p_.scale,
+                        p_.softcap, nullptr,    s_.query,   0,      s_.operands};
         const int first_query = first / p_.group, last_query = (first + n - 1) / p_.group;
         MaskWalk walk(p_, row_, first_query, last_query - first_query + 1, begin);
         PageBlock block{};
@@ -134,13 +139,23 @@ class Unit {
     void visit(AttendTile& tile, PageBlock& block, Format format, int first, const int* entries, int next, int end) {
         look_ahead(next, end, format, block);
         if (!is_full(format)) expect_quantized(tile, format);
-        kernels_.attend_block[static_cast<int>(format)](tile, block);
+        add(tile, block, format);
         for (int i = 0; row_.logits && i < tile.rows; ++i) {
             for (int j = 0; j < block.count; ++j) {
                 std::copy_n(tile.z + (i * kBlock + j) * kSlots, kSlots, logits(first + i, entries[j]));
             }
         }
         block.count = 0;
+    }
+
+    // By the level's matrix tiles, if it has any and the rows are enough for them.
+    void add(const AttendTile& tile, const PageBlock& block, Format format) {
+        const int f = static_cast<int>(format);
+        if (tile.rows < kMatrixRows || !kernels_.attend_matrix[f]) return kernels_.attend_block[f](tile, block);
+        bool& split = split_[is_full(format)];
+        if (!split) kernels_.split_queries[f](tile);
+        split = true;
+        kernels_.attend_matrix[f](tile, block);
     }
 
     // acc to outputs, sums to log-sum-exps; what quantized pages gave is rotated back, once. A row that read nothing keeps
@@ -197,16 +212,17 @@ class Unit {
     const Scratch s_;
     const int stride_;
     float* rotated_ = nullptr;  // the rotated accumulator, once there is a quantized page
+    bool split_[2] = {};        // whether queries are in two terms: for quantized pages, for full ones
 };
 
 }  // namespace
 
-int64_t attend_workspace_bytes(const ops::AttendParams& params) { return Plan::bytes(params); }
+int64_t attend_workspace_bytes(const ops::AttendParams& params) { return Plan::bytes(params, has_matrix(kernels())); }
 
 void attend(const ops::AttendParams& params) {
     if (!params.n_rows) return;
     const Kernels& k = kernels();
-    const Plan plan(params);
+    const Plan plan(params, has_matrix(k));
     parallel(plan.units(), plan.work() < kAloneWork ? 1 : params.threads,
              [&](int64_t unit, int worker) { Unit(params, plan, k, static_cast<int>(unit), worker).run(); });
 }

@@ -35,12 +35,19 @@ int tile_rows(const ops::AttendParams& p) {
     return static_cast<int>(std::min<int64_t>(most, kTileRows));
 }
 
-int64_t scratch_bytes(int rows, int stride) {
+int pitch_of(int stride) { return (stride + 31) / 32 * 32; }
+int64_t block_bytes(int stride) { return static_cast<int64_t>(kBlock) * 32 * stride; }
+int64_t operand_bytes(int64_t rows, int stride) {
+    if (rows < kMatrixRows) return 0;
+    return rows * pitch_of(stride) * 4 + block_bytes(stride) + 2 * round64(rows * stride) + round64(rows);
+}
+
+int64_t scratch_bytes(int rows, int stride, bool matrix) {
     const int64_t lanes = kSlots + 2 * kBlock * kSlots;
     const int64_t floats = static_cast<int64_t>(rows) * (2 * stride + lanes) + kSlots * stride;
     const int64_t rotated = static_cast<int64_t>(rows) * stride * 6;  // and codes
     return round64(floats * 4) + round64(rotated) + 4 * round64(rows * 4) + 2 * round64(rows * 2) +
-           round64(rows * 2 * kBlock);
+           round64(rows * 2 * kBlock) + (matrix ? operand_bytes(rows, stride) : 0);
 }
 
 int trimmed(const ops::AttendRow& row) {
@@ -51,7 +58,7 @@ int trimmed(const ops::AttendRow& row) {
 
 }  // namespace
 
-int64_t Plan::bytes(const ops::AttendParams& p) {
+int64_t Plan::bytes(const ops::AttendParams& p, bool matrix) {
     const int stride = padded_dim(p.head_dim);
     int64_t partials = 0;
     for (int r = 0; r < p.n_rows; ++r) {
@@ -59,13 +66,14 @@ int64_t Plan::bytes(const ops::AttendParams& p) {
         if (rows && is_split(rows)) partials += most_chunks(p.rows[r].entries) * partial_floats(rows, stride);
     }
     return round64(static_cast<int64_t>(p.n_rows) * static_cast<int64_t>(sizeof(RowPlan))) + partials * 4 +
-           scratch_bytes(tile_rows(p), stride) * std::max(1, p.threads);
+           scratch_bytes(tile_rows(p), stride, matrix) * std::max(1, p.threads);
 }
 
-Plan::Plan(const ops::AttendParams& p)
+Plan::Plan(const ops::AttendParams& p, bool matrix)
     : n_rows_(p.n_rows),
       stride_(padded_dim(p.head_dim)),
       tile_rows_(tile_rows(p)),
+      matrix_(matrix),
       rows_(static_cast<RowPlan*>(p.workspace)) {
     int64_t floats = 0;
     for (int r = 0; r < n_rows_; ++r) {
@@ -104,7 +112,7 @@ float* Plan::partial_lse(const RowPlan& row, int unit, int rows) const {
 }
 
 Scratch Plan::scratch(int worker) const {
-    unsigned char* at = scratch_ + worker * scratch_bytes(tile_rows_, stride_);
+    unsigned char* at = scratch_ + worker * scratch_bytes(tile_rows_, stride_, matrix_);
     const auto take = [&at](int64_t bytes) {
         unsigned char* const part = at;
         at += bytes;
@@ -113,7 +121,7 @@ Scratch Plan::scratch(int worker) const {
     const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
     const auto lanes = [&](int64_t n) { return reinterpret_cast<uint16_t*>(take(round64(n * 2))); };
     const int64_t rows = tile_rows_;
-    Scratch s;
+    Scratch s{};
     s.q = floats(rows * stride_);
     s.acc = floats(rows * stride_);
     s.decoded = floats(static_cast<int64_t>(kSlots) * stride_);
@@ -128,7 +136,16 @@ Scratch Plan::scratch(int worker) const {
     s.query.delta = floats(round64(rows * 4) / 4);
     s.query.centre = floats(round64(rows * 4) / 4);
     s.acc_rotated = floats(rows * stride_);
-    s.query.codes = reinterpret_cast<int16_t*>(take(rows * stride_ * 2));
+    s.query.codes = reinterpret_cast<int16_t*>(take(round64(rows * stride_ * 2)));
+    if (!matrix_ || rows < kMatrixRows) return s;
+    MatrixOperands& o = s.operands;
+    o.pitch = pitch_of(stride_);
+    o.high = reinterpret_cast<uint16_t*>(take(rows * o.pitch * 2));
+    o.low = reinterpret_cast<uint16_t*>(take(rows * o.pitch * 2));
+    o.block = take(block_bytes(stride_));
+    o.upper = reinterpret_cast<int8_t*>(take(round64(rows * stride_)));
+    o.lower = reinterpret_cast<int8_t*>(take(round64(rows * stride_)));
+    o.exact = take(round64(rows));
     return s;
 }
 

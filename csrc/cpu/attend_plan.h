@@ -30,14 +30,15 @@ struct Scratch {
     uint16_t* masks;               // [kTileRows, kBlock]
     float* acc_rotated;            // [kTileRows, D'] of quantized pages, like `query`
     QueryCodes query;
+    MatrixOperands operands;  // from kMatrixRows query rows on, where the level has matrix tiles
 };
 
 class Plan {
   public:
-    // Fills params.workspace.
-    explicit Plan(const ops::AttendParams& params);
+    // Fills params.workspace. matrix: whether there is scratch for kernels of matrix tiles.
+    Plan(const ops::AttendParams& params, bool matrix);
 
-    static int64_t bytes(const ops::AttendParams& params);
+    static int64_t bytes(const ops::AttendParams& params, bool matrix);
 
     int units() const { return units_; }
     int64_t work() const { return work_; }  // pages to read, times how many tiles of 16 query rows read each
@@ -50,6 +51,7 @@ class Plan {
 
   private:
     int n_rows_, stride_, tile_rows_;
+    bool matrix_;
     int units_ = 0;
     int64_t work_ = 0;
     RowPlan* rows_;

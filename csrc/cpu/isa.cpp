@@ -16,7 +16,12 @@
 namespace kvstrata::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaLevels] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_soft"};
+#if defined(KVSTRATA_SOFT_TILES)
+constexpr int kLevels = 7;
+#else
+constexpr int kLevels = 6;
+#endif
 
 #if defined(KVSTRATA_X86)
 struct Cpuid {
@@ -38,59 +43,47 @@ uint64_t saved_states() {
 // Linux hands out the 8 KiB tile state per process and on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool tiles_granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-std::string missing(bool present, const char* what) { return present ? "" : std::string("the CPU has no ") + what; }
+bool has_tiles(const CpuFacts& cpu) { return bit(cpu.more_d, 22) && bit(cpu.more_d, 24) && bit(cpu.more_d, 25); }
+bool saves_tiles(const CpuFacts& cpu) { return (cpu.states >> 17 & 3) == 3; }
 
-// Why a level is not available, given that all below it are; "" if it is.
-std::string obstacle(Isa level) {
+CpuFacts this_cpu() {
     const Cpuid basic(1, 0), more(7, 0), sub(7, 1);
-    const uint64_t states = bit(basic.c, 27) ? saved_states() : 0;
-    switch (level) {
-        case Isa::scalar: return "";
-        case Isa::avx2:
-            if ((states & 0x6) != 0x6) return "the operating system does not save AVX registers";
-            return missing(bit(more.b, 5) && bit(basic.c, 12) && bit(basic.c, 29), "AVX2, FMA and F16C");
-        case Isa::avx512:
-            if ((states & 0xE6) != 0xE6) return "the CPU or the operating system has no AVX-512 state";
-            return missing(bit(more.b, 16) && bit(more.b, 17) && bit(more.b, 30) && bit(more.b, 31),
-                           "AVX-512 F, DQ, BW and VL");
-        case Isa::avx512_vnni: return missing(bit(more.c, 11), "AVX512-VNNI");
-        case Isa::avx512_bf16: return missing(bit(sub.a, 5), "AVX512-BF16");
-        case Isa::amx:
-            if (!(bit(more.d, 22) && bit(more.d, 24) && bit(more.d, 25)))
-                return "the CPU has no AMX-TILE, -BF16 and -INT8";
-            if ((states >> 17 & 3) != 3) return "the operating system does not save AMX tiles";
-            return tiles_granted() ? "" : "the operating system refused the AMX tile permission";
-    }
-    return "";
+    CpuFacts cpu{basic.c, more.b, more.c, more.d, sub.a, bit(basic.c, 27) ? saved_states() : 0, false};
+    cpu.tiles_granted = has_tiles(cpu) && saves_tiles(cpu) && tiles_granted();
+    return cpu;
 }
+
+std::string missing(bool present, const char* what) { return present ? "" : std::string("the CPU has no ") + what; }
 #else
-std::string obstacle(Isa level) { return level == Isa::scalar ? "" : "not built for this architecture"; }
+CpuFacts this_cpu() { return {}; }
 #endif
 
 void fill(Isa level, Kernels* table) {
-#define KVSTRATA_FILL(name)                 \
-    case Isa::name:                         \
-        name::fill_attend(table);           \
-        name::fill_attend_pairs(table);     \
-        name::fill_attend_quantized(table); \
-        name::fill_bounds(table);           \
-        name::fill_clusters(table);         \
-        name::fill_elements(table);         \
-        name::fill_encode(table);           \
-        name::fill_groups(table);           \
-        name::fill_keys(table);             \
-        name::fill_pages(table);            \
-        name::fill_pool(table);             \
-        name::fill_ranks(table);            \
-        name::fill_rotate(table);           \
-        name::fill_scores(table);           \
-        name::fill_slots(table);            \
-        name::fill_split(table);            \
-        name::fill_summaries(table);        \
-        name::fill_values(table);           \
-        name::fill_window(table);           \
-        name::fill_window_pairs(table);     \
-        name::fill_window_quantized(table); \
+#define KVSTRATA_FILL(name)                    \
+    case Isa::name:                            \
+        name::fill_attend(table);              \
+        name::fill_attend_matrix_codes(table); \
+        name::fill_attend_matrix_pairs(table); \
+        name::fill_attend_pairs(table);        \
+        name::fill_attend_quantized(table);    \
+        name::fill_bounds(table);              \
+        name::fill_clusters(table);            \
+        name::fill_elements(table);            \
+        name::fill_encode(table);              \
+        name::fill_groups(table);              \
+        name::fill_keys(table);                \
+        name::fill_pages(table);               \
+        name::fill_pool(table);                \
+        name::fill_ranks(table);               \
+        name::fill_rotate(table);              \
+        name::fill_scores(table);              \
+        name::fill_slots(table);               \
+        name::fill_split(table);               \
+        name::fill_summaries(table);           \
+        name::fill_values(table);              \
+        name::fill_window(table);              \
+        name::fill_window_pairs(table);        \
+        name::fill_window_quantized(table);    \
         break
     switch (level) {
         KVSTRATA_FILL(scalar);
@@ -101,31 +94,42 @@ void fill(Isa level, Kernels* table) {
         KVSTRATA_FILL(avx512_bf16);
         KVSTRATA_FILL(amx);
 #endif
+#if defined(KVSTRATA_SOFT_TILES)
+        KVSTRATA_FILL(amx_soft);
+#endif
         default: break;
     }
 #undef KVSTRATA_FILL
 }
 
+bool same(const Kernels& a, const Kernels& b) {  // as far as attend goes
+    return std::equal(a.attend_block, std::end(a.attend_block), b.attend_block) &&
+           std::equal(a.attend_matrix, std::end(a.attend_matrix), b.attend_matrix);
+}
+
 struct Levels {
-    std::array<LevelInfo, kIsaLevels> info;
-    std::array<Kernels, kIsaLevels> tables{};
+    std::array<LevelInfo, kLevels> info;
+    std::array<Kernels, kLevels> tables{};
 
     // A level's fill function is compiled for that level, so it only runs where the level is available.
     Levels() {
-        std::string below;
-        for (int i = 0; i < kIsaLevels; ++i) {
-            std::string reason = below.empty() ? obstacle(static_cast<Isa>(i)) : below;
-            const bool available = reason.empty();
-            info[i] = {kNames[i], available, reason, i ? info[i - 1].kernels : kNames[0]};
-            if (available) {
-                if (i) tables[i] = tables[i - 1];
-                fill(static_cast<Isa>(i), &tables[i]);
-                const auto& block = tables[i].attend_block;  // a level's own kernels attend, if they do anything
-                const bool own = i == 0 || !std::equal(block, block + std::size(block), tables[i - 1].attend_block);
-                if (own) info[i].kernels = kNames[i];
-            } else if (below.empty()) {
-                below = std::string("needs ") + kNames[i] + ": " + reason;
+        const CpuFacts cpu = this_cpu();
+        for (int i = 0; i < kLevels; ++i) {
+            const Isa level = static_cast<Isa>(i);
+            const int below = level == Isa::amx_soft ? static_cast<int>(Isa::avx512_bf16) : i - 1;
+            std::string reason;
+            if (i && !info[below].available) {
+                reason = info[below].reason;
+                if (!reason.starts_with("needs ")) reason = std::string("needs ") + kNames[below] + ": " + reason;
+            } else {
+                reason = obstacle(level, cpu);
             }
+            info[i] = {kNames[i], reason.empty(), reason, i ? info[below].kernels : kNames[0]};
+            if (!info[i].available) continue;
+            if (i) tables[i] = tables[below];
+            fill(level, &tables[i]);
+            // A level's own kernels attend, if they do anything.
+            if (i == 0 || !same(tables[i], tables[below])) info[i].kernels = kNames[i];
         }
     }
 };
@@ -136,19 +140,20 @@ const Levels& all() {
 }
 
 Isa parse(const std::string& name, const char* source) {
-    for (int i = 0; i < kIsaLevels; ++i) {
+    for (int i = 0; i < kLevels; ++i) {
         if (name != kNames[i]) continue;
         const LevelInfo& level = all().info[i];
         check(level.available, source, " is ", name, ", which is not available here: ", level.reason);
         return static_cast<Isa>(i);
     }
     std::string known;
-    for (const char* n : kNames) known += (known.empty() ? "" : ", ") + std::string(n);
+    for (const LevelInfo& level : all().info) known += (known.empty() ? "" : ", ") + std::string(level.name);
     throw Invalid(message(source, " is ", name, ", expected one of ", known));
 }
 
+// The best level that is used unasked. amx is not, until it has run on a CPU that has it: KVSTRATA_ISA=amx asks for it.
 Isa best() {
-    int i = kIsaLevels - 1;
+    int i = static_cast<int>(Isa::avx512_bf16);
     while (!all().info[i].available) --i;
     return static_cast<Isa>(i);
 }
@@ -162,7 +167,34 @@ std::atomic<int> active{-1};  // -1: not chosen yet
 
 }  // namespace
 
-const LevelInfo* levels() { return all().info.data(); }
+#if defined(KVSTRATA_X86)
+std::string obstacle(Isa level, const CpuFacts& cpu) {
+    switch (level) {
+        case Isa::scalar:
+        case Isa::amx_soft: return "";
+        case Isa::avx2:
+            if ((cpu.states & 0x6) != 0x6) return "the operating system does not save AVX registers";
+            return missing(bit(cpu.more_b, 5) && bit(cpu.basic_c, 12) && bit(cpu.basic_c, 29), "AVX2, FMA and F16C");
+        case Isa::avx512:
+            if ((cpu.states & 0xE6) != 0xE6) return "the CPU or the operating system has no AVX-512 state";
+            return missing(bit(cpu.more_b, 16) && bit(cpu.more_b, 17) && bit(cpu.more_b, 30) && bit(cpu.more_b, 31),
+                           "AVX-512 F, DQ, BW and VL");
+        case Isa::avx512_vnni: return missing(bit(cpu.more_c, 11), "AVX512-VNNI");
+        case Isa::avx512_bf16: return missing(bit(cpu.sub_a, 5), "AVX512-BF16");
+        case Isa::amx:
+            if (!has_tiles(cpu)) return "the CPU has no AMX-TILE, -BF16 and -INT8";
+            if (!saves_tiles(cpu)) return "the operating system does not save AMX tiles";
+            return cpu.tiles_granted ? "" : "the operating system refused the AMX tile permission";
+    }
+    return "";
+}
+#else
+std::string obstacle(Isa level, const CpuFacts&) {
+    return level == Isa::scalar ? "" : "not built for this architecture";
+}
+#endif
+
+std::span<const LevelInfo> levels() { return all().info; }
 
 Isa active_isa() {
     int level = active.load(std::memory_order_acquire);

@@ -11,12 +11,24 @@
 namespace kvstrata::cpu {
 
 inline constexpr int kTileRows = 64;  // query rows that visit a page together
+// From this many query rows on they read a block in matrix tiles, where a level has those: fewer fill one register tile, which
+// keeps up with memory, and matrix tiles would wait for their loads.
+inline constexpr int kMatrixRows = 5;
 
 // Query rows as quantized pages read them: R q = delta * codes.
 struct QueryCodes {
     int16_t* codes;  // [rows, stride] dims of each quad in the order 0, 2, 1, 3
     float* delta;    // [rows] max |R q| / 32639; 0 for a zero query, NaN for one that holds NaN or Inf
     float* centre;   // [rows] q . centre
+};
+
+// Query rows as matrix tiles read them, two terms each, and what they read of a block.
+struct MatrixOperands {
+    uint16_t *high, *low;   // bf16 [rows, pitch] q = high + low; 0 beyond head_dim
+    uint8_t* exact;         // [rows] whether low is 0: then it must not meet an infinite key
+    int8_t *upper, *lower;  // [rows, stride] QueryCodes = 256 * upper + lower, dims in order
+    unsigned char* block;   // [kBlock * 32 * stride] K codes, or V, of a block; a multiple of 64 bytes
+    int32_t pitch;          // head_dim in whole tiles of 32
 };
 
 inline constexpr int kBlock = 8;  // pages that visit a tile together: one softmax step for all of them
@@ -47,6 +59,8 @@ struct AttendTile {
     float* acc_rotated;  // [rows, stride] sum of p * R v over quantized pages, relative to `maximum`
     QueryCodes query;
     int32_t group;  // dims that share a scale in the page's format
+    // Of kernels of matrix tiles, from kMatrixRows query rows on; queries are written by split_queries.
+    MatrixOperands operands;
 };
 
 // A block of window queries over one page. Operands are 32-bit words: a dim in f32, or two dims in bf16 or in the 16-bit
@@ -206,32 +220,39 @@ struct Kernels {
 
     // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
     void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
+
+    // attend_block in matrix tiles, and what it wants first, once per tile: its queries in two terms. Null where a level has
+    // none. Indexed by Format.
+    void (*attend_matrix[6])(const AttendTile& tile, const PageBlock& block);
+    void (*split_queries[6])(const AttendTile& tile);
 };
 
 // Each level fills in what it has and leaves the rest as the level below filled it.
-#define KVSTRATA_LEVEL(level)                   \
-    namespace level {                           \
-    void fill_attend(Kernels* table);           \
-    void fill_attend_pairs(Kernels* table);     \
-    void fill_attend_quantized(Kernels* table); \
-    void fill_bounds(Kernels* table);           \
-    void fill_clusters(Kernels* table);         \
-    void fill_elements(Kernels* table);         \
-    void fill_encode(Kernels* table);           \
-    void fill_groups(Kernels* table);           \
-    void fill_keys(Kernels* table);             \
-    void fill_pages(Kernels* table);            \
-    void fill_pool(Kernels* table);             \
-    void fill_ranks(Kernels* table);            \
-    void fill_rotate(Kernels* table);           \
-    void fill_scores(Kernels* table);           \
-    void fill_slots(Kernels* table);            \
-    void fill_split(Kernels* table);            \
-    void fill_summaries(Kernels* table);        \
-    void fill_values(Kernels* table);           \
-    void fill_window(Kernels* table);           \
-    void fill_window_pairs(Kernels* table);     \
-    void fill_window_quantized(Kernels* table); \
+#define KVSTRATA_LEVEL(level)                      \
+    namespace level {                              \
+    void fill_attend(Kernels* table);              \
+    void fill_attend_matrix_codes(Kernels* table); \
+    void fill_attend_matrix_pairs(Kernels* table); \
+    void fill_attend_pairs(Kernels* table);        \
+    void fill_attend_quantized(Kernels* table);    \
+    void fill_bounds(Kernels* table);              \
+    void fill_clusters(Kernels* table);            \
+    void fill_elements(Kernels* table);            \
+    void fill_encode(Kernels* table);              \
+    void fill_groups(Kernels* table);              \
+    void fill_keys(Kernels* table);                \
+    void fill_pages(Kernels* table);               \
+    void fill_pool(Kernels* table);                \
+    void fill_ranks(Kernels* table);               \
+    void fill_rotate(Kernels* table);              \
+    void fill_scores(Kernels* table);              \
+    void fill_slots(Kernels* table);               \
+    void fill_split(Kernels* table);               \
+    void fill_summaries(Kernels* table);           \
+    void fill_values(Kernels* table);              \
+    void fill_window(Kernels* table);              \
+    void fill_window_pairs(Kernels* table);        \
+    void fill_window_quantized(Kernels* table);    \
     }
 KVSTRATA_LEVEL(scalar)
 KVSTRATA_LEVEL(avx2)
@@ -239,6 +260,7 @@ KVSTRATA_LEVEL(avx512)
 KVSTRATA_LEVEL(avx512_vnni)
 KVSTRATA_LEVEL(avx512_bf16)
 KVSTRATA_LEVEL(amx)
+KVSTRATA_LEVEL(amx_soft)
 #undef KVSTRATA_LEVEL
 
 }  // namespace kvstrata::cpu

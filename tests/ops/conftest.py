@@ -1,5 +1,6 @@
 """Every op's tests run at every instruction-set level of this machine.
 
+Those of a module that says TILES = names run at amx_soft too, where the build has it: AMX kernels with tiles in plain code.
 Those of a module that says EMULATED = share run on CUDA too: where a device is, and, so large a share of its cases, emulated,
 but for those with TOO_LONG, if it says so, in their name.
 """
@@ -17,15 +18,22 @@ import torch
 
 from kvstrata import _C
 
-LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
+SOFT = "amx_soft"
+ALL_LEVELS = [name for name, available, _, _ in _C.isa_levels() if available]
+LEVELS = [name for name in ALL_LEVELS if name != SOFT]
+MATRIX_LEVELS = [name for name in ALL_LEVELS if name.startswith("amx")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "matrix_isa" in metafunc.fixturenames:
+        metafunc.parametrize("matrix_isa", MATRIX_LEVELS, indirect=True)
     for name, levels in (("isa", LEVELS), ("device", ["cpu"])):
         if name not in metafunc.fixturenames:
             continue
         on_cuda = ["emulated"] + ["cuda"] * torch.cuda.is_available()
         more = on_cuda if hasattr(metafunc.module, "EMULATED") else []
+        if name == "isa" and hasattr(metafunc.module, "TILES") and SOFT in ALL_LEVELS:
+            more = [SOFT, *more]
         metafunc.parametrize(
             name, [*levels, *(pytest.param(where, marks=marks(where)) for where in more)], indirect=True
         )
@@ -42,6 +50,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         devices.use(request.param, monkeypatch)
         yield request.param
         return
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")
+
+
+@pytest.fixture
+def matrix_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A level whose kernels read pages in matrix tiles."""
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa("")
@@ -75,6 +91,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _left_out(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
+    if call is not None and call.params.get("isa") == SOFT:  # no f32 or f16 kernels of its own, nor for few query rows
+        return call.params.get("formats") in (("f32",), ("f16",)) or not re.match(item.module.TILES, item.name)
     if call is None or "emulated" not in (call.params.get("isa"), call.params.get("device")):
         return False
     too_long = getattr(item.module, "TOO_LONG", None)

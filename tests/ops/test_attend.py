@@ -13,6 +13,7 @@ from tolerances import LOGITS, LOGITS_PAIRS, LSE, MASS, OUT_PAIRS, assert_close,
 from kvstrata import _C, ops, reference
 
 EMULATED = 0.5
+TILES = r"test_(?!long_list|lengths|lists_around|holes|head_dims\[|softcap)"
 
 FORMATS = [("f32",), ("bf16",), ("f16",)]
 LENGTHS = [0, 1, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64]
@@ -150,6 +151,12 @@ def test_own(isa: str, queries: int, masks: str) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: f[0])
+def test_first_queries_read_nothing_of_a_block(isa: str, formats: tuple[str, ...]) -> None:
+    """The last block of eight pages holds later own tokens alone."""
+    check(make_case([11], formats=formats, queries=75, group=1, own=torch.tensor([75], dtype=torch.int32)))
+
+
 @pytest.mark.parametrize("queries", [1, 7, 33, 64])
 def test_tree(isa: str, queries: int) -> None:
     g = torch.Generator().manual_seed(queries)
@@ -207,7 +214,7 @@ def test_bias_log_n_is_n_copies(isa: str) -> None:
 
 def pairs(isa: str) -> bool:
     """Whether bf16 pages are read by products of bf16."""
-    return isa in ("avx512_bf16", "amx", "emulated", "cuda")
+    return isa in ("avx512_bf16", "amx", "amx_soft", "emulated", "cuda")
 
 
 @pytest.mark.parametrize("dim", [17, 64])
@@ -236,12 +243,14 @@ def test_logits_and_mass(isa: str, queries: int) -> None:
     assert torch.equal(mass, case.attend(want_mass=True)[2])
 
 
-def test_a_bad_query_head_stays_alone(isa: str) -> None:
+@pytest.mark.parametrize("group", [4, 9])
+def test_a_bad_query_head_stays_alone(isa: str, group: int) -> None:
     """NaN in one head, and an infinite key that the others read: they are as without it."""
-    case = make_case([5])
+    case = make_case([5], group=group)
     case.q = case.q.bfloat16()
     case.pools[0].payload(0).view(torch.bfloat16)[int(case.pages[0, 2]) & 0xFFFF, 7] = -INF
     alone = case.attend()[0]
     case.q[..., 3, 5] = float("nan")
-    assert torch.equal(case.attend()[0][:, :, :3].nan_to_num(7.0), alone[:, :, :3].nan_to_num(7.0))
+    others = [g for g in range(group) if g != 3]
+    assert torch.equal(case.attend()[0][:, :, others].nan_to_num(7.0), alone[:, :, others].nan_to_num(7.0))
     assert case.attend()[0][:, :, 3].isnan().all()

@@ -10,9 +10,10 @@ from cases import Case, make_case, write_quantized
 from tolerances import LOGITS_QUANTIZED, LSE, MASS, OUT_QUANTIZED, assert_close, assert_close_rows, out_tolerance
 
 from conftest import at_scalar
-from kvstrata import ops, reference
+from kvstrata import _C, ops, reference
 
 EMULATED = 0.5
+TILES = r"test_(?!long_list|lengths|small_values|zero_queries)"
 
 ALONE = [("int8",), ("int4",), ("int2",)]
 MIXED = [("bf16", "int8", "int4", "int2"), ("f32", "int4"), ("int8", "int2", "f16")]
@@ -115,6 +116,21 @@ def test_logits_are_bit_equal_over_levels(
     z = case.attend(want_logits=True)[2]
     with at_scalar(monkeypatch):
         assert torch.equal(z, case.attend(want_logits=True)[2])
+
+
+@pytest.mark.parametrize("queries", [2, 20])
+@pytest.mark.parametrize("dim", [48, 80, 128, 256])
+@pytest.mark.parametrize("formats", ALONE, ids=name)
+def test_matrix_tiles_give_the_bits_of_the_level_below(
+    matrix_isa: str, formats: tuple[str, ...], dim: int, queries: int
+) -> None:
+    """Whole numbers: exact sums in whatever order. Rows that read nothing, and a last page alone, are among them."""
+    case = make_case(
+        [17, 9], formats=formats, dim=dim, queries=queries, masks="ragged", own=torch.tensor([0, queries]).int()
+    )
+    tiles = case.attend()
+    _C.set_isa("avx512_bf16")
+    assert all(torch.equal(a, b) for a, b in zip(tiles, case.attend(), strict=True))
 
 
 @pytest.mark.parametrize("queries", [1, 20])

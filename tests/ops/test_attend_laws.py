@@ -13,6 +13,7 @@ from conftest import at_scalar
 from kvstrata import ops
 
 EMULATED = 0.5
+TILES = "test_"
 
 INF = float("inf")
 SHAPES: list[dict[str, Any]] = [
@@ -139,6 +140,28 @@ def test_exact_arithmetic_is_bit_equal_over_levels(
         assert same((z, out, lse), (case.attend(want_logits=True)[2], case.attend(q=flat)[0], exact_lse))
 
 
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """f32, rounded once but for a tie in 2^29: the product of two bf16 is exact in f64."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 17])
+def test_matrix_tiles_add_in_the_order_of_their_instruction(matrix_isa: str, dim: int) -> None:
+    """TDPBF16PS: sixteen pairs at a time, first elements and second ones apart, then their sums, then the tile's."""
+    case = make_case([3], dim=dim, group=7, queries=3, scale=1.0, seed=dim)
+    case.q = case.q.bfloat16()
+    z = case.attend(want_logits=True)[2][0]  # [G, T, K, 16]
+    whole = -(-dim // 32) * 32
+    q, k = (torch.nn.functional.pad(x.float(), (0, whole - dim)) for x in (case.q[0].transpose(0, 1), case.k[0]))
+    expected = torch.zeros(z.shape)
+    for tile in range(0, whole, 32):
+        sums = [torch.zeros(z.shape), torch.zeros(z.shape)]
+        for d in range(tile, tile + 32):
+            sums[d % 2] = fma(q[:, :, None, None, d], k[:, :, d], sums[d % 2])
+        expected = expected + (sums[0] + sums[1])
+    assert torch.equal(z, expected)
+
+
 # --- Isolation -------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +212,25 @@ def test_bad_own_token_is_not_seen_by_earlier_queries(isa: str, queries: int, gr
     assert torch.equal(out[:, :bad_token], clean[0][:, :bad_token])
     assert torch.equal(lse[:, :bad_token], clean[1][:, :bad_token])
     assert out[:, bad_token:].isnan().all()
+
+
+@pytest.mark.parametrize("slot", [6, 7])
+@pytest.mark.parametrize("bad", [float("nan"), INF, -INF])
+def test_bad_value_in_matrix_tiles(matrix_isa: str, bad: float, slot: int) -> None:
+    """It shows in its own channel of the queries that read it, and infinity stays what it is; all else is bit for bit."""
+    own = torch.tensor([20], dtype=torch.int32)
+    case = make_case([5], queries=20, group=3, own=own)
+    clean = case.attend()
+    entry, reads = 4, slot - (5 * 16 - 20 - 4 * 16)  # the first query that reads the slot of the last page
+    k, v = case.k[0, entry].float(), case.v[0, entry].float()
+    v[slot, 9] = bad
+    write_page(case.pools[0], 0, int(case.pages[0, entry]) & 0xFFFF, k, v)
+    out, lse = case.attend()
+    assert torch.equal(
+        out[:, reads:, :, 9].nan_to_num(7.0, 8.0, 9.0), torch.full((1, 20 - reads, 3), bad).nan_to_num(7.0, 8.0, 9.0)
+    )
+    out[:, reads:, :, 9] = clean[0][:, reads:, :, 9]
+    assert same((out, lse), clean)
 
 
 def test_outputs_are_written_and_nothing_else(isa: str) -> None:

@@ -4,6 +4,7 @@
 // already has no second term. Denormal numbers count as 0; an infinite value in V gives NaN, for it meets the second term of p.
 #include "cpu/kernels/level.h"
 #if defined(KV_ISA_avx512_bf16)
+#include "cpu/kernels/pairs.h"
 #include "cpu/kernels/softmax.h"
 
 namespace kvstrata::cpu::KV_ISA {
@@ -14,15 +15,6 @@ constexpr int kSums = 4;  // independent sums of a row in QK
 KV_INLINE V dot(V sum, __m512i line, uint32_t pair) {
     const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
     return {_mm512_dpbf16_ps(sum.x, reinterpret_cast<__m512bh>(line), reinterpret_cast<__m512bh>(both))};
-}
-
-// Sixteen numbers as bf16, and what that leaves of them likewise.
-KV_INLINE void split(V x, void* high, void* low) {
-    const __m256i h = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.x));
-    const __m512 kept = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-    _mm256_storeu_si256(static_cast<__m256i*>(high), h);
-    _mm256_storeu_si256(static_cast<__m256i*>(low),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(x.x, kept))));
 }
 
 // Rows of a register tile as pairs of bf16.

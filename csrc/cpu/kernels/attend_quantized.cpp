@@ -6,29 +6,12 @@
 #include "cpu/kernels/level.h"
 #if KV_DOT_KERNELS
 #include "cpu/kernels/dot.h"
-#include "cpu/kernels/softmax.h"
+#include "cpu/kernels/shares.h"
 
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
-constexpr float kMost = 32639.0f;  // largest n: 127 * 257, two signed bytes of it fit where a kernel wants bytes
-constexpr float kLeast = 7.888609052210118e-31f;  // 2^-100: queries and shares p below it count as zero
-constexpr float kLeastScale = 1e-36f;             // no code has a smaller scale
 constexpr uint16_t kAllLanes = 0xFFFF;
-
-template <Format F>
-constexpr int kBits = format_bits(F);
-template <Format F>
-constexpr int kShare = 8 / kBits<F>;  // codes in a byte
-
-// Where things lie in a page (common/layout.h).
-template <Format F>
-KV_INLINE int64_t half_page(const AttendTile& t) {
-    return static_cast<int64_t>(kSlots) * t.head_dim * kBits<F> / 8;
-}
-KV_INLINE int64_t scale_bytes_of(const AttendTile& t) { return 2 * kSlots * (t.head_dim / t.group); }
-
-KV_INLINE V magnitude(V x) { return bits_and(x, 0x7FFFFFFFu); }
 
 // sum[n][k % 2] += the codes of field k . the numbers of row n, for the fields from K on. `numbers` are those of the first
 // quad of the line.
@@ -70,36 +53,7 @@ KV_INLINE void qk(const AttendTile& t, int row, int page, const unsigned char* k
     }
 }
 
-// The scales of V of a block, of slots that some row reads, as shares of the largest of their group.
-struct Shares {
-    float of[kBlock][kMaxGroups][kSlots];  // 0 where no row reads the slot or its scale is not finite
-    float most[kMaxGroups];
-    uint16_t bad[kBlock][kMaxGroups];  // slots whose scale is not finite
-};
-KV_INLINE void find_shares(Shares& shares, const AttendTile& t, const PageBlock& b, int64_t scales, int count) {
-    V most[kMaxGroups];
-    for (int g = 0; g < count; ++g) most[g] = zero();
-    for (int j = 0; j < b.count; ++j) {
-        uint16_t read = 0;
-        for (int row = 0; row < t.rows; ++row) read |= mask_of(t, row, j);
-        for (int g = 0; g < count; ++g) {
-            const V s = load_bf16(b.pages[j] + scales + g * kSlots * 2);
-            const uint16_t finite = less(magnitude(s), set1(__builtin_inff()));
-            const V plain = blend(read & finite, s, zero());
-            shares.bad[j][g] = static_cast<uint16_t>(~finite);
-            store(shares.of[j][g], plain);
-            most[g] = max(magnitude(plain), most[g]);
-        }
-    }
-    for (int g = 0; g < count; ++g) {
-        shares.most[g] = max_lane(most[g]);
-        const V inverse = set1(shares.most[g] >= kLeastScale ? 1.0f / shares.most[g] : 0.0f);
-        for (int j = 0; j < b.count; ++j) store(shares.of[j][g], mul(load(shares.of[j][g]), inverse));
-    }
-}
-
-// p * scale of N rows as numbers of 16 bits: sigma * n, for each group of dims; one sigma for a block, whose pages share
-// their sums: 128 slots of 32639 * 127 stay below 2^30.
+// p * scale of N rows as numbers of 16 bits: sigma * n, for each group of dims.
 template <int N>
 struct Weights {
     int16_t n[kMaxGroups][kBlock][N][kSlots];
@@ -110,18 +64,9 @@ KV_INLINE void find_weights(Weights<N>& w, const AttendTile& t, const PageBlock&
                             int count) {
     for (int n = 0; n < N; ++n) {
         for (int g = 0; g < count; ++g) {
-            V largest = zero(), parts[kBlock];
-            bool bad = false;
-            for (int j = 0; j < b.count; ++j) {
-                const V p = load(t.p + lanes_at(row + n, j));
-                parts[j] = mul(p, load(shares.of[j][g]));
-                largest = max(magnitude(parts[j]), largest);
-                bad |= differ(p, p) || (shares.bad[j][g] & mask_of(t, row + n, j));
-            }
-            const float most = max_lane(largest);
-            const V inverse = set1(most >= kLeast ? kMost / most : 0.0f);
-            w.sigma[n][g] = bad ? __builtin_nanf("") : most * shares.most[g] * (1.0f / kMost);
-            for (int j = 0; j < b.count; ++j) store_quads(w.n[g][j][n], bad ? zero() : mul(parts[j], inverse));
+            V parts[kBlock];
+            w.sigma[n][g] = weigh(parts, t, b, row + n, g, shares);
+            for (int j = 0; j < b.count; ++j) store_quads(w.n[g][j][n], parts[j]);
         }
     }
 }

@@ -7,12 +7,13 @@
 #include "cpu/kernels/level.h"
 
 #define KV_INLINE static inline __attribute__((always_inline))
+#define KV_INLINE_MEMBER inline __attribute__((always_inline))
 
 #if defined(KV_ISA_scalar)
 #include "cpu/kernels/vec_scalar.h"
 #elif defined(KV_ISA_avx2)
 #include "cpu/kernels/vec_avx2.h"
-#elif defined(KV_ISA_avx512) || defined(KV_ISA_avx512_vnni) || defined(KV_ISA_avx512_bf16)
+#else
 #include "cpu/kernels/vec_avx512.h"
 #endif
 

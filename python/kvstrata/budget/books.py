@@ -21,6 +21,8 @@ _BLOCK, _NEAR_COPY = 136, 12
 """Bytes of a row's last block of summaries, beside them, with its place in a list; of a Near copy's place."""
 _ATTEND_ROW, _SELECT_ROW, _PLAN_ROW = 160, 136, 32
 """Bytes of what a call says of a row: to attend, to select, and how its work is cut."""
+_MATRIX_ROWS = 5
+"""Query heads of a row from which on they read pages in matrix tiles (``kMatrixRows``)."""
 _HOLD = 4
 """Pages by which the tail of a row may be longer while a step is recorded."""
 _LINE, _MANY = 64, 1 << 16
@@ -111,8 +113,15 @@ def _attending(s: LayerSpec, batch: int, entries: int, more: int = 0) -> int:
     """Bytes in which a step of one token attends to so many entries of each row of a layer; more: of a row beside."""
     group, dim = _group(s), -(-s.head_dim // 16) * 16
     partial = max(-(-entries // 64), min(128, -(-entries // 8))) * (group * (dim + 1) * 4 + 64)
-    scratch = (group * (4 * dim + 288) + SLOTS * dim) * 4 + 512
+    scratch = (group * (4 * dim + 288) + SLOTS * dim) * 4 + 512 + _operands(group, dim)
     return batch * s.kv_heads * (_PLAN_ROW + partial + more) + torch.get_num_threads() * scratch
+
+
+def _operands(group: int, dim: int) -> int:
+    """Bytes by thread of what matrix tiles read, at a level that has them and with query heads enough (``operand_bytes``)."""
+    if group < _MATRIX_ROWS or not _C.isa().startswith("amx"):
+        return 0
+    return group * (4 * (dim + 16) + 2 * dim + 1) + 256 * dim + 3 * _LINE
 
 
 def _recalling(policy: Policy, s: LayerSpec, batch: int, reads: Reading) -> int:
