@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import inf, nan
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, Literal
 
 from published import Section, publish
 
@@ -58,11 +59,13 @@ def without(statistic: str) -> Policy:
     return arkv(allocator=EntropyShare(full_share=FULL_SHARE, tau=(tau[0], tau[1], tau[2])))
 
 
-def mass(formats: tuple[str, ...]) -> Policy:
+def mass(formats: tuple[str, ...], metric: Literal["mass", "energy"] = "mass") -> Policy:
     """The knapsack over the given formats; what the last queries attend to, at most over plans, is worth most."""
     policy = arkv(scorer=MeanSpread(), allocator=EntropyShare(), combine="max")
     planner = ThreeStates("int4") if len(formats) > 1 else KeepTop()
-    return replace(policy, name="knapsack", planner=planner, allocator=Knapsack(formats), formats=formats[1:])
+    return replace(
+        policy, name="knapsack", planner=planner, allocator=Knapsack(formats, metric=metric), formats=formats[1:]
+    )
 
 
 def packed(packer: Packer, spread_weight: float = 1.0) -> Policy:
@@ -109,7 +112,9 @@ VARIANTS: dict[str, tuple[str, Policy]] = {
         replace(arkv(scorer=MeanSpread(), combine="max"), planner=ThreeStates("int4", True, 0.0), allocator=Uniform()),
     ),
     "knapsack": ("bf16, int4, int2 by window mass per byte", mass(("bf16", "int4", "int2"))),
+    "knapsack energy": ("so, by (window mass * length of the value)^2", mass(("bf16", "int4", "int2"), "energy")),
     "knapsack bf16": ("bf16 or Evicted by window mass per byte", mass(("bf16",))),
+    "knapsack bf16 energy": ("so, by (window mass * length of the value)^2", mass(("bf16",), "energy")),
     "h2o": ("Full or Evicted by accumulated mass", h2o()),
     "icecache": ("all archived, pages by meaning, so many tokens read in a step", icecache()),
     "icecache position": ("so, pages in the order of position", packed(Position())),
@@ -155,8 +160,8 @@ def make(name: str, model: Any, budget: Budget | None, tokens: int) -> Any:
 POLICIES |= {name: partial(make, name) for name in VARIANTS}  # at import: workers of a run import this file, too
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bench/quality/model")
     parser.add_argument("--variants", default=",".join(VARIANTS), metavar="V,..")
     parser.add_argument("--budgets", default="25%,12.5%", metavar="B,..")
@@ -171,7 +176,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=positive, default=1)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the run")
     parser.add_argument("--publish", type=Path, metavar="STEM", help="writes STEM.md and STEM.json")
-    return parser.parse_args()
+    return parser
 
 
 def joined(runs: list[Run]) -> dict[Key, Record]:
@@ -230,8 +235,13 @@ def section(
     return Section("Variants at equal bytes", said, header, body)
 
 
-def main() -> int:
-    args, out = arguments(), Output(json=False)
+Told = Callable[[list[dict[str, Any]], dict[Key, Record]], tuple[list[Section], str]]
+"""Of a summary and its records, sections beside the variants' and a conclusion."""
+
+
+def compare(args: argparse.Namespace, title: str, told: Told = lambda summary, records: ([], "")) -> int:
+    """Measures what is left of the runs of all seeds, and publishes. The exit code."""
+    out = Output(json=False)
     names = [name.strip() for name in args.variants.split(",")]
     if unknown := [name for name in names if name not in VARIANTS]:
         return out.fail(f"variants: {unknown[0]!r} is unknown, expected some of {', '.join(VARIANTS)}")
@@ -251,10 +261,15 @@ def main() -> int:
         runs.append(run)
     records = joined(runs)
     summary = metrics.summary(metrics.cells(records))
-    args.out = args.publish
     made = section(records, summary, runs[0].config, args.seeds, args.base)
-    publish(out, "What each part of a policy is worth", args, summary, [made])
+    more, conclusion = told(summary, records)
+    args.out = args.publish
+    publish(out, title, args, summary, [made, *more], conclusion)
     return 0
+
+
+def main() -> int:
+    return compare(options(__doc__).parse_args(), "What each part of a policy is worth")
 
 
 if __name__ == "__main__":

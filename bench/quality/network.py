@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,8 @@ from transformers import LlamaConfig
 COMMON = 0.16
 """One dimension that all tokens' embeddings share at the start."""
 LOOK_BACK_LOGIT = 12.0
+SINKS = 16
+"""First tokens that are seen by layers with a window, too."""
 CONFIG = LlamaConfig(
     vocab_size=1536,
     hidden_size=256,
@@ -43,8 +47,8 @@ class Layer(nn.Module):
         self.mlp = nn.ModuleDict({n: nn.Linear(width, inner, bias=False) for n in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, width]; cos, sin [B, 1, T, d]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, width]; cos, sin [B, 1, T, d]; mask bool [T, T], what each token sees (None: all before it, and itself)."""
         y = self.input_layernorm(x)
         q, k, v = (
             self.self_attn[n](y).unflatten(-1, (-1, CONFIG.head_dim)).transpose(1, 2)
@@ -53,9 +57,8 @@ class Layer(nn.Module):
         group = q.shape[1] // k.shape[1]
         q, k = (t * cos + torch.cat((-t[..., 32:], t[..., :32]), -1) * sin for t in (q, k))
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        x = x + self.self_attn["o_proj"](
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + self.self_attn["o_proj"](seen.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
 
@@ -65,6 +68,13 @@ def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
     half = torch.arange(0, CONFIG.head_dim, 2, device=positions.device) / CONFIG.head_dim
     angles = positions[:, None, :, None] * CONFIG.rope_parameters["rope_theta"] ** -half
     return torch.cos(torch.cat((angles, angles), -1)), torch.sin(torch.cat((angles, angles), -1))
+
+
+def near(tokens: int, window: int) -> Tensor:
+    """bool [T, T]: what each token sees of those before it, the last ``window`` (itself too) and SINKS."""
+    i = torch.arange(tokens)
+    back = i[:, None] - i
+    return (back >= 0) & ((back < window) | (i < SINKS))
 
 
 class Model(nn.Module):
@@ -111,10 +121,13 @@ class Model(nn.Module):
                 attention["k_proj"].weight[rows] *= 0.1
                 attention["k_proj"].weight[rows, 0] = gain * u
 
-    def forward(self, ids: Tensor, positions: Tensor, where: Tensor) -> Tensor:
-        """ids, positions i64 [B, T]; where bool [B, T]. Logits f32 [where.sum(), vocab]."""
+    def forward(
+        self, ids: Tensor, positions: Tensor, where: Tensor, windows: Sequence[int | None] | None = None
+    ) -> Tensor:
+        """ids, positions i64 [B, T]; where bool [B, T]; windows: tokens that each layer sees, beside SINKS (None: all). Logits
+        f32 [where.sum(), vocab]."""
         cos, sin = rotary(positions)
         x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for layer, window in zip(self.layers, windows or [None] * len(self.layers), strict=True):
+            x = layer(x, cos, sin, None if window is None else near(ids.shape[1], window))
         return F.linear(self.norm(x[where]), self.embed_tokens.weight).float()

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -247,11 +248,13 @@ def optimizers_of(model: Model) -> list[torch.optim.Optimizer]:
     ]
 
 
-def loss_of(model: Model, ids: Tensor, kinds: Tensor, positions: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """The weighted loss, and what is logged: losses on answers and text, accuracy of answer tokens."""
+def loss_of(
+    model: Model, ids: Tensor, kinds: Tensor, positions: Tensor, windows: Sequence[int | None] | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """The weighted loss, and what is logged: losses on answers and text, accuracy of answer tokens. windows: of layers."""
     target, kind = ids[:, 1:], kinds[:, 1:]
     where = F.pad(kind > 0, (0, 1))
-    logits = model(ids, positions, where)
+    logits = model(ids, positions, where, windows)
     target, kind = target[kind > 0], kind[kind > 0]
     each = F.cross_entropy(logits, target, reduction="none")
     answer, text = kind == 2, kind == 1
@@ -321,6 +324,13 @@ def tell(state: State, args: argparse.Namespace, fast: bool, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def save_weights(model: Model, out: Path) -> None:
+    """The model as transformers loads it (bf16)."""
+    copy = LlamaForCausalLM(CONFIG)
+    copy.model.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16).save_pretrained(out)
+
+
 @dataclass
 class State:
     """What a run resumes from: weights, optimizers, step, stage, steps done in it; steps of each stage, minutes."""
@@ -358,9 +368,7 @@ class State:
         held |= {"at": (self.step, self.stage, self.in_stage), "done": self.done, "minutes": self.minutes}
         torch.save(held, out / "checkpoint.pt.tmp")
         (out / "checkpoint.pt.tmp").replace(out / "checkpoint.pt")
-        copy = LlamaForCausalLM(CONFIG)
-        copy.model.load_state_dict(self.model.state_dict())
-        copy.to(torch.bfloat16).save_pretrained(out)
+        save_weights(self.model, out)
 
     def resume(self, out: Path) -> None:
         path = out / "checkpoint.pt"

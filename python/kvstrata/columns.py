@@ -10,13 +10,13 @@ from torch import Tensor
 from kvstrata.policy.base import Plan, Seen
 
 
-def wide_columns(found: list[Seen], free: list[Tensor], states: list[int]) -> dict[str, Tensor]:
+def wide_columns(found: list[Seen], free: list[Tensor], states: list[int], norms: bool = False) -> dict[str, Tensor]:
     """What an allocator that looks at tokens sees of them, each [L, R, N]: unprotected ones at the front of each row.
 
-    free: bool [R, N] by layer; states: that tokens may have.
+    free: bool [R, N] by layer; states: that tokens may have; norms: whether it sees the lengths of values.
     """
     most = max(int(f.sum(1).max()) for f in free)
-    scores, stored, positions, mass = [], [], [], []
+    scores, stored, positions, mass, lengths = [], [], [], [], []
     for seen, f in zip(found, free, strict=True):
         assert seen.score is not None
         order = (~f).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
@@ -28,12 +28,15 @@ def wide_columns(found: list[Seen], free: list[Tensor], states: list[int]) -> di
         stored.append(index[seen.state.gather(1, order).long().clamp_max(max(states))])
         positions.append(seen.positions.gather(1, order))
         mass.append(torch.where(seen.stored, score, 0.0).sum(1))
+        if norms:
+            assert seen.read is not None
+            lengths.append(seen.read.values().norm(dim=-1).gather(1, order))
     return {
         "scores": torch.stack(scores),
         "stored": torch.stack(stored),
         "positions": torch.stack(positions),
         "mass": torch.stack(mass),
-    }
+    } | ({"norms": torch.stack(lengths)} if norms else {})
 
 
 def chosen_states(seen: Seen, formats: Tensor, costs: Mapping[int, int]) -> Tensor:

@@ -56,7 +56,7 @@ class Plans:
         return [i for i, spec in enumerate(self._cache.shape.layers) if spec.window is None and i not in dense]
 
     def cut(self, layer: int, ids: list[int], ends: list[int]) -> None:
-        """One layer by itself, as in the middle of a prompt, by an equal share of what the limit leaves. ends: tokens after the
+        """One layer by itself, as in the middle of a prompt, by its part of what the limit leaves. ends: tokens after the
         step."""
         if layer not in self.layers:
             return
@@ -64,7 +64,7 @@ class Plans:
         if seen is None:
             return
         seen = replace(seen, prompt=True)
-        allowance = None if self._cache.policy.allocator is None else self.shares.equal(seen, ids)
+        allowance = None if self._cache.policy.allocator is None else self.shares.alone(seen, ids)
         if allowance is not None and self.shares.leaves(seen, allowance):
             self._leave([layer], ids)
             return

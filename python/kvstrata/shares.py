@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from kvstrata.budget.allocate import RowsSeen
+from kvstrata.budget.allocate import RowsSeen, Uniform
 from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.knapsack import Knapsack
@@ -57,6 +58,50 @@ class Shares:
         if cache.policy.archives and not cache._slabs.has_far:
             return self._all_near(seen, allowance)
         return allowance
+
+    def alone(self, seen: Seen, ids: list[int]) -> Allowance:
+        """A layer by itself: its part of all layers, where the allocator asks for nothing that later layers have still to show;
+        else an equal one."""
+        allowance, allocator = self.equal(seen, ids), self._cache.policy.allocator
+        if self._cache.policy.archives or allocator is None or allocator.needs or isinstance(allocator, Uniform):
+            return allowance
+        heads, n = self._cache.shape.layers[seen.layer].kv_heads, seen.positions.shape[0]
+        parts = [self._part(seen, slice(r, r + heads), i) for r, i in zip(range(0, n, heads), ids, strict=True)]
+        return replace(allowance, bytes=torch.cat(parts))
+
+    def _part(self, seen: Seen, rows: slice, seq: int) -> Tensor:
+        """Bytes of a layer's rows of one sequence, i64 [H], as its step goes through the layers: those before it are as they
+        were cut, to those behind it the step's tokens come. Never more than what the others leave now."""
+        cache, policy = self._cache, self._cache.policy
+        assert policy.allocator is not None
+        layers = cache._plans.layers
+        at, coming = layers.index(seen.layer), int(seen.lengths[rows.start]) - cache._store.length(seq)
+        guarded = (seen.stored & seen.protected).sum(1)[rows]
+        costs = [page_costs(cache.shape, i, policy) for i in layers]
+        stored = torch.tensor([[cache._store.stored(seq, i, h) for h in range(len(guarded))] for i in layers])
+        behind = torch.arange(len(layers)).unsqueeze(1) > at
+        free = (stored + coming * behind - guarded).clamp_min(0)
+        own = (stored - guarded).clamp_min(0)
+        held = torch.stack([self._held(i, seq, n, c) for i, n, c in zip(layers, own, costs, strict=True)])
+        table = RowsSeen(
+            tokens=free,
+            page_bytes=torch.tensor([[cost[FULL] for cost in costs]]),
+            unit=min(min(cost.values()) for cost in costs),
+        )
+        content = self.content() - int(self._dense(seen.lengths[rows][:1]))
+        before = torch.arange(len(layers)).unsqueeze(1) < at
+        cap = torch.where(before, held, table.full_bytes)
+        given = policy.allocator.allocate(table, max(0, content), cap=cap).bytes[at]
+        left = max(0, content - int(held.sum() - held[at].sum()))
+        return given if int(given.sum()) <= left else torch.div(given * left, given.sum(), rounding_mode="floor")
+
+    def _held(self, layer: int, seq: int, free: Tensor, costs: Mapping[int, int]) -> Tensor:
+        """Bytes i64 [H] of a layer's unprotected tokens, so many in each row, of the states that the layer's are in."""
+        slots, _, _ = self._cache._store.tally(layer, [seq])
+        others = {state: slots[state] for state in costs if state != FULL}
+        full = max(0, int(free.sum()) - sum(others.values()))
+        mean = (full * costs[FULL] + sum(n * costs[s] for s, n in others.items())) // max(1, int(free.sum()))
+        return -(-free // SLOTS) * min(mean, costs[FULL])
 
     # --- what needs no plan -----------------------------------------------------------------------------------------------
 
@@ -210,7 +255,7 @@ class Shares:
         states = sorted(costs[0])
         wide: dict[str, Tensor] = {}
         if allocator.needs & {"mass"}:
-            wide = wide_columns(found, free, states)
+            wide = wide_columns(found, free, states, getattr(allocator, "metric", "mass") == "energy")
         more: dict[str, Tensor] = {}
         if "oq" in allocator.needs:
             more["oq"] = torch.stack([self._measured(seen, ids) for seen in found])

@@ -43,3 +43,23 @@ def test_first_layer_starts_on_the_tokens_before(network) -> None:
     logits = q @ k.repeat_interleave(2, 1).mT / 8 + torch.full((40, 40), -torch.inf).triu(1)
     for head, weights in enumerate(logits.softmax(-1)[0]):
         assert weights.diagonal(-head - 1).mean() > 0.5
+
+
+def test_layers_with_a_window_see_sinks_and_what_is_near(network) -> None:
+    model, tokens, window = network.Model(), 96, 4
+    ids = torch.randint(0, network.CONFIG.vocab_size, (1, tokens))
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    where[0, -1] = True
+    reach = len(model.layers) * (window - 1)
+
+    def said(changed: int, windows: list[int | None]) -> torch.Tensor:
+        other = ids.clone()
+        other[0, changed] = (other[0, changed] + 1) % network.CONFIG.vocab_size
+        with torch.no_grad():
+            return model(other, torch.arange(tokens)[None], where, windows)
+
+    near, whole = [window] * 4, [window, None, window, window]
+    beyond = tokens - 2 - reach
+    assert torch.equal(said(beyond, near), said(beyond - 30, near))
+    for changed, windows in ((beyond + 1, near), (network.SINKS - 1, near), (beyond, whole)):
+        assert not torch.equal(said(changed, windows), said(beyond, near))
