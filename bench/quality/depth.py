@@ -51,6 +51,7 @@ PROBE = Stage(1, 16384, 2048, 0.0, 0.0, 0.0, even=True, long=True)
 PROBED = (16, 64, 256)
 ASKED, DECODED = 24, 336
 """Questions of a context of the task "many", and tokens that it decodes for them."""
+MEAN = "Limits that fall have the budget as their mean over what is decoded; the bytes in the table are the last."
 BARS = {"50%": -0.5, "15%": 2.0}
 """Points that the fitted law must reach beside the same for all."""
 LAW, SENSITIVE = "evict law", "evict sensitive"
@@ -132,7 +133,8 @@ def told(
                 held = "held" if difference >= BARS[budget] else "missed"
                 found.append(f"at {budget} {said} points (bar {BARS[budget]:+.1f}: {held})")
     if not body:
-        return [], ""
+        falls = set(FALLING) & {name for _, _, _, name, _ in records}
+        return [], MEAN if falls else ""
     pairs = Section(
         "Pairs",
         "Points, on the same contexts, with a 95 % interval.",
@@ -148,19 +150,24 @@ def probed(folder: Path) -> Section:
     model, sampler = weights(folder), Sampler(Tokenizer.from_file(str(folder / "tokenizer.json")), seed=99)
     batch, layers = sampler.batch(PROBE), len(model.layers)
 
-    def right(*windows: int | None) -> str:
+    def right(*windows: int | None) -> float:
         with torch.no_grad():
-            return f"{100 * loss_of(model, *batch, windows)[1]['accuracy']:.1f}"
+            return 100 * loss_of(model, *batch, windows)[1]["accuracy"]
 
     whole = [None] * layers
-    body = [["none", *[right(*whole)] * len(PROBED)]]
-    for i in range(layers):
-        body.append([f"{i}", *(right(*whole[:i], w, *whole[i + 1 :]) for w in PROBED)])
-    body.append([f"all but {LOOKS}", *(right(*(None if i == LOOKS else w for i in range(layers))) for w in PROBED)])
+    alone = [[right(*whole[:i], w, *whole[i + 1 :]) for w in PROBED] for i in range(layers)]
+    others = [right(*(None if i == LOOKS else w for i in range(layers))) for w in PROBED]
+    rows = {"none": [right(*whole)] * len(PROBED), **{f"{i}": row for i, row in enumerate(alone)}}
+    rows[f"all but {LOOKS}"] = others
+    worst = min(range(layers), key=lambda i: sum(alone[i]))
+    least = rows["none"][0] - min(min(row) for i, row in enumerate(alone) if i != worst)
     said = (
         f"Per cent of the tokens of answers that are the most likely ones, {PROBE.tokens // PROBE.context} contexts of "
-        f"{PROBE.context} tokens as in training, where some layers see the last 16, 64 or 256 tokens and {SINKS} sinks only."
+        f"{PROBE.context} tokens as in training, where some layers see the last {', '.join(map(str, PROBED))} tokens and "
+        f"{SINKS} sinks only. What is far is read by layer {worst}: a window there loses up to "
+        f"{rows['none'][0] - min(alone[worst]):.1f} points, elsewhere up to {least:.1f}."
     )
+    body = [[name, *(f"{x:.1f}" for x in row)] for name, row in rows.items()]
     return Section("What the layers are worth", said, ["layers with a window", *map(str, PROBED)], body)
 
 
