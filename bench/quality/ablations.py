@@ -260,7 +260,7 @@ def compare(args: argparse.Namespace, title: str, told: Told = lambda summary, r
         report.make(run.folder, run.complaints)
         runs.append(run)
     records = joined(runs)
-    summary = metrics.summary(metrics.cells(records))
+    summary = metrics.summary(metrics.cells(records), tasks)
     made = section(records, summary, runs[0].config, args.seeds, args.base)
     more, conclusion = told(summary, records)
     args.out = args.publish

@@ -78,3 +78,13 @@ def test_the_interval_of_a_mean_over_tasks() -> None:
     half = 1.96 / 3 * ((1 / 3) / 4 + (1 / 4) / 4) ** 0.5
     mean = (0.5 + 0.75) / 3
     assert (row["low"], row["high"]) == (pytest.approx(mean - half), pytest.approx(mean + half))
+
+
+def test_a_summary_is_over_the_tasks_that_are_asked() -> None:
+    found = [
+        {"task": task, "length": 512, "contender": "a", "budget": None, "accuracy": a, "error": 0.0}
+        for task, a in (("needle", 1.0), ("frequent", 0.5))
+    ]
+    assert [row["accuracy"] for row in metrics.summary(found)] == [1.0]
+    assert [row["accuracy"] for row in metrics.summary(found, ("frequent",))] == [0.5]
+    assert metrics.summary([{"task": "text", "length": 512, "contender": "a", "budget": None}], ("text",)) == []

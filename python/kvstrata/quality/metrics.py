@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,14 +107,14 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def summary(found: list[Cell]) -> list[Cell]:
-    """Per length, contender and budget: means over its retrieval tasks; of accuracy with a 95 % interval.
+def summary(found: list[Cell], asked: Sequence[str] = RETRIEVAL) -> list[Cell]:
+    """Per length, contender and budget: means over its tasks of those asked; of accuracy with a 95 % interval.
 
     The interval is normal, of a mean of independent means: contexts vary, tasks are fixed.
     """
     groups: dict[tuple[int, str, str], dict[str, Cell]] = defaultdict(dict)
     for c in found:
-        if c["task"] in RETRIEVAL:
+        if c["task"] in asked and ("accuracy" in c or "refused" in c):
             groups[c["length"], c["contender"], c["budget"] or ""][c["task"]] = c
     rows = []
     for (length, name, budget), tasks in groups.items():
