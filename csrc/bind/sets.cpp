@@ -70,10 +70,7 @@ void bind_sets(py::module_& m, py::class_<Store>& store) {
         .def("land", &Store::land, NoGil())
         .def("end_ahead", &Store::end_ahead, NoGil())
         .def("ahead", &Store::ahead)
-        .def("unread", [](const Store& s, SeqId seq) { return s.sequence(seq).unread; })
-        .def("set_patience", [](Store& s, double seconds) { s.reader().patience = seconds; })
-        .def(
-            "stop_reading", [](Store& s) { s.reader().stop(); }, NoGil())
+        .def("stop_reading", &Store::stop_reading, NoGil())
         .def_property_readonly("moved_bytes", &Store::moved_bytes)
         .def("look_sets",
              [](Store& s, int layer, const std::vector<SeqId>& seqs, Address out, int64_t columns) {

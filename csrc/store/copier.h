@@ -24,6 +24,13 @@ struct Ticket {
     bool stands() const { return slot >= 0; }
 };
 
+// What is asked for: the page's bytes into [to, to + bytes), which is the copy's until it is taken or given up.
+struct Copy {
+    FarPage page;
+    void* to;
+    Ticket* ticket;  // out
+};
+
 class Copier {
   public:
     explicit Copier(std::chrono::milliseconds limit);  // that one wait may last
@@ -31,13 +38,13 @@ class Copier {
     Copier& operator=(const Copier&) = delete;
     ~Copier();  // a thread that the disk keeps for longer is left to itself: what it works on is its own
 
-    // The page's bytes into [to, to + bytes), which is the copy's until it is taken or given up. A process without threads has
-    // them at once, and no ticket; MachineError as read_page().
-    Ticket ask(const FarPage& page, void* to);
-    bool there(Ticket ticket) const;  // or failed
-    bool take(
-        Ticket ticket);  // waits, and says whether it had to; MachineError where the copy failed or the time is up
+    void ask(std::span<const Copy> copies);  // in order; a process that can have no threads makes them at once
+    bool there(Ticket ticket) const;         // or failed
+    bool wait(Ticket ticket);                // whether it is there, or failed, in time
+    // Waits, and says whether it had to; MachineError where the copy failed or the time is up. late: it is up already.
+    bool take(Ticket ticket, bool late = false);
     void give_up(Ticket ticket);
+    void move(Ticket ticket, void* to);         // its bytes go there instead, those that are there already too
     void hint(std::span<const FarPage> pages);  // that they are asked for soon
 
   private:
@@ -46,6 +53,7 @@ class Copier {
     static void serve(const std::shared_ptr<Desk>& desk);
     void open();
     void close();
+    void reopen();
 
     std::chrono::milliseconds limit_;
     std::shared_ptr<Desk> desk_;

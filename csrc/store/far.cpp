@@ -94,7 +94,7 @@ void FarSlabs::lend_named(int slab, int file, int64_t offset, std::vector<int32_
                     offset,
                     std::move(sums),
                     std::move(places),
-                    std::make_unique<const std::string>(std::move(name))};
+                    std::make_shared<const std::string>(std::move(name))};
 }
 
 void FarSlabs::give_back(int slab) { slabs_[slab] = {}; }
@@ -103,8 +103,7 @@ FarPage FarSlabs::at(PageId page) const {
     const Slab& slab = slabs_[page_slab(page)];
     const int index = page_index(page);
     const int64_t place = slab.places.empty() ? index : slab.places[index];
-    return {slab.file,      slab.offset + place * page_bytes_, page_bytes_, slab.sums[index], slab.in_memory,
-            slab.name.get()};
+    return {slab.file, slab.offset + place * page_bytes_, page_bytes_, slab.sums[index], slab.in_memory, slab.name};
 }
 
 void FarSlabs::write(PageId page, const void* from) {

@@ -18,8 +18,8 @@ struct FarPage {
     int file = -1;
     int64_t place = 0, bytes = 0;
     uint64_t sum = 0;
-    bool in_memory = false;             // the file is no disk's: reading it never waits
-    const std::string* name = nullptr;  // of a file of others
+    bool in_memory = false;                             // the file is no disk's: reading it never waits
+    std::shared_ptr<const std::string> name = nullptr;  // of a file of others
 };
 
 void read_page(const FarPage& page,
@@ -49,7 +49,7 @@ class FarSlabs {
         int64_t offset = 0;
         std::vector<uint64_t> sums;        // [pages]
         std::vector<int32_t> places = {};  // [pages], or none: as they are numbered
-        std::unique_ptr<const std::string> name = nullptr;
+        std::shared_ptr<const std::string> name = nullptr;
     };
 
     int64_t page_bytes_;

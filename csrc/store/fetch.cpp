@@ -62,8 +62,13 @@ void Store::set_ahead(bool on, std::chrono::milliseconds limit) {
     check(limit.count() >= 1, "set_ahead: limit is ", limit.count(), " ms, expected at least 1");
     ahead_.on = on;
     ahead_.limit = limit;
+    stop_reading();
     ahead_.copier.reset();
-    reader_.patience = std::chrono::duration<double>(limit).count();
+}
+
+Copier& Store::copier() {
+    if (!ahead_.copier) ahead_.copier = std::make_unique<Copier>(ahead_.limit);
+    return *ahead_.copier;
 }
 
 // The bytes of a Far page into a Near one, for row r of the call: whose copy of `entry` that is, or -1. They are there, or due.
@@ -74,9 +79,9 @@ void Store::call_in(PageId page, PageId to, int32_t r, int32_t entry) {
     std::copy_n(pages::pool_of(pools_, page).positions(page), kSlots, near.positions(to));
     const FarPage from = far_[page_pool(page)].at(page);
     if (read_page_at_once(from, near.payload(to))) return;
-    if (!ahead_.copier) ahead_.copier = std::make_unique<Copier>(ahead_.limit);
     parts_.due.push_back({r, entry, {}});
-    parts_.due.back().ticket = ahead_.copier->ask(from, near.payload(to));
+    const Copy copy{from, near.payload(to), &parts_.due.back().ticket};
+    copier().ask({&copy, 1});
 }
 
 // Waits for the first n that are due.

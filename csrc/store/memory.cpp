@@ -208,7 +208,7 @@ bool Store::empty_out(int pool, int slab) {
     const pages::Slab& s = p.slabs()[slab];
     check(s.n_pages > 0, "empty_out: slab ", slab, " is not lent");
     const int64_t live = s.n_pages - s.n_free;
-    if (p.free() - s.n_free < live || !land_reads(pool, slab)) return false;
+    if (p.free() - s.n_free < live) return false;
     p.set_closed(slab, true);
     std::unordered_map<PageId, PageId> moved;
     const auto move = [&](PageId& page) {
@@ -236,8 +236,14 @@ bool Store::empty_out(int pool, int slab) {
     for (auto& ring : rings_) {
         for (PageId& page : ring) move(page);
     }
-    for (const auto& delivery : deliveries_) {
-        for (Fetch& f : delivery->fetches) move(f.near);
+    for (Delivery& delivery : deliveries_) {
+        for (Fetch& f : delivery.fetches) {
+            if (page_pool(f.near) != pool || page_slab(f.near) != slab) continue;
+            const PageId to = p.take(p.owner(f.near));
+            copier().move(f.ticket, p.payload(to));
+            p.release(f.near);
+            f.near = to;
+        }
     }
     return true;
 }
@@ -279,8 +285,8 @@ int64_t Store::metadata_bytes() const {
         for (const Index& index : sequence->indices) bytes += index.bytes();
     }
     for (const FarSlabs& far : far_) bytes += far.metadata_bytes();
-    for (const auto& delivery : deliveries_)
-        bytes += static_cast<int64_t>(delivery->fetches.capacity() * sizeof(Fetch));
+    for (const Delivery& delivery : deliveries_)
+        bytes += static_cast<int64_t>(delivery.fetches.capacity() * sizeof(Fetch));
     for (const QueryRing& ring : staged_) bytes += ring.bytes();
     for (const auto& mass : staged_mass_) bytes += static_cast<int64_t>(mass.capacity() * sizeof(float));
     return bytes;

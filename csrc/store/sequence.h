@@ -33,7 +33,6 @@ struct Sequence {
     std::vector<std::vector<Sought>> sought = {};  // as rows, once a disk had to be waited for
     pages::Owner owner = pages::kCache;  // of the pages that it takes; whoever continues a sequence that ends keeps it
     std::vector<uint32_t> routed = {};   // of each set: when a view last named it
-    bool unread = false;                 // what was fetched ahead for the view did not come
 };
 
 }  // namespace kvstrata::store

@@ -191,7 +191,6 @@ void Store::clear(SeqId seq) {
     s.length = s.confirmed = s.floor = 0;
     s.view = {};
     s.routed.clear();
-    s.unread = false;
 }
 
 }  // namespace kvstrata::store

@@ -18,7 +18,6 @@ void Store::set_view(SeqId seq, pages::View view) {
     }
     Sequence& s = find(seq, "set_view");
     s.view = std::move(view);
-    s.unread = false;
     ++views_;
     for (pages::SetTag set : s.view.sets) {
         if (set >= s.routed.size()) s.routed.resize(set + 1, 0);

@@ -28,6 +28,7 @@
 #include "pages/row.h"
 #include "store/call.h"
 #include "store/charges.h"
+#include "store/delivery.h"
 #include "store/far.h"
 #include "store/index.h"
 #include "store/layout.h"
@@ -38,7 +39,6 @@
 #include "store/repack.h"
 #include "store/saved.h"
 #include "store/sequence.h"
-#include "store/swap.h"
 
 namespace kvstrata::store {
 
@@ -195,7 +195,7 @@ class Store {
     void land(int layer, SeqId seq);         // MachineError where it did not come; the pages stay Far
     void end_ahead(SeqId seq);               // of all layers; what did not come stays Far, without an error
     bool ahead(SeqId seq) const;             // whether any is on its way
-    Reader& reader() { return reader_; }
+    void stop_reading();                     // of all sequences; nothing is waited for
     int64_t moved_bytes() const { return moved_bytes_; }  // by these, so far
     void look_sets(int layer, std::span<const SeqId> seqs, pages::SetTag* out,
                    int64_t columns);  // [R, N]; 0 beyond a row
@@ -267,8 +267,8 @@ class Store {
     int far_of(int layer, PageId page) const;
     bool goes_far(const pages::Row& row, int entry) const;
     void turn(pages::Row& row, const pages::View& view);
-    void take_in(Delivery& delivery), let_go(Delivery& delivery), drop_ended();
-    bool land_reads(int pool, int slab);
+    void take_in(Delivery& delivery), let_go(Delivery& delivery), give_up(SeqId seq);
+    Copier& copier();
     void write_far(PageId page, PageId from);
     void read_far(PageId page, PageId to);
     void summarize(Sequence& s, int layer, int head, std::span<const pages::Fresh> pages, const std::vector<PageId>* at,
@@ -355,8 +355,7 @@ class Store {
     Ahead ahead_;
     int64_t moved_bytes_ = 0;
     uint32_t views_ = 0;  // that were set
-    std::vector<std::shared_ptr<Delivery>> deliveries_;
-    Reader reader_;
+    std::vector<Delivery> deliveries_;
     std::unordered_map<SeqId, std::unique_ptr<Sequence>> sequences_;
     SeqId next_ = 1;
     pages::Owner next_owner_ = pages::kCache + 1;

@@ -212,7 +212,7 @@ class Slabs:
         index, pages, _ = max(slabs, key=lambda s: (s[2] / s[1], s[0]))
         if sum(free for _, _, free in slabs) - pages < keep:
             return False
-        if not self._store.empty_out(pool, index):  # a read into it does not end
+        if not self._store.empty_out(pool, index):
             return False
         self._return((pool, index))
         return True

@@ -3,7 +3,6 @@
 Points: ``slab.lend`` (before a slab is made), ``append.after_take`` (pages taken, nothing written), ``plan.after_check``
 (a row's plan was checked, nothing moved), ``plan.after_write`` (its new pages are
 written, the table still holds the old ones), ``far.write`` and ``far.read`` (before a page goes to the Far tier or comes back),
-``far.stall`` (before a layer's pages that are fetched ahead are read: they do not come as long as the block lasts),
 ``disk.write``, ``disk.sync``, ``disk.rename``, ``disk.remove`` (before each such call as a conversation is saved).
 
 ``with trouble(fail=0.1): ...``: the files of every Far tier are those of a bad disk.

@@ -8,6 +8,7 @@ keeps none. What a view lacks is read layer by layer, at once, or beside the lay
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from kvstrata.config import BudgetExceeded, MachineError
@@ -52,15 +53,20 @@ class Views:
     def after_step(self) -> None:
         """Sequences whose pages did not come, which the step said, have the view before."""
         for seq, before in list(self._before.items()):
-            unread = seq in self._cache._live and self._store.unread(seq)
-            if not unread and self._store.ahead(seq):
+            if self._store.ahead(seq):
                 continue
             del self._before[seq]
-            if unread:
+            if seq in self._cache._live and self._lacks(seq):
                 with suppress(
                     BudgetExceeded, MachineError
                 ):  # the view is; steps read what stays Far, and say what fails
                     self._back(seq, before)
+
+    def _lacks(self, seq: int) -> bool:
+        """Whether pages that the view shows are Far."""
+        near = [not self._store.pool(p)["far"] for p in range(self._store.n_pools)]
+        needed = (self._store.moving(layer, seq) for layer in range(len(self._cache.shape.layers)))
+        return any(n > 0 for pages in needed for n in compress(pages, near))
 
     def open(self, layer: int, seq: int) -> None:
         """The layer shows every set."""

@@ -48,10 +48,11 @@ def test_a_question_whose_sets_do_not_come_is_taken_back(nth: int) -> None:
         chat.ask(question, max_new_tokens=4)
     assert content(chat) == before
     check_pages(chat._store.cache)
-    chat._store.cache._store.set_patience(0.02)
-    with testing.fault("far.stall"), pytest.raises(RuntimeError, match="have not been read within"):
+    chat._store.cache._store.set_ahead(True, 20)
+    never = r"pread of \d+ bytes at \d+ has not come back within 20 ms, where a page of set \d was read"
+    with testing.trouble(stay=1.0), pytest.raises(RuntimeError, match=never):
         chat.ask(question, max_new_tokens=4)
     assert content(chat) == before
-    chat._store.cache._store.set_patience(60)
+    chat._store.cache._store.set_ahead(True, 60_000)
     assert chat.ask(question, max_new_tokens=4).ids == plain.ask(question, max_new_tokens=4).ids
     assert content(chat) == content(plain)

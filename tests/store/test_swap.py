@@ -1,11 +1,6 @@
-"""Sets that stay Near while there is room, and sets that are fetched beside other work."""
+"""Sets that stay Near while there is room, and rows of sets that are rewritten."""
 
 from __future__ import annotations
-
-import gc
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,9 +8,8 @@ from feeding import check_pages
 from test_sets import LAYERS, RECENT, Fed, table
 from test_views import bytes_of, made, tiers
 
-from kvstrata import BudgetExceeded, Cache, Shape, testing
+from kvstrata import BudgetExceeded, Cache, Shape
 from kvstrata.policy import epicache
-from kvstrata.policy.base import PENDING
 
 B = 320
 WHERE = [(i, h) for i in (0, 1) for h in (0, 1)]
@@ -147,158 +141,6 @@ def test_what_two_forks_hold_leaves_for_each() -> None:
     fed.step(2)
     fed.cache.free([kid])
     check_pages(fed.cache)
-
-
-# --- what is fetched ahead --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def stalled(cache: Cache, nth: int = 1) -> Iterator[None]:
-    """The nth ticket is not read while this lasts, and nobody waits long."""
-    cache._store.set_patience(0.02)
-    with testing.fault("far.stall", nth):
-        yield
-    cache._store.set_patience(60)
-
-
-@pytest.mark.parametrize("private", ["full", "int8"])
-def test_what_is_fetched_ahead_is_what_is_read_at_once(private: str) -> None:
-    """Tables, bytes and outputs, steps of one token and of many, halves, changes before anything was read."""
-    found = []
-    for ahead in (False, True):
-        policy = epicache(B, recent=RECENT, private=private)
-        fed = Fed(Cache(Shape(LAYERS, torch.float32), policy=policy), check=private == "full")
-        for n in (400, 128, 128):
-            fed.read(n, [24, 8, 16])
-        outs = []
-        for sets, tokens in (([2], 4), ([1, 3], 1), ([3], 90), ([1], 1)):
-            fed.cache.view(fed.seq, [2], ahead=ahead)
-            fed.cache.view(fed.seq, sets, halves=len(sets) > 1, ahead=ahead)
-            outs += fed.step(tokens)
-            assert not fed.cache._store.ahead(fed.seq.id)
-            check_pages(fed.cache)
-        fed.cache.view(fed.seq, [3], ahead=ahead)
-        outs += fed.read(40, [9, 9])  # shows every set, layer by layer
-        found.append((outs, content(fed), fed.cache._store.fetched()))
-    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
-    assert found[0][1] == found[1][1] and found[0][2][1] == found[1][2][1]
-
-
-def test_a_layer_waits_for_its_own_ticket() -> None:
-    """The second layer's is not read: the first layer attends all the same, the second says so and the step is withdrawn."""
-    fed = made()
-    cache, seq = fed.cache, fed.seq
-    cache.view(seq, [1])
-    fed.step(1)
-    before, length, pages = content(fed), cache.logical_length(seq), cache._store.pool(0)["used"]
-    with stalled(cache, 2):
-        cache.view(seq, [2], ahead=True)
-        with pytest.raises(
-            RuntimeError, match=r"far tier: \d+ pages of layer 1 have not been read within 0.02 seconds"
-        ):
-            fed.step(1)
-        assert cache.logical_length(seq) == length and cache._store.view(seq.id)[1] == [1]
-        fed.forget(length)
-        late = cache._store.pool(0)["used"] - pages
-        assert late > 0  # what it may yet be read into is nobody else's
-        assert content(fed) == before
-        fed.step(2)
-        cache.crop([seq], [length])
-        fed.forget(length)
-    while cache._store.pool(0)["used"] > pages:  # it ends late, and its pages are free with the next change
-        cache.view(seq, [])
-        cache.view(seq, [1])
-    assert content(fed) == before
-    check_pages(cache)
-    cache.view(seq, [2], ahead=True)
-    fed.step(1)
-    check_pages(cache)
-
-
-@pytest.mark.parametrize("nth", [1, 4, 9, 14])
-def test_a_fetch_that_fails_leaves_the_view_before(nth: int) -> None:
-    """Whichever page it is; the retry answers as if nothing had been."""
-    fed = made()
-    cache, seq = fed.cache, fed.seq
-    cache.view(seq, [1])
-    before, length = content(fed), cache.logical_length(seq)
-    assert bytes_of(cache, seq, {2}) // cache._store.pool(0)["page_bytes"] >= 14
-    with testing.fault("far.read", nth) as armed:
-        cache.view(seq, [2], ahead=True)
-        with pytest.raises(RuntimeError, match="fault injected at far.read, where a page of set 2 was read"):
-            fed.step(5)
-    assert armed.visits >= nth
-    assert cache._store.view(seq.id)[1] == [1] and content(fed) == before
-    fed.forget(length)
-    check_pages(cache)
-    cache.view(seq, [2], ahead=True)
-    fed.step(5)
-    assert near(fed) == [2]
-
-
-def test_bytes_that_others_changed_are_an_error() -> None:
-    fed = made()
-    cache, seq = fed.cache, fed.seq
-    cache.view(seq, [1])
-    for file, size in cache._slabs._files.values():
-        os.pwrite(file, bytes(size), 0)
-    cache.view(seq, [2], ahead=True)
-    with pytest.raises(RuntimeError, match="are not those that were written: the file was changed or is damaged"):
-        fed.step(1)
-    assert cache._store.view(seq.id)[1] == [1]
-
-
-def test_what_happens_to_a_sequence_meanwhile() -> None:
-    """Forked, cropped, cleared, dropped from, freed, while pages are on their way: none is lost, none is taken twice."""
-    fed = made()
-    cache, seq = fed.cache, fed.seq
-    fed.step(20)
-    cache.view(seq, [1])
-    length = cache.logical_length(seq)
-    cache.view(seq, [2], ahead=True)
-    (kid,) = cache.fork(seq)
-    cache.crop([seq], [length - 10])
-    fed.forget(length - 10)
-    fed.step(1)
-    check_pages(cache)
-    cache.view(seq, [3], ahead=True)
-    cache.trim()  # pages move from slab to slab, those that are read into as well
-    fed.step(1)
-    check_pages(cache)
-    cache.view(seq, [1], ahead=True)
-    cache.clear([seq])
-    cache.view(kid, [3], ahead=True)
-    cache.free([kid])
-    check_pages(cache)
-    assert not cache._store.ahead(seq.id)
-
-
-def test_a_cache_may_end_while_pages_are_on_their_way() -> None:
-    for _ in range(3):
-        fed = made()
-        fed.cache.view(fed.seq, [], ahead=True)
-        fed.cache.view(fed.seq, [1, 2, 3], ahead=True)
-        del fed
-        gc.collect()
-
-
-def test_sets_are_fetched_ahead_under_a_limit() -> None:
-    """Pages for all layers are there before anything is asked for; a limit without room for them refuses the view."""
-    limit = tight() + (64 << 10)
-    fed = limited(limit)
-    for e in (1, 2, 3, 1):
-        fed.cache.view(fed.seq, [e], ahead=True)
-        fed.step(1)
-        assert fed.cache.report().peak_bytes <= limit
-    fed.cache.view(fed.seq, [2])
-    before = content(fed)
-    with testing.fault("slab.lend"):
-        try:
-            fed.cache.view(fed.seq, [1, 2, 3], ahead=True)
-        except RuntimeError:
-            assert fed.cache._store.view(fed.seq.id)[1] == [2] and content(fed) == before
-    check_pages(fed.cache)
-    assert PENDING in tiers(fed.cache, fed.seq, 0, 0)
 
 
 # --- rows that are rewritten piece by piece ---------------------------------------------------------------------------
