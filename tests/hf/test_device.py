@@ -34,10 +34,13 @@ def pair(name, device, dim=16):
 
 MODES = ["greedy", "left_padded", "beams_return", "chunks", "two_turns_full"]
 CELLS = [(name, mode) for name in ("llama", "gemma3") for mode in MODES]
+ON_DEVICES = [("gemma3", "left_padded"), ("gemma3", "beams_return"), ("gemma3", "two_turns_full"), ("llama", "chunks")]
 
 
 @pytest.mark.parametrize(("name", "mode"), [*CELLS, ("llama", "assisted")])
 def test_tokens_equal_dynamic_cache(device, name, mode):
+    if device == "cpu" and (name, mode) in ON_DEVICES:
+        pytest.skip("emulated in fewer cells: it takes long")
     plain, with_kv = pair(name, device)
     expected = getattr(modes, mode)(plain, stock)
     assert getattr(modes, mode)(with_kv, ours) == expected
