@@ -10,7 +10,6 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
-constexpr int kRows = 16, kDepth = 16;          // of a tile: query rows, words
 constexpr int kRowPages = kDepth * 4 / kSlots;  // pages whose slots fill a tile of values
 
 // Sixteen numbers up to 32639 in two signed bytes each: n = 256 * upper + lower.
@@ -96,7 +95,6 @@ struct Sums {
         return to_f32({_mm512_add_epi32(_mm512_slli_epi32(upper.x, 8), lower.x)});
     }
 };
-KV_INLINE void clear_all(Tiles& tiles) { clear<0>(tiles), clear<1>(tiles), clear<2>(tiles), clear<3>(tiles); }
 // Adds to the sums; rows of left operands `apart` bytes from each other, lines of right ones likewise.
 KV_INLINE void multiply(Tiles& tiles, const int8_t* upper, const int8_t* lower, int64_t apart,
                         const unsigned char* first, const unsigned char* second, int64_t lines_apart) {
@@ -122,7 +120,7 @@ KV_INLINE void qk(Tiles& tiles, const AttendTile& t, const PageBlock& b, const u
     for (int j = 0; j < b.count; j += 2) {
         const int pages = b.count - j < 2 ? 1 : 2;
         for (int first = 0, g = 0; first < t.head_dim; first += t.group, ++g) {
-            clear_all(tiles);
+            clear_sums(tiles);
             for (int d = first; d < first + t.group; d += 4 * depth) {
                 if (ahead) ahead->fetch(2 * depth / kShare<F> + 1);
                 multiply(tiles, upper + d, lower + d, t.stride, keys[j] + d * kSlots, keys[j + 1] + d * kSlots, 64);
@@ -167,7 +165,7 @@ KV_INLINE void find_weights(Weights& w, const AttendTile& t, const PageBlock& b,
 KV_INLINE void pv(Tiles& tiles, const AttendTile& t, const PageBlock& b, const Weights& w, int row, int n, int d,
                   int wide) {
     const int64_t line = static_cast<int64_t>(t.head_dim) * 4;
-    clear_all(tiles);
+    clear_sums(tiles);
     for (int j = 0; j < b.count; j += kRowPages) {
         const unsigned char* const v = t.operands.block + j * 4 * line + d * 4;
         multiply(tiles, w.upper[0] + j * kSlots, w.lower[0] + j * kSlots, sizeof w.upper[0], v, wide > 1 ? v + 64 : v,

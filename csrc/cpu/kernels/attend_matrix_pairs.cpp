@@ -13,7 +13,6 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
-constexpr int kRows = 16, kDepth = 16;          // of a tile: query rows, words
 constexpr int kTileDims = 2 * kDepth;           // of K
 constexpr int kTileBytes = 64 * kDepth;         // of sixteen lines
 constexpr int kRowBytes = 4 * kBlock * kSlots;  // of a row in t.z
@@ -66,7 +65,7 @@ KV_INLINE void qk_exact(Tiles& tiles, const AttendTile& t, const PageBlock& b, c
     const int pitch = t.operands.pitch;
     const uint16_t* const q = t.operands.high + static_cast<int64_t>(row) * pitch;
     for (int j = 0; j < b.count; j += 4) {
-        clear<0>(tiles), clear<1>(tiles), clear<2>(tiles), clear<3>(tiles);
+        clear_sums(tiles);
         for (int i = 0; i < keys.tiles; ++i) {
             if (ahead) ahead->fetch(4 * kDepth);
             load<4>(tiles, q + i * kTileDims, pitch * 2);
@@ -94,7 +93,7 @@ KV_INLINE void qk_terms(Tiles& tiles, const AttendTile& t, const PageBlock& b, c
     const int64_t at = static_cast<int64_t>(row) * pitch;
     alignas(64) float low[kRows][2 * kSlots];
     for (int j = 0; j < b.count; j += 2) {
-        clear<0>(tiles), clear<1>(tiles), clear<2>(tiles), clear<3>(tiles);
+        clear_sums(tiles);
         for (int i = 0; i < keys.tiles; ++i) {
             if (ahead) ahead->fetch(2 * kDepth);
             load<4>(tiles, t.operands.high + at + i * kTileDims, pitch * 2);

@@ -12,6 +12,8 @@
 namespace kvstrata::cpu::KV_ISA {
 namespace {
 
+constexpr int kRows = 16, kDepth = 16;  // of a tile, at the most: query rows, words
+
 template <int Sums, int Left, int Right>
 constexpr bool kProduct = Sums >= 0 && Sums < 4 && (Left == 4 || Left == 5) && (Right == 6 || Right == 7);
 
@@ -23,3 +25,11 @@ constexpr bool kProduct = Sums >= 0 && Sums < 4 && (Left == 4 || Left == 5) && (
 #else
 #include "cpu/kernels/tiles_soft.h"
 #endif
+
+namespace kvstrata::cpu::KV_ISA {
+namespace {
+
+KV_INLINE void clear_sums(Tiles& tiles) { clear<0>(tiles), clear<1>(tiles), clear<2>(tiles), clear<3>(tiles); }
+
+}  // namespace
+}  // namespace kvstrata::cpu::KV_ISA
