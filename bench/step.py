@@ -5,7 +5,7 @@ Times, at 16 stored tokens (so that the kernels have next to nothing to do): the
 On CUDA a call's time is the host's, until it returns.
 
 With ``--ledger``: what a ledger whose limit is near adds to opening and committing a step, and a report, beside a step's
-attention over ``--tokens``, all layers.
+attention over ``--tokens``, all layers, and beside that with a decoder's matrix products.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.budget import Ledger
 from kvstrata.cli.bench.clock import DEVICES, Clock, clock_of
 from kvstrata.config import DTYPES
+from plan import layer_ms
+
+WIDE = (4096, 14336)
+"""Hidden and MLP width of the decoder whose matrix products stand beside attention."""
 
 
 def measure(clock: Clock, kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:
@@ -98,12 +102,15 @@ def accounts(spec: LayerSpec, layers: int, tokens: int, reps: int) -> dict[str, 
         caches[1].report()
         found["report"].append((time.perf_counter_ns() - start) / 1e3)
     plain, ledger, report, attend = (statistics.median(found[n]) for n in ("plain", "ledger", "report", "attend"))
+    more, products = ledger - plain + report, 1e3 * layers * layer_ms(*WIDE, spec, 5)
     return {
         "open_commit_us": plain,
         "open_commit_with_ledger_us": ledger,
         "report_us": report,
-        "step_us": attend + plain,
-        "ledger_and_report_share_percent": 100 * (ledger - plain + report) / (attend + plain),
+        "attention_step_us": attend + plain,
+        "matrix_products_us": products,
+        "percent_of_attention_step": 100 * more / (attend + plain),
+        "percent_of_step": 100 * more / (attend + plain + products),
     }
 
 
@@ -130,7 +137,7 @@ def main() -> None:
         print(json.dumps({"schema": 1, "bench": "step", "case": vars(args), **result}))
         return
     for name, value in result.items():
-        print(f"{name:32s} {value:8.1f}")
+        print(f"{name:32s} {value:10.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bind/bind.h"
 #include "bind/calls.h"
 #include "bind/choose.h"
@@ -213,6 +215,22 @@ void bind_store(py::module_& m) {
         .def("set_recording", &Store::set_recording)
         .def("length", [](const Store& s, SeqId seq) { return s.sequence(seq).length; })
         .def("floor", [](const Store& s, SeqId seq) { return s.sequence(seq).floor; })
+        .def("most_stored",
+             [](const Store& s, const std::vector<SeqId>& seqs, const std::vector<int>& heads) {
+                 std::vector<std::vector<int>> most;
+                 int64_t all = 0;
+                 for (size_t layer = 0; layer < heads.size(); ++layer) {
+                     std::vector<int>& of = most.emplace_back(heads[layer], 0);
+                     for (SeqId seq : seqs) {
+                         for (int h = 0; h < heads[layer]; ++h) {
+                             const int stored = s.row(seq, static_cast<int>(layer), h).stored;
+                             of[h] = std::max(of[h], stored);
+                             all += stored;
+                         }
+                     }
+                 }
+                 return py::make_tuple(most, all);
+             })
         .def("stored", [](const Store& s, SeqId seq, int layer, int head) { return s.row(seq, layer, head).stored; })
         .def("clear", &Store::clear)
         .def("columns", [](Store& s, int layer, const std::vector<SeqId>& seqs) { return s.columns(layer, seqs); })

@@ -1,6 +1,7 @@
 // What a policy sees of a store: the stored tokens of a layer's rows in table order.
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "common/check.h"
 #include "common/layout.h"
@@ -69,9 +70,16 @@ Tally Store::tally(int layer, std::span<const SeqId> seqs) {
         for (int h = 0; h < layers_[layer].kv_heads; ++h) {
             const pages::Row& row = row_of(s, layer, h);
             found.entries += row.entries();
-            for (int e = 0; e < row.entries(); ++e) {  // most pages are whole: no bits to count
-                slots[page_pool(row.page[e])] += row.alive[e] == kAllSlots ? kSlots : std::popcount(row.alive[e]);
+            int pool = 0;
+            int64_t run = 0;  // slots of entries in one pool, as most are that stand together
+            for (int e = 0; e < row.entries(); ++e) {
+                if (const int of = page_pool(row.page[e]); of != pool) {
+                    slots[pool] += std::exchange(run, 0);
+                    pool = of;
+                }
+                run += row.alive[e] == kAllSlots ? kSlots : std::popcount(row.alive[e]);  // most pages are whole
             }
+            slots[pool] += run;
         }
     }
     for (size_t p = 0; p < pools_.size(); ++p) {

@@ -21,11 +21,7 @@ FORMATS = ("f32", "bf16", "f16", "int8", "int4", "int2")
 def report(cache: Cache) -> Report:
     """A snapshot of the cache."""
     store, slabs, shape, live = cache._store, cache._slabs, cache.shape, cache._live
-    rows = [
-        [[store.stored(i, layer, h) for i in live] for h in range(spec.kv_heads)]
-        for layer, spec in enumerate(shape.layers)
-    ]  # slots by layer, head and sequence
-    slots = sum(n for layer in rows for head in layer for n in head)
+    most, slots = store.most_stored(live, [spec.kv_heads for spec in shape.layers])
     tallies = [store.tally(layer, live) for layer in range(len(shape.layers))]
     logical = tuple(store.length(i) for i in live)
     pools = [pool for p in range(store.n_pools) if not (pool := store.pool(p))["far"]]
@@ -47,7 +43,7 @@ def report(cache: Cache) -> Report:
         logical_tokens=logical,
         stored_tokens=slots,
         states=_states(cache, [held for held, _, _ in tallies]) | {"evicted": sum(logical) * shape.rows - slots},
-        stored=tuple(tuple(max(head, default=0) for head in layer) for layer in rows),
+        stored=tuple(map(tuple, most)),
         bytes_by_kind=kinds,
         nbytes=cache.nbytes(),
         allocator_bytes=slabs.allocator_bytes(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from kvstrata.budget.allocate import RowsSeen, Uniform
+from kvstrata.budget.allocate import AdaptiveHeads, RowsSeen, Uniform
 from kvstrata.budget.costs import far_books, keeps_scores, page_costs
 from kvstrata.budget.entropy import EntropyShare
 from kvstrata.budget.knapsack import Knapsack
@@ -233,18 +233,19 @@ class Shares:
         return out
 
     def chosen(self, seen: Seen, allowance: Allowance, ids: list[int]) -> Allowance:
-        """A layer by itself, where the allocator decides token by token: so within the equal shares of its rows together."""
+        """A layer by itself, where the allocator goes by scores of tokens: so within the equal shares of its rows together."""
         allocator = self._cache.policy.allocator
-        if not isinstance(allocator, Knapsack) or seen.score is None:
+        if not isinstance(allocator, AdaptiveHeads | Knapsack) or seen.score is None:
             return allowance
-        allocator = replace(allocator, layer_weight=None)  # the same for all there are
+        if isinstance(allocator, Knapsack):
+            allocator = replace(allocator, layer_weight=None)  # the same for all there are
         costs = dict(allowance.page_bytes)
         table = self._table([seen], [costs], ids)
-        given = []
-        for rows in table.sequences():
-            share = int(allowance.bytes[rows].clamp_min(0).sum())
-            given.append(allocator.allocate(table.of(rows), share).formats)
-        formats = torch.cat([f[0] for f in given if f is not None])
+        shares = [(rows, int(allowance.bytes[rows].clamp_min(0).sum())) for rows in table.sequences()]
+        given = [allocator.allocate(table.of(rows), share) for rows, share in shares]
+        if isinstance(allocator, AdaptiveHeads):
+            return replace(allowance, bytes=torch.cat([g.bytes[0] for g in given]))
+        formats = torch.cat([g.formats[0] for g in given if g.formats is not None])
         return replace(allowance, formats=chosen_states(seen, formats, costs))
 
     def _table(self, found: list[Seen], costs: list[Any], ids: list[int]) -> RowsSeen:

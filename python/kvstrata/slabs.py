@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 
 from kvstrata._C import Store
-from kvstrata.budget.books import Books, books
+from kvstrata.budget.books import Books, LastBooks, books
 from kvstrata.budget.protect import ENTRY_BYTES, least_limit
 from kvstrata.budget.room import PIECE
 from kvstrata.charges import Charges
@@ -62,7 +62,7 @@ class Slabs:
         self.books = Books()
         self.loans = Loans(store, device)
         self._queries = 0  # of one sequence in a step that read Far pages, at the most
-        self._bound_by: tuple[int, Policy, Shape, int] | None = None
+        self._bound, self._grown = LastBooks(), LastBooks()
         self.held = 0
         self.peak = 0
 
@@ -300,8 +300,8 @@ class Slabs:
     def _least_for(self, needed: list[int]) -> int:
         """The least limit under which a cache that holds nothing may take so many pages of each pool."""
         now = self.limit, self.books, self._expected
-        assert now[0] is not None and self._bound_by is not None
-        _, policy, shape, batch = self._bound_by
+        assert now[0] is not None and self._bound.asked is not None
+        _, policy, shape, batch, _ = self._bound.asked
 
         def fits(limit: int) -> bool:
             self.limit, self.books, self._expected = limit, books(policy, shape, limit, batch), limit
@@ -373,15 +373,12 @@ class Slabs:
         if bound is not None:
             new = min(new, max(0, bound - self.held) // smallest)
         pages = self._pages() + new
-        most = books(policy, shape, pages * smallest * batch, batch).of(pages, len(self._tensors) + new)
+        most = self._grown.of(policy, shape, pages * smallest * batch, batch).of(pages, len(self._tensors) + new)
         return max(0, most + self.held - self.nbytes())
 
     def bind(self, limit: int, policy: Policy, shape: Shape, batch: int) -> None:
         """The limit of a cache of ``batch`` sequences from now on; what their books may take of it is no slab's."""
-        if (limit, policy, shape, batch) != self._bound_by:
-            self._bound_by = limit, policy, shape, batch
-            self.books = books(policy, shape, limit, batch)
-        self.limit = limit
+        self.limit, self.books = limit, self._bound.of(policy, shape, limit, batch)
 
     def _grain(self) -> int:
         """Bytes of a slab beyond what is asked: a 64th of what the cache will hold, else of its limit, or of what it holds so

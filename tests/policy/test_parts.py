@@ -1,4 +1,5 @@
-"""Layers of a prompt are cut by their parts of all layers, where an allocator asks for nothing that is still to come."""
+"""Layers of a prompt are cut by their parts of all layers, where an allocator asks for nothing that is still to come, and heads
+by their own scores."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvstrata import Cache, LayerSpec, Policy, Shape
 from kvstrata.budget import Allocation, Knapsack, PowerLaw, Pyramid, RowsSeen
 from kvstrata.budget.costs import page_costs
-from kvstrata.policy import KeepTop, KeyNorm, MeanSpread, ThreeStates, keynorm
+from kvstrata.policy import KeepTop, KeyNorm, MeanSpread, ThreeStates, adakv, keynorm
 from kvstrata.policy.base import FULL
 
 SHAPE = Shape([LayerSpec(2, 4, 64)] * 3, torch.bfloat16)
@@ -54,6 +55,25 @@ def test_the_limit_holds_over_turns(policy: Policy) -> None:
         assert cache.report().peak_bytes <= 2 * KIB << 10
     for seq in seqs:
         assert stored(cache, seq)[1].sum() > 1.5 * stored(cache, seq)[2].sum()
+
+
+def test_heads_of_a_prompt_share_by_their_own_scores() -> None:
+    """One that looks everywhere keeps what it has of its layer's highest scores, more than an equal share, in the prompt."""
+    policy = adakv(queries=16, window=32, sinks=16, interval=32)
+    cache = Cache(SHAPE, budget=f"{KIB}KiB", policy=policy)
+    (seq,) = cache.new()
+    generator = torch.Generator().manual_seed(5)
+    with cache.step([seq], [1024]) as step:
+        for layer in range(3):
+            q, k, v = (torch.randn(1024, n, 64, generator=generator).bfloat16() for n in (4, 2, 2))
+            q[:, :2], q[:, 2:] = 0, k[600, 1]
+            step.attend(layer, q, k, v)
+    kept = 16 + cache.policy.window
+    share = cache._plans.shares.content() / page_costs(SHAPE, 0, policy)[FULL] * 16
+    free = stored(cache, seq) - kept
+    assert (free[:, 0] > 1.3 * share / 6).all() and (free[:, 1] < 0.7 * share / 6).all()
+    assert free.sum() > 0.95 * share
+    assert cache.report().peak_bytes <= KIB << 10
 
 
 @dataclass(frozen=True)

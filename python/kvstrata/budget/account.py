@@ -56,6 +56,12 @@ class Node:
     holds: int = 0
     regime: Regime = Regime.HIGH
     apart: frozenset[str] = frozenset()  # resources that do not count above it
+    limited: list[Counter] = field(default_factory=list)  # those of its counters that have a limit
+
+    def set_limit(self, resource: str, limit: int | None) -> None:
+        """The only way to one: what is limited is looked at with every reservation."""
+        self.counters[resource].limit = limit
+        self.limited = [c for c in self.counters.values() if c.limit is not None]
 
     def chain(self, resource: str | None = None) -> list[Node]:
         """This scope and every ancestor, upwards: those in which a resource counts, or all."""
@@ -77,9 +83,9 @@ class Node:
 
     def crossing(self) -> tuple[Regime, Regime] | None:
         """(old, new) if the scope's worst limited resource has crossed a cut; the new regime is then taken."""
-        left = [
-            (c.limit - c.taken) / c.limit if c.limit else 0.0 for c in self.counters.values() if c.limit is not None
-        ]
+        if not self.limited and self.regime is Regime.HIGH:
+            return None
+        left = [(c.limit - c.taken) / c.limit if c.limit else 0.0 for c in self.limited]
         old, new = self.regime, regime(min(left, default=1.0), self.regime)
         self.regime = new
         return None if old == new else (old, new)

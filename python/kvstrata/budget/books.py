@@ -89,6 +89,20 @@ def books(policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
     return Books(batch * each, beside, SLAB, work, _recalling_page(policy, indexed, batch, reads))
 
 
+class LastBooks:
+    """The books of :func:`books` as they were last asked for, found anew where that has changed: every step asks."""
+
+    def __init__(self) -> None:
+        self.asked: tuple[int, Policy, Shape, int, int] | None = None
+        self._found = Books()
+
+    def of(self, policy: Policy, shape: Shape, limit: int, batch: int) -> Books:
+        asked = limit, policy, shape, batch, torch.get_num_threads()
+        if asked != self.asked:
+            self._found, self.asked = books(policy, shape, limit, batch), asked
+        return self._found
+
+
 def _doubled(n: int) -> int:
     """Places of a list that has grown to n."""
     return 1 << (n - 1).bit_length() if n > 0 else 0

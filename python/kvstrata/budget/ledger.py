@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from kvstrata.budget.account import CONSUMED, LEVELS, RECLAIMABLE, Account, Counter, Node, Scope, ScopeReport
+from kvstrata.budget.account import CONSUMED, LEVELS, RECLAIMABLE, Account, Node, Scope, ScopeReport
 from kvstrata.budget.amounts import amounts_of, checked, fits_above, may_set, title
 from kvstrata.budget.regime import Regime
 from kvstrata.budget.sizes import size
@@ -132,7 +132,7 @@ class Ledger:
                 may_set(node, resource, limit)
             for resource, limit in amounts.items():
                 counter = node.counters[resource]
-                counter.limit = limit
+                node.set_limit(resource, limit)
                 if counter.granted is not None and node.parent is not None:
                     assert limit is not None
                     for payer in node.parent.paying(resource):
@@ -262,7 +262,7 @@ class Ledger:
         self._next += 1
         node = Node(scope, parent)
         for resource, limit in limits.items():
-            node.counters[resource] = Counter(limit)
+            node.set_limit(resource, limit)
         if parent is not None:
             parent.children += 1
         node.crossing()

@@ -19,6 +19,9 @@ class Regime(IntEnum):
     CRITICAL = 3
 
 
+_WITH_CUT = (Regime.HIGH, Regime.MEDIUM, Regime.LOW)
+
+
 def regime(left: float, old: Regime | None = None) -> Regime:
     """The regime at a share ``left`` (remaining / limit) for a scope that was ``old`` (None: new)."""
     down = _cut(left, 0.0)
@@ -28,4 +31,7 @@ def regime(left: float, old: Regime | None = None) -> Regime:
 
 
 def _cut(left: float, above: float) -> Regime:
-    return next((r for r, cut in zip(Regime, CUTS, strict=False) if left >= cut + above), Regime.CRITICAL)
+    for one, cut in zip(_WITH_CUT, CUTS, strict=True):
+        if left >= cut + above:
+            return one
+    return Regime.CRITICAL
