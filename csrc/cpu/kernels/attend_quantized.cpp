@@ -13,43 +13,60 @@ namespace {
 
 constexpr uint16_t kAllLanes = 0xFFFF;
 
-// sum[n][k % 2] += the codes of field k . the numbers of row n, for the fields from K on. `numbers` are those of the first
-// quad of the line.
-template <int Bits, int K, int N>
-KV_INLINE void dot_fields(I (&sum)[N][2], I line, const int16_t* numbers, int stride) {
+// sum[i][n] += the codes of line i . the numbers of row n, for the fields from K on. `numbers` are those of the first quad of
+// all M lines: a pair of them is spread over a register once for M dots, which else wait for that more than for one another.
+template <int Bits, int K, int M, int N>
+KV_INLINE void dot_fields(I (&sum)[M][N], const I (&line)[M], const int16_t* numbers, int stride) {
     constexpr int kFields = 16 / Bits, kQuads = 8 / Bits;
     if constexpr (K < kFields) {
-        const I codes = field<Bits, K>(line);
+        I codes[M];
+        for (int i = 0; i < M; ++i) codes[i] = field<Bits, K>(line[i]);
         const int16_t* const pair = numbers + 4 * (K % kQuads) + 2 * (K / kQuads);
-        for (int n = 0; n < N; ++n) sum[n][K % 2] = dot(sum[n][K % 2], codes, pair + n * stride);
+        for (int n = 0; n < N; ++n) {
+            const Pair both = spread(pair + n * stride);
+            for (int i = 0; i < M; ++i) sum[i][n] = dot(sum[i][n], codes[i], both);
+        }
         dot_fields<Bits, K + 1>(sum, line, numbers, stride);
     }
 }
+template <int M, int N>
+KV_INLINE void clear(I (&sum)[M][N]) {
+    for (int i = 0; i < M; ++i) {
+        for (int n = 0; n < N; ++n) sum[i][n] = none();
+    }
+}
 
-// z[n, page, slot] = q[n] . k[slot] for N rows from `row` on: delta * (sum over groups of scale * n . c) + q . centre.
-template <Format F, int N>
-KV_INLINE void qk(const AttendTile& t, int row, int page, const unsigned char* k, const unsigned char* scales,
-                  Ahead* ahead) {
+// z[n, page, slot] = q[n] . k[slot] for N rows from `row` on, of M pages from `page` on: delta * (sum over groups of
+// scale * n . c) + q . centre. scales: bytes from a page to those of its keys.
+template <Format F, int N, int M>
+KV_INLINE void qk(const AttendTile& t, const PageBlock& b, int row, int page, int64_t scales, Ahead* ahead) {
     constexpr int kLineDims = 4 * kShare<F>;
     const int group = t.group;
     const int16_t* numbers = t.query.codes + row * t.stride;
-    V z[N];
-    for (int n = 0; n < N; ++n) z[n] = zero();
-    for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
-        I sum[N][2];
-        for (int n = 0; n < N; ++n) {
-            sum[n][0] = sum[n][1] = none();
-        }
-        for (int d = 0; d < group; d += kLineDims, k += 64, numbers += kLineDims) {
-            if (ahead) ahead->fetch(1);
-            dot_fields<kBits<F>, 0>(sum, load_line(k), numbers, t.stride);
-        }
-        const V scale = load_bf16(scales + g * kSlots * 2);
-        for (int n = 0; n < N; ++n) z[n] = add(z[n], mul(scale, to_f32(add(sum[n][0], sum[n][1]))));
+    V z[M][N];
+    for (int i = 0; i < M; ++i) {
+        for (int n = 0; n < N; ++n) z[i][n] = zero();
     }
-    for (int n = 0; n < N; ++n) {
-        const V whole_z = add(mul(z[n], set1(t.query.delta[row + n])), set1(t.query.centre[row + n]));
-        store(t.z + lanes_at(row + n, page), whole_z);
+    int64_t at = 0;
+    for (int first = 0, g = 0; first < t.head_dim; first += group, ++g) {
+        I sum[M][N];
+        clear(sum);
+        for (int d = 0; d < group; d += kLineDims, at += 64, numbers += kLineDims) {
+            if (ahead) ahead->fetch(M);
+            I line[M];
+            for (int i = 0; i < M; ++i) line[i] = load_line(b.pages[page + i] + at);
+            dot_fields<kBits<F>, 0>(sum, line, numbers, t.stride);
+        }
+        for (int i = 0; i < M; ++i) {
+            const V scale = load_bf16(b.pages[page + i] + scales + g * kSlots * 2);
+            for (int n = 0; n < N; ++n) z[i][n] = add(z[i][n], mul(scale, to_f32(sum[i][n])));
+        }
+    }
+    for (int i = 0; i < M; ++i) {
+        for (int n = 0; n < N; ++n) {
+            const V whole_z = add(mul(z[i][n], set1(t.query.delta[row + n])), set1(t.query.centre[row + n]));
+            store(t.z + lanes_at(row + n, page + i), whole_z);
+        }
     }
 }
 
@@ -77,38 +94,33 @@ template <Format F, int N, int W>
 KV_INLINE void pv(const AttendTile& t, const PageBlock& b, int row, int d, int g, const Weights<N>& w, int64_t v,
                   Ahead* ahead) {
     constexpr int kLines = 4 / kShare<F>;
-    I sum[W][N][2];
-    for (int n = 0; n < N; ++n) {
-        for (int i = 0; i < W; ++i) {
-            sum[i][n][0] = sum[i][n][1] = none();
-        }
-    }
+    I sum[W][N];
+    clear(sum);
     for (int j = 0; j < b.count; ++j) {
-        for (int line = 0; line < kLines; ++line) {
-            const int64_t at = (static_cast<int64_t>(line) * t.head_dim + d) * 4;
-            for (int i = 0; i < W; ++i) {
-                if (ahead) ahead->fetch(1);
-                dot_fields<kBits<F>, 0>(sum[i], load_line(b.pages[j] + v + at + 64 * i),
-                                        w.n[g][j][0] + 4 * kShare<F> * line, kSlots);
-            }
+        for (int l = 0; l < kLines; ++l) {
+            const int64_t at = (static_cast<int64_t>(l) * t.head_dim + d) * 4;
+            if (ahead) ahead->fetch(W);
+            I line[W];
+            for (int i = 0; i < W; ++i) line[i] = load_line(b.pages[j] + v + at + 64 * i);
+            dot_fields<kBits<F>, 0>(sum, line, w.n[g][j][0] + 4 * kShare<F> * l, kSlots);
         }
     }
     for (int n = 0; n < N; ++n) {
         for (int i = 0; i < W; ++i) {
             float* const acc = t.acc_rotated + (row + n) * t.stride + d + 16 * i;
-            const V whole_sum = to_f32(add(sum[i][n][0], sum[i][n][1]));
+            const V whole_sum = to_f32(sum[i][n]);
             store(acc, fma(set1(w.sigma[n][g]), whole_sum, mul(load(acc), set1(t.rescale[row + n]))));
         }
     }
 }
 
-template <Format F>
+// The logits of M pages from `page` on.
+template <Format F, int M>
 void all_qk(const AttendTile& t, const PageBlock& b, int page, Ahead* ahead) {
-    const int64_t half = half_page<F>(t);
-    const unsigned char* const k = b.pages[page];
+    const int64_t scales = 2 * half_page<F>(t);
     for (int row = 0; row < t.rows; row += kTile, ahead = nullptr) {
         with_rows(t.rows - row < kTile ? t.rows - row : kTile,
-                  [&](auto rows) { qk<F, rows.n>(t, row, page, k, k + 2 * half, ahead); });
+                  [&](auto rows) { qk<F, rows.n, M>(t, b, row, page, scales, ahead); });
     }
 }
 
@@ -122,6 +134,9 @@ KV_INLINE void pv_rows(const AttendTile& t, const PageBlock& b, int row, const S
         int d = first;
         for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) {
             pv<F, N, kPvWide>(t, b, row, d, g, w, v, ahead);
+        }
+        if constexpr (kPvWide > 2) {
+            for (; d + 32 <= first + group; d += 32) pv<F, N, 2>(t, b, row, d, g, w, v, ahead);
         }
         for (; d < first + group; d += 16) pv<F, N, 1>(t, b, row, d, g, w, v, ahead);
     }
@@ -147,9 +162,14 @@ template <Format F>
 void attend_block(const AttendTile& t, const PageBlock& b) {
     const int64_t scales = 2 * scale_bytes_of(t);
     Ahead ahead{b.ahead, 2 * half_page<F>(t) + scales};
-    for (int j = 0; j < b.count; ++j) {
+    int page = 0;
+    for (; page + kQkWide <= b.count; page += kQkWide) {
+        ahead.fetch(static_cast<int>(kQkWide * scales / 64));
+        all_qk<F, kQkWide>(t, b, page, &ahead);
+    }
+    for (; page < b.count; ++page) {
         ahead.fetch(static_cast<int>(scales / 64));
-        all_qk<F>(t, b, j, &ahead);
+        all_qk<F, 1>(t, b, page, &ahead);
     }
     soften_all(t, b, t.acc);
     all_pv<F>(t, b, &ahead);

@@ -7,7 +7,8 @@ namespace {
 struct I {
     __m256i a, b;
 };
-constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time: kTile x kPvWide accumulators
+constexpr int kQkWide = 1;  // pages whose logits are summed at a time: kTile x kQkWide accumulators
+constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time, likewise
 
 KV_INLINE I none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 KV_INLINE I load_line(const void* p) {
@@ -61,13 +62,19 @@ KV_INLINE V code_value(I line) {
     return {half_value<Bits, Shift>(line.a), half_value<Bits, Shift>(line.b)};
 }
 
-// sum + codes . pair in every lane, exact.
-KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
+// Two numbers that every lane of codes meets.
+struct Pair {
+    __m256i x;
+};
+KV_INLINE Pair spread(const int16_t* pair) {
     int32_t both;
     __builtin_memcpy(&both, pair, 4);
-    const __m256i n = _mm256_set1_epi32(both);
-    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(codes.a, n)),
-            _mm256_add_epi32(sum.b, _mm256_madd_epi16(codes.b, n))};
+    return {_mm256_set1_epi32(both)};
+}
+// sum + codes . pair in every lane, exact.
+KV_INLINE I dot(I sum, I codes, Pair pair) {
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(codes.a, pair.x)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(codes.b, pair.x))};
 }
 
 // Sixteen numbers below 2^15, rounded to nearest even, each quad in the order 0, 2, 1, 3.

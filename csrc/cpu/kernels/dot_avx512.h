@@ -7,7 +7,8 @@ namespace {
 struct I {
     __m512i x;
 };
-constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time: kTile x kPvWide accumulators
+constexpr int kQkWide = 2;  // pages whose logits are summed at a time: kTile x kQkWide accumulators
+constexpr int kPvWide = 2;  // groups of sixteen dims that PV sums at a time, likewise
 
 KV_INLINE I none() { return {_mm512_setzero_si512()}; }
 KV_INLINE I load_line(const void* p) { return {_mm512_loadu_si512(p)}; }
@@ -43,14 +44,21 @@ KV_INLINE V code_value(I line) {
     }
 }
 
-// sum + codes . pair in every lane, exact.
-KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
+// Two numbers that every lane of codes meets.
+struct Pair {
+    __m512i x;
+};
+KV_INLINE Pair spread(const int16_t* pair) {
     int32_t both;
     __builtin_memcpy(&both, pair, 4);
+    return {_mm512_set1_epi32(both)};
+}
+// sum + codes . pair in every lane, exact.
+KV_INLINE I dot(I sum, I codes, Pair pair) {
 #if defined(KV_ISA_avx512)
-    return {_mm512_add_epi32(sum.x, _mm512_madd_epi16(codes.x, _mm512_set1_epi32(both)))};
+    return {_mm512_add_epi32(sum.x, _mm512_madd_epi16(codes.x, pair.x))};
 #else
-    return {_mm512_dpwssd_epi32(sum.x, codes.x, _mm512_set1_epi32(both))};
+    return {_mm512_dpwssd_epi32(sum.x, codes.x, pair.x)};
 #endif
 }
 

@@ -7,7 +7,8 @@ namespace {
 struct I {
     int32_t x[16];
 };
-constexpr int kPvWide = 1;  // groups of sixteen dims that PV sums at a time: kTile x kPvWide accumulators
+constexpr int kQkWide = 1;  // pages whose logits are summed at a time: kTile x kQkWide accumulators
+constexpr int kPvWide = 1;  // groups of sixteen dims that PV sums at a time, likewise
 
 #define KV_LANES(type, expression)                      \
     type r;                                             \
@@ -54,10 +55,15 @@ KV_INLINE I field(I line) {
     return r;
 }
 
+// Two numbers that every lane of codes meets.
+struct Pair {
+    int32_t low, high;
+};
+KV_INLINE Pair spread(const int16_t* pair) { return {pair[0], pair[1]}; }
 // sum + codes . pair in every lane, exact.
-KV_INLINE I dot(I sum, I codes, const int16_t* pair) {
-    KV_LANES(I, sum.x[i] + static_cast<int16_t>(half_word(codes.x[i], 0)) * pair[0] +
-                    static_cast<int16_t>(half_word(codes.x[i], 1)) * pair[1]);
+KV_INLINE I dot(I sum, I codes, Pair pair) {
+    KV_LANES(I, sum.x[i] + static_cast<int16_t>(half_word(codes.x[i], 0)) * pair.low +
+                    static_cast<int16_t>(half_word(codes.x[i], 1)) * pair.high);
 }
 
 // Sixteen numbers below 2^15, rounded to nearest even, each quad in the order 0, 2, 1, 3.

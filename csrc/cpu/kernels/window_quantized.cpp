@@ -39,7 +39,7 @@ void window_page(const WindowTile& t, const unsigned char* page, const unsigned 
             for (I& x : sum) x = none();
             for (int i = 0; i < words; ++i, line += 64, q += 2 * kWindowRows) {
                 const I codes = load_line(line);
-                for (int n = 0; n < kWindowRows; ++n) sum[n] = dot(sum[n], codes, q + 2 * n);
+                for (int n = 0; n < kWindowRows; ++n) sum[n] = dot(sum[n], codes, spread(q + 2 * n));
             }
             const V scale = load_bf16(scales + g * kSlots * 2);
             for (int n = 0; n < kWindowRows; ++n) z[n] = add(z[n], mul(scale, to_f32(sum[n])));
