@@ -13,10 +13,6 @@
 namespace kvstrata::cpu {
 namespace {
 
-bool has_matrix(const Kernels& kernels) {
-    return std::any_of(kernels.attend_matrix, std::end(kernels.attend_matrix), [](auto f) { return f != nullptr; });
-}
-
 constexpr int64_t kAloneWork = 64;  // pages in all below which the caller works alone
 
 // One unit of work: a chunk of a row's entries for all its query rows, or all entries for one tile of them.
@@ -217,12 +213,12 @@ class Unit {
 
 }  // namespace
 
-int64_t attend_workspace_bytes(const ops::AttendParams& params) { return Plan::bytes(params, has_matrix(kernels())); }
+int64_t attend_workspace_bytes(const ops::AttendParams& params) { return Plan::bytes(params, kernels().matrix); }
 
 void attend(const ops::AttendParams& params) {
     if (!params.n_rows) return;
     const Kernels& k = kernels();
-    const Plan plan(params, has_matrix(k));
+    const Plan plan(params, k.matrix);
     parallel(plan.units(), plan.work() < kAloneWork ? 1 : params.threads,
              [&](int64_t unit, int worker) { Unit(params, plan, k, static_cast<int>(unit), worker).run(); });
 }

@@ -24,7 +24,7 @@ def report(cache: Cache) -> Report:
     most, slots = store.most_stored(live, [spec.kv_heads for spec in shape.layers])
     tallies = [store.tally(layer, live) for layer in range(len(shape.layers))]
     logical = tuple(store.length(i) for i in live)
-    pools = [pool for p in range(store.n_pools) if not (pool := store.pool(p))["far"]]
+    pools = [store.pool(p) for p in range(store.n_pools) if p not in slabs.far_pools]
     used = sum(p["used"] * p["page_bytes"] for p in pools)
     free = sum((p["total"] - p["used"]) * p["page_bytes"] for p in pools)
     kinds = {

@@ -55,7 +55,7 @@ class Slabs:
         self._expected = expected
         self._charges = charges
         self._far = far
-        self._far_pools = [p for p in range(store.n_pools) if store.pool(p)["far"]]
+        self.far_pools = frozenset(p for p in range(store.n_pools) if store.pool(p)["far"])
         self._files: dict[tuple[int, int], tuple[int, int]] = {}  # of Far slabs: descriptor, bytes
         weakref.finalize(self, close, store, self._files)
         self.limit = limit
@@ -151,11 +151,11 @@ class Slabs:
     def page_bytes(self, pool: int) -> tuple[int, int]:
         """Near and Far bytes that a page of a pool takes: of a slab, its positions with it, and of a file."""
         size = int(self._store.pool(pool)["page_bytes"])
-        return (_POSITION_BYTES, size) if pool in self._far_pools else (size + _POSITION_BYTES, 0)
+        return (_POSITION_BYTES, size) if pool in self.far_pools else (size + _POSITION_BYTES, 0)
 
     def _near_bytes(self, pool: int) -> int:
         """Bytes of memory that a page of a pool takes in its slab: of a Far one, the positions and the checksum."""
-        return self.page_bytes(pool)[0] + (8 if pool in self._far_pools else 0)
+        return self.page_bytes(pool)[0] + (8 if pool in self.far_pools else 0)
 
     def spare(self, parts: int = 1) -> int:
         """Bytes of pages that a plan may have lent before it frees any; of a limit that is so many limits, by one of them."""
@@ -192,12 +192,12 @@ class Slabs:
     def trim(self, keep: list[int] | None = None) -> int:
         """Packs pages into fewer slabs and returns those that run empty: bytes. keep: free pages that must remain, by pool."""
         before = self.held
-        for pool in self._far_pools:  # moving pages from file to file gains no memory
+        for pool in sorted(self.far_pools):  # moving pages from file to file gains no memory
             for index, pages, free in self._store.slabs(pool):
                 if pages == free and not (keep and keep[pool]):
                     self._return((pool, index))
         for pool in range(self._store.n_pools):
-            while pool not in self._far_pools and self._empty_sparsest(pool, keep[pool] if keep else 0):
+            while pool not in self.far_pools and self._empty_sparsest(pool, keep[pool] if keep else 0):
                 pass
         return before - self.held
 
@@ -219,7 +219,7 @@ class Slabs:
 
     def _lend(self, pool: int, short: int, needed: list[int], lent: list[tuple[int, int]]) -> None:
         fault_point("slab.lend")
-        is_far = pool in self._far_pools
+        is_far = pool in self.far_pools
         per_page = _POSITION_BYTES if is_far else self._store.pool(pool)["page_bytes"] + _POSITION_BYTES
         grain = self._far_grain(pool) if is_far else self._grain() // per_page
         pages = self._fit(pool, max(short, grain), short, needed)
@@ -277,7 +277,7 @@ class Slabs:
     @property
     def has_far(self) -> bool:
         """Whether there is a Far tier."""
-        return bool(self._far_pools)
+        return bool(self.far_pools)
 
     @property
     def far_bytes(self) -> int:

@@ -135,7 +135,7 @@ def _adopted(
     some: dict[tuple[PageFile, int], list[tuple[int, int, int]]] = defaultdict(list)
     for number, of_row in enumerate(pools) if lies else ():
         for entry, pool in enumerate(of_row):
-            if pool in cache._slabs._far_pools:
+            if pool in cache._slabs.far_pools:
                 assert lies is not None
                 file, place = lies(number, entry)
                 some[file, pool].append((number, entry, place))

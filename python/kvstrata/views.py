@@ -8,7 +8,6 @@ keeps none. What a view lacks is read layer by layer, at once, or beside the lay
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import compress
 from typing import TYPE_CHECKING
 
 from kvstrata.config import BudgetExceeded, MachineError
@@ -64,9 +63,9 @@ class Views:
 
     def _lacks(self, seq: int) -> bool:
         """Whether pages that the view shows are Far."""
-        near = [not self._store.pool(p)["far"] for p in range(self._store.n_pools)]
+        far = self._cache._slabs.far_pools
         needed = (self._store.moving(layer, seq) for layer in range(len(self._cache.shape.layers)))
-        return any(n > 0 for pages in needed for n in compress(pages, near))
+        return any(n > 0 for pages in needed for p, n in enumerate(pages) if p not in far)
 
     def open(self, layer: int, seq: int) -> None:
         """The layer shows every set."""
@@ -85,7 +84,7 @@ class Views:
             return
         self._store.land(layer, seq)
         needed = self._store.moving(layer, seq)
-        far = [n if self._store.pool(p)["far"] else 0 for p, n in enumerate(needed)]
+        far = [n if p in slabs.far_pools else 0 for p, n in enumerate(needed)]
         slabs.make_room(lambda: far)
         self._store.put_aside(layer, seq, slabs.bound() is not None)
         slabs.make_room(lambda: [n - m for n, m in zip(needed, far, strict=True)])

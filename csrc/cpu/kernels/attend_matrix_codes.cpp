@@ -224,6 +224,7 @@ void attend_matrix(const AttendTile& t, const PageBlock& b) {
 }  // namespace
 
 void fill_attend_matrix_codes(Kernels* table) {
+    table->matrix = true;
     table->attend_matrix[3] = attend_matrix<Format::int8>;
     table->attend_matrix[4] = attend_matrix<Format::int4>;
     table->attend_matrix[5] = attend_matrix<Format::int2>;

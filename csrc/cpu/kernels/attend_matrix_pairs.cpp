@@ -271,6 +271,7 @@ void attend_matrix(const AttendTile& t, const PageBlock& b) {
 }  // namespace
 
 void fill_attend_matrix_pairs(Kernels* table) {
+    table->matrix = true;
     table->attend_matrix[1] = attend_matrix;
     table->split_queries[1] = split_queries;
 }
