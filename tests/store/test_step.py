@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from feeding import feed
 from oracle import Pair
 
 from kvstrata import Cache, LayerSpec, Shape
@@ -163,3 +164,18 @@ def test_rollback_restores_everything() -> None:
     pair.check_contents()
     pair.check_pools()
     assert pair.feed(seqs, [30, 1]) < 2e-5
+
+
+def test_a_report_tells_heads_apart_and_adds_up() -> None:
+    """Of each head the most that a sequence stores, of layers with different heads; all of them, and what is gone."""
+    cache = Cache(Shape([LayerSpec(2, 4, 32), LayerSpec(3, 3, 32)], torch.float32))
+    seqs = cache.new(2)
+    generator = torch.Generator().manual_seed(1)
+    feed(cache, seqs, [40, 25], generator)
+    keep = torch.ones(3, 40, dtype=torch.bool)
+    keep[1, :30], keep[2, :7] = False, False
+    cache.drop(1, seqs[0], keep)
+    report = cache.report()
+    assert report.stored == ((40, 40), (40, 25, 33))
+    assert report.stored_tokens == 2 * (40 + 25) + 3 * (40 + 25) - 37
+    assert report.states == {"full": report.stored_tokens, "evicted": 37}
