@@ -14,7 +14,7 @@ namespace {
 constexpr uint16_t kAllLanes = 0xFFFF;
 
 // sum[i][n] += the codes of line i . the numbers of row n, for the fields from K on. `numbers` are those of the first quad of
-// all M lines: a pair of them is spread over a register once for M dots, which else wait for that more than for one another.
+// all M lines: a pair of them is spread over a register once for M dots, as loads are what bounds them.
 template <int Bits, int K, int M, int N>
 KV_INLINE void dot_fields(I (&sum)[M][N], const I (&line)[M], const int16_t* numbers, int stride) {
     constexpr int kFields = 16 / Bits, kQuads = 8 / Bits;
@@ -134,9 +134,6 @@ KV_INLINE void pv_rows(const AttendTile& t, const PageBlock& b, int row, const S
         int d = first;
         for (; d + 16 * kPvWide <= first + group; d += 16 * kPvWide) {
             pv<F, N, kPvWide>(t, b, row, d, g, w, v, ahead);
-        }
-        if constexpr (kPvWide > 2) {
-            for (; d + 32 <= first + group; d += 32) pv<F, N, 2>(t, b, row, d, g, w, v, ahead);
         }
         for (; d < first + group; d += 16) pv<F, N, 1>(t, b, row, d, g, w, v, ahead);
     }
