@@ -104,6 +104,7 @@ def running(pid: str) -> bool:
 
 @pytest.mark.slow
 def test_killed_and_started_again(whole: Path, tmp_path: Path, config: Config) -> None:
+    """Two workers, killed and started again, measure what one does in one go."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "kvstrata.cli", "eval", "--model", config.model, "--out", str(folder)]
     command += ["--tasks", ",".join(config.tasks), "--policies", ",".join(config.policies), "--budgets", "50%"]
@@ -172,8 +173,3 @@ def test_a_users_file(tmp_path: Path, config: Config) -> None:
         assert f"mine.jsonl:{number}: " in text and reason in text
     rows = (folder / "predictions.csv").read_text().splitlines()[1:]
     assert len(rows) == 4  # two examples, two contenders
-
-
-def test_jobs_measure_the_same(whole: Path, tmp_path: Path, config: Config) -> None:
-    folder = finished(tmp_path / "jobs", replace(config, jobs=2))
-    assert (folder / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
