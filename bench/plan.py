@@ -51,6 +51,8 @@ STAGES = {
 SHORT_TAIL = "h2o, tail 1/16"
 POLICIES: dict[str, Callable[[], Policy]] = {**NAMED, SHORT_TAIL: lambda: h2o(window_share=1 / 16)}
 CHUNK = 2048
+WIDE = (4096, 14336)
+"""Hidden and MLP width of the decoder whose matrix products stand beside attention."""
 
 
 class Clock:
@@ -254,7 +256,8 @@ def main() -> int:
         "--policies", type=lambda s: [n.replace("+", ", ") for n in s.split(",")], default=names, help="%(default)s"
     )
     parser.add_argument("--shares", type=lambda s: [float(x) for x in s.split(",")], default="0.25,0.375,0.5")
-    for name, value in (("layers", 4), ("kv-heads", 8), ("group", 4), ("dim", 128), ("hidden", 4096), ("mlp", 14336)):
+    hidden, mlp = WIDE
+    for name, value in (("layers", 4), ("kv-heads", 8), ("group", 4), ("dim", 128), ("hidden", hidden), ("mlp", mlp)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--plans", type=int, default=7, help="measured, after one of warming up")
     parser.add_argument("--reps", type=int, default=15, help="of the matrix products")

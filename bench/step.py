@@ -21,10 +21,7 @@ from kvstrata import Cache, LayerSpec, Shape
 from kvstrata.budget import Ledger
 from kvstrata.cli.bench.clock import DEVICES, Clock, clock_of
 from kvstrata.config import DTYPES
-from plan import layer_ms
-
-WIDE = (4096, 14336)
-"""Hidden and MLP width of the decoder whose matrix products stand beside attention."""
+from plan import WIDE, layer_ms
 
 
 def measure(clock: Clock, kv_heads: int, group: int, dim: int, layers: int, reps: int) -> dict[str, float]:

@@ -221,9 +221,9 @@ struct Kernels {
     // sums [dim] += the means of a block of summaries as stored, each page's codes by its weight [16].
     void (*add_means)(const unsigned char* block, const float* weight, int32_t dim, float* sums);
 
-    // attend_block in matrix tiles, and what it wants first, once per tile: its queries in two terms. Null without `matrix`,
-    // and for formats that have none. Indexed by Format.
-    bool matrix;
+    bool matrix;  // whether the level has matrix tiles
+    // attend_block in them, and what it wants first, once per tile: its queries in two terms. Null where a level or a format
+    // has none. Indexed by Format.
     void (*attend_matrix[6])(const AttendTile& tile, const PageBlock& block);
     void (*split_queries[6])(const AttendTile& tile);
 };

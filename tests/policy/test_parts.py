@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from feeding import feed
+from feeding import drawn, feed
 from torch import Tensor
 
 from kvstrata import Cache, LayerSpec, Policy, Shape
@@ -64,8 +64,7 @@ def test_heads_of_a_prompt_share_by_their_own_scores() -> None:
     (seq,) = cache.new()
     generator = torch.Generator().manual_seed(5)
     with cache.step([seq], [1024]) as step:
-        for layer in range(3):
-            q, k, v = (torch.randn(1024, n, 64, generator=generator).bfloat16() for n in (4, 2, 2))
+        for layer, (q, k, v) in enumerate(drawn(cache, 1024, generator)):
             q[:, :2], q[:, 2:] = 0, k[600, 1]
             step.attend(layer, q, k, v)
     kept = 16 + cache.policy.window
@@ -101,8 +100,7 @@ def test_a_knapsack_of_energies_sees_how_long_values_are(metric: Any) -> None:
     (seq,) = cache.new()
     generator = torch.Generator().manual_seed(4)
     with cache.step([seq], [512]) as step:
-        for layer in range(3):
-            q, k, v = (torch.randn(512, n, 64, generator=generator).bfloat16() for n in (4, 2, 2))
+        for layer, (q, k, v) in enumerate(drawn(cache, 512, generator)):
             step.attend(layer, q, k, v)
             table = found.pop()
             if metric == "mass":
